@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test lint slow notebooks clean
+
+demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
+	$(BIN)/pyroflow demo
+
+test: $(INSTALLED)  ## Tests, doctests, and the notebooks with few steps; a few minutes.
+	PYROFLOW_QUICK=1 $(PYTEST) -n 2 --nbmake -m "not slow" tests pyroflow notebooks
+
+lint: $(INSTALLED)  ## What CI checks beside the tests.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+slow: $(INSTALLED)  ## Long fits that hold the numbers of README to their bounds.
+	$(BIN)/python -m pytest -m slow tests
+
+notebooks: $(INSTALLED)  ## Run the notebooks in full and store their outputs.
+	$(BIN)/python -m pytest --nbmake --overwrite --nbmake-timeout=1200 notebooks
+
+clean:
+	rm -rf $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
+	touch $@

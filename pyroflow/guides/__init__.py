@@ -1,0 +1,5 @@
+"""Guides for Pyro models."""
+
+from pyroflow.guides.autoguide import AutoPlanarFlow
+
+__all__ = ["AutoPlanarFlow"]

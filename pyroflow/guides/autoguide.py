@@ -1,0 +1,140 @@
+"""AutoPlanarFlow: a planar flow over all continuous latents of a Pyro model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+
+from pyroflow.checks import check_choice, check_count, check_positive
+from pyroflow.path_derivative import AlongPath
+from pyroflow.seeds import seeded
+from pyroflow.transforms import Affine, Planar
+from pyroflow.transforms.affine import AffineKind
+
+MARGINAL_DRAWS = 10_000  # draws behind median and quantiles
+
+
+class AutoPlanarFlow(AutoContinuous):
+    """A planar flow as guide for any Pyro model with continuous latents.
+
+    All latents, mapped to the unconstrained space, form one vector z of D numbers with
+    posterior: standard normal base, K planar layers, affine layer. The planar layers start at
+    the identity, so the guide starts as the Gaussian that ``init_loc_fn`` and ``init_scale``
+    say; with K = 0 it stays one and is, step by step, Pyro's ``AutoDiagonalNormal`` (affine
+    "diagonal") or ``AutoMultivariateNormal`` ("full").
+
+    See Also:
+        :func:`~pyroflow.fit_guide`, which trains it.
+
+    References:
+        Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015,
+        https://arxiv.org/abs/1505.05770, section 4 and equation 15.
+
+    Args:
+        model: a Pyro model. Discrete latents must be enumerated or blocked.
+        num_layers: K.
+        affine: "full" (lower-triangular scale), "diagonal", or None: then z is the planar stack's
+            output and ``init_loc_fn`` and ``init_scale`` have no effect.
+        init_loc_fn: start of each site, one of Pyro's ``init_to_…`` functions.
+        init_scale: standard deviation of each unconstrained latent at the start.
+
+    Attributes:
+        path_derivative: whether gradients of log q go along the path of the sample only
+            (:class:`~pyroflow.path_derivative.AlongPath`), in any ELBO.
+
+    Raises:
+        ValueError: num_layers < 0, an unknown ``affine``, init_scale not positive; at the first
+            call, a discrete latent (naming the site and the way out).
+        RuntimeError: at the first call, a model without latents.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     return pyro.sample("scale", dist.LogNormal(0.0, 1.0).expand([3]).to_event(1))
+        >>> guide = AutoPlanarFlow(model, num_layers=4)
+        >>> guide()["scale"].shape, guide.median()["scale"].shape
+        (torch.Size([3]), torch.Size([3]))
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        num_layers: int = 16,
+        affine: AffineKind | None = "full",
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float = 0.1,
+    ) -> None:
+        self.path_derivative = False
+        self.num_layers = check_count("num_layers", num_layers, 0)
+        check_choice("affine", affine, ("full", "diagonal", None))
+        self.affine_kind, self.init_scale = affine, check_positive("init_scale", init_scale)
+        super().__init__(model, init_loc_fn=init_loc_fn)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        loc = self._init_loc()
+        if self.num_layers > 0:
+            self.planar = Planar(self.latent_dim, self.num_layers).to(loc)
+        if self.affine_kind is not None:
+            self.affine = Affine(
+                self.latent_dim, self.affine_kind, init_loc=loc, init_scale=self.init_scale
+            )
+        self.register_buffer("base_loc", torch.zeros_like(loc))
+
+    def get_base_dist(self) -> dist.TorchDistribution:
+        """N(0, I), with event shape (D,)."""
+        return dist.Normal(self.base_loc, torch.ones_like(self.base_loc)).to_event(1)
+
+    def get_transforms(self) -> list[Transform]:
+        """The transforms from the base to the unconstrained latents, in order."""
+        planar = [self.planar] if self.num_layers > 0 else []
+        return planar + ([self.affine] if self.affine_kind is not None else [])
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
+        """The transforms as one."""
+        return dist.transforms.ComposeTransformModule(self.get_transforms())
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
+        """The guide's distribution over the unconstrained latents, event shape (D,)."""
+        # A list, not a composed transform: torch's would run the stack again to score a sample.
+        kind = AlongPath if self.path_derivative else dist.TransformedDistribution
+        return kind(self.get_base_dist(), self.get_transforms())
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior median of each latent, by site; see :meth:`quantiles`."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal posterior quantiles of each latent, from 10,000 draws with a fixed seed.
+
+        As in Pyro, they are taken of the unconstrained latents and then mapped to the support.
+
+        Args:
+            quantiles: Q probabilities in [0, 1].
+            *args: the model's, used where the guide was never called.
+            **kwargs: likewise.
+
+        Returns:
+            By site name, a tensor of shape (Q, *shape of the site).
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        with seeded(0):
+            latents = self.get_posterior().sample((MARGINAL_DRAWS,))
+        levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device)
+        rows = [self._constrained(latent) for latent in latents.quantile(levels, dim=0)]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _constrained(self, latent: Tensor) -> dict[str, Tensor]:
+        return {
+            site["name"]: biject_to(site["fn"].support)(value)
+            for site, value in self._unpack_latent(latent)
+        }

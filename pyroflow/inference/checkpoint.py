@@ -1,0 +1,52 @@
+"""Checkpoints of a running fit: written whole or not at all, read without pickle."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_checkpoint(
+    path: Path,
+    settings: dict[str, Any],
+    loop: dict[str, Any],
+    optimizer: dict[str, Any],
+) -> None:
+    """Write the state of a fit beside ``path``, then move it there."""
+    state = {
+        "settings": settings,
+        "loop": loop,
+        "optimizer": optimizer,
+        "rng": torch.get_rng_state(),
+    }
+    partial = path.with_name(path.name + ".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore the random generator, and return the states of loop and optimiser.
+
+    Raises:
+        ValueError: a file that is no checkpoint, or one of a fit with other settings.
+    """
+    try:
+        state = torch.load(path, weights_only=True)
+        saved = state["settings"]
+    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"checkpoint {path} is not a checkpoint of a fit: name another file, or remove it"
+        ) from error
+    differing = [name for name in settings if saved.get(name) != settings[name]]
+    if differing:
+        listed = ", ".join(f"{n}={saved.get(n)!r} (now {settings[n]!r})" for n in differing)
+        raise ValueError(
+            f"checkpoint {path} is of a fit with {listed}: repeat those settings to resume it, or "
+            "name another file to start anew"
+        )
+    torch.set_rng_state(state["rng"])
+    return state["loop"], state["optimizer"]

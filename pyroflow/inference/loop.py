@@ -1,0 +1,233 @@
+"""The optimisation loop that the ``fit_`` functions share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyroflow.inference.checkpoint import read_checkpoint, write_checkpoint
+from pyroflow.inference.fit import Fit
+
+EVALUATIONS = 60  # scores taken in the course of Adam's steps
+AVERAGED = 0.25  # the last part of Adam's iterates, which is averaged
+CLEARLY_WORSE = 5  # evaluations in a row, each by three standard errors, that end a fit
+MAX_SKIPPED = 100  # steps in a row without a finite loss and gradient that end a fit
+POLISH_ITERATIONS = 20  # of L-BFGS between two scores
+POLISH_PATIENCE = 250  # evaluations of the polish loss without a better score that end a fit
+
+
+class Loop:
+    """Adam with warm-up, cosine decay and tail averaging, then perhaps L-BFGS; best state kept.
+
+    Args:
+        parameters: the tensors that are trained.
+        fixed: tensors that are not, but belong to the state that a checkpoint restores.
+        loss: step ↦ scalar training loss.
+        score: () ↦ losses of fixed points or draws, shape (n,). States are compared on their
+            mean; with a ``polish_loss``, pairwise differences also decide on stopping.
+        steps: Adam's steps.
+        lr: Adam's highest learning rate.
+        settings: what a checkpoint must agree on to be resumed.
+        label: the progress bar's.
+        polish_loss: () ↦ the exact training loss. Where the loss is a deterministic function
+            of few parameters, L-BFGS gains what thousands of noisy steps do not.
+        polish: evaluations of ``polish_loss``, about.
+    """
+
+    SAVED = (
+        "step", "losses", "scores", "skipped", "skipped_in_a_row", "average", "averaged", "worse",
+        "unimproved", "best", "best_score", "seconds", "stopped", "polishing",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        loss: Callable[[int], Tensor],
+        score: Callable[[], Tensor],
+        *,
+        fixed: list[Tensor] = (),
+        steps: int,
+        lr: float,
+        settings: dict[str, Any],
+        label: str,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+        polish_loss: Callable[[], Tensor] | None = None,
+        polish: int = 0,
+    ) -> None:
+        self.parameters, self.fixed, self.loss, self.score = parameters, fixed, loss, score
+        self.polish_loss = polish_loss
+        self.steps, self.total, self.lr = steps, steps + polish, lr
+        self.settings = settings | {"steps": steps, "polish": polish, "lr": lr}
+        self.label, self.progress = label, progress
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.parameters, lr=lr)
+        self.step = self.skipped = self.skipped_in_a_row = self.averaged = 0
+        self.worse = self.unimproved = 0
+        self.losses: list[float] = []
+        self.scores: list[tuple[int, float]] = []
+        self.average: list[Tensor] = []
+        self.best: list[Tensor] = []
+        self.best_score = torch.tensor(math.inf)
+        self.seconds, self.stopped, self.polishing = 0.0, "", False
+
+    def run(self) -> Fit:
+        """Take the steps that are left; the parameters end in their best state, come what may."""
+        self._resume()
+        if not self.best:
+            self._evaluate()
+        began = time.perf_counter() - self.seconds
+        shown = {"total": self.total, "initial": self.step, "desc": self.label}
+        with tqdm(**shown, disable=not self.progress) as bar:
+            try:
+                while self.step < self.total and not self.stopped:
+                    (self._descend if self.step < self.steps else self._polish)()
+                    self.seconds = time.perf_counter() - began
+                    self._show(bar)
+            finally:
+                self._save()
+                _copy(self.best, self.parameters)
+        return self._result()
+
+    def _descend(self) -> None:
+        """One step of Adam, or none where loss or gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * _schedule(self.step, self.steps)
+        self.optimizer.zero_grad()
+        loss = self.loss(self.step)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf)
+        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.losses.append(loss.item() if finite else math.nan)
+        self.step += 1
+        self._watch()
+
+    def _watch(self) -> None:
+        if self.step > (1 - AVERAGED) * self.steps:
+            self._add_to_average()
+        if self.step % max(1, self.steps // EVALUATIONS) == 0 or self.step == self.steps:
+            self._evaluate()
+        if self.step % max(1, self.steps // 10) == 0:
+            self._save()
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            self.stopped = f"loss or gradient not finite for {MAX_SKIPPED} steps in a row"
+        elif self.worse >= CLEARLY_WORSE:
+            step, score = min(self.scores, key=lambda pair: pair[1])
+            self.stopped = (
+                f"overfitting: held-out loss clearly above its {score:.4f} at step {step}"
+            )
+
+    def _polish(self) -> None:
+        """Some iterations of L-BFGS, at first from the best state that Adam found."""
+        if not self.polishing:
+            _copy(self.best, self.parameters)
+            self.optimizer, self.average, self.polishing = _lbfgs(self.parameters), [], True
+        before, best = self.step, self.best_score
+        self.optimizer.step(self._closure)
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            self.stopped = "L-BFGS left the finite numbers; the best state before it is kept"
+            return
+        self._evaluate()
+        self.unimproved = 0 if self.best_score is not best else self.unimproved + self.step - before
+        if self.unimproved >= POLISH_PATIENCE:
+            self.stopped = f"held-out loss has not improved for {self.unimproved} evaluations"
+        self._save()
+
+    def _closure(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.polish_loss()
+        loss.backward()
+        self.losses.append(loss.item())
+        self.step += 1
+        return loss
+
+    @torch.no_grad()
+    def _add_to_average(self) -> None:
+        self.averaged += 1
+        if not self.average:
+            self.average = [p.detach().clone() for p in self.parameters]
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 / self.averaged)
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Score the average, or the iterate while there is none, and keep it if it is best."""
+        current = [p.detach().clone() for p in self.parameters]
+        candidate = self.average or current
+        _copy(candidate, self.parameters)
+        score = self.score().double().cpu()
+        _copy(current, self.parameters)
+        self.scores.append((self.step, score.mean().item()))
+        if not self.best or score.mean() < self.best_score.mean():
+            self.best_score, self.best, self.worse = score, [t.clone() for t in candidate], 0
+        elif self.polish_loss is not None:
+            excess = score - self.best_score
+            clear = excess.mean() > 3 * excess.std() / len(excess) ** 0.5
+            self.worse = self.worse + 1 if clear else 0
+
+    def _show(self, bar: tqdm) -> None:
+        bar.update(min(self.step, self.total) - bar.n)
+        if self.step % 20 == 0 or self.polishing:
+            best = self.best_score.mean()
+            bar.set_postfix(loss=f"{self.losses[-1]:.4f}", best=f"{best:.4f}", refresh=False)
+
+    def _result(self) -> Fit:
+        return Fit(
+            losses=self.losses,
+            scores=self.scores,
+            best_loss=self.best_score.mean().item(),
+            steps=self.step,
+            stopped=self.stopped or f"all {self.total} steps done",
+            seconds=self.seconds,
+            skipped=self.skipped,
+        )
+
+    def _save(self) -> None:
+        if self.checkpoint is not None:
+            loop = {name: getattr(self, name) for name in self.SAVED}
+            loop["tensors"] = [t.detach() for t in [*self.parameters, *self.fixed]]
+            write_checkpoint(self.checkpoint, self.settings, loop, self.optimizer.state_dict())
+
+    def _resume(self) -> None:
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return
+        loop, optimizer = read_checkpoint(self.checkpoint, self.settings)
+        for name in self.SAVED:
+            setattr(self, name, loop[name])
+        _copy(loop["tensors"], [*self.parameters, *self.fixed])
+        if self.polishing:
+            self.optimizer = _lbfgs(self.parameters)
+        self.optimizer.load_state_dict(optimizer)
+
+
+@torch.no_grad()
+def _copy(values: list[Tensor], targets: list[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Warm-up over the first thirtieth, and a cosine from 1 to 0."""
+    warmup = min(1.0, (step + 1) / max(1, steps // 30))
+    return warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _lbfgs(parameters: list[Tensor]) -> torch.optim.LBFGS:
+    return torch.optim.LBFGS(
+        parameters,
+        max_iter=POLISH_ITERATIONS,
+        history_size=100,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )

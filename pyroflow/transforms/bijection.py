@@ -1,0 +1,173 @@
+"""What every pyroflow transform shares: the pair cache, shape checks, broadcasting."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import Transform, constraints
+
+
+class _Pair(NamedTuple):
+    """One (x, y) with the intermediate results of the call that made it."""
+
+    x: Tensor
+    y: Tensor
+    work: Any
+    recorded: bool
+    parameters: tuple[Tensor, ...]  # kept alive, so that no other tensor gets one of their ids
+    stamp: tuple
+
+
+class Bijection(Transform):
+    """A bijection of R^D whose cache is never stale.
+
+    Two pairs are remembered. The pair that the last *forward* call made lets a sample be
+    scored without a root search. The pair of the last *inverse* call only hands its
+    intermediate results on to ``log_abs_det_jacobian``. A pair serves the very tensors it
+    was made with, as long as they and the parameters are unchanged: neither an optimiser
+    step nor an in-place edit leaves a wrong answer behind (pyro issues #2718 and #2564). Only
+    an edit in place through ``.data`` escapes, as it escapes autograd.
+    Copies and pickles start with an empty cache.
+
+    Subclasses implement the four methods that raise ``NotImplementedError`` here.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self) -> None:
+        super().__init__(cache_size=1)
+        self._made: _Pair | None = None
+        self._solved: _Pair | None = None
+
+    def _map_parameters(self) -> tuple[Tensor, ...]:
+        """The tensors that decide the map; the first has shape (*P, D) or (*P, K, D)."""
+        raise NotImplementedError
+
+    def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+        """Return y and the intermediate results ("work") that the other methods reuse."""
+        raise NotImplementedError
+
+    def _backward(self, y: Tensor, parameters: tuple[Tensor, ...], work: Any) -> tuple[Tensor, Any]:
+        """Return x and the work; a given work holds the values of the solution at y."""
+        raise NotImplementedError
+
+    def _log_det(self, work: Any) -> Tensor:
+        """Return log |det dy/dx|, shape (*B)."""
+        raise NotImplementedError
+
+    def _parameter_batch(self) -> Size:
+        """The batch shape P of the parameters."""
+        return Size()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return y = t(x) for x of shape (*B, D), and remember the pair."""
+        self._check("x", x)
+        y, work = self._forward(x, self._map_parameters())
+        self._made = self._pair(x, y, work)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        self._check("y", y)
+        made = self._made if self._made_this(y) else None
+        if made is not None:
+            follows_graph = made.recorded and not (y.is_leaf and y.requires_grad)
+            if follows_graph or not torch.is_grad_enabled():
+                return made.x
+        x, work = self._backward(y, self._map_parameters(), made and made.work)
+        self._solved = self._pair(x, y, work)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return log |det dy/dx|, shape (*B), for y = t(x)."""
+        for pair in (self._made, self._solved):
+            if pair is not None and self._serves(pair, x, y):
+                return self._log_det(pair.work)
+        self._check("x", x)
+        return self._log_det(self._forward(x, self._map_parameters())[1])
+
+    def inverse_along_path(self, y: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """t⁻¹(y) and log |det dy/dx| as functions of y alone, the parameters held fixed.
+
+        Where ``origin`` is what this transform has just made nothing is solved: the activations
+        of the forward pass are the solution.
+
+        Args:
+            y: shape (*B, D).
+            origin: a tensor with the values of y: y itself, or the origin that the next
+                transform towards the data returned.
+
+        Returns:
+            x, shape (*B, D); log |det|, shape (*B); the origin of x.
+        """
+        self._check("y", y)
+        fixed = tuple(t.detach() for t in self._map_parameters())
+        made = self._made if self._made_this(origin) else None
+        x, work = self._backward(y, fixed, made and made.work)
+        return x, self._log_det(work), made.x if made else x
+
+    def forward_shape(self, shape: Size) -> Size:
+        """Broadcast the batch part of a shape with that of the parameters."""
+        return torch.broadcast_shapes(shape[:-1], self._parameter_batch()) + shape[-1:]
+
+    inverse_shape = forward_shape
+
+    def with_cache(self, cache_size: int = 1) -> Bijection:
+        """Return self: the cache is always on, and never changes a result."""
+        return self
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_made": None, "_solved": None}
+
+    def _pair(self, x: Tensor, y: Tensor, work: Any) -> _Pair | None:
+        parameters = self._map_parameters()
+        if any(t.is_inference() for t in (x, y, *parameters)):  # their edits cannot be noticed
+            return None
+        return _Pair(x, y, work, torch.is_grad_enabled(), parameters, self._stamp(x, y))
+
+    def _made_this(self, y: Tensor) -> bool:
+        made = self._made
+        return made is not None and made.y is y and made.stamp == self._stamp(made.x, y)
+
+    def _serves(self, pair: _Pair, x: Tensor, y: Tensor) -> bool:
+        enough = pair.recorded or not torch.is_grad_enabled()
+        return enough and pair.x is x and pair.y is y and pair.stamp == self._stamp(x, y)
+
+    def _stamp(self, x: Tensor, y: Tensor) -> tuple:
+        watched = (x, *self._map_parameters())
+        return (y._version, *((id(t), _address(t), t._version, t.requires_grad) for t in watched))
+
+    def _check(self, name: str, value: Tensor) -> None:
+        parameter = self._map_parameters()[0]
+        kind, size = type(self).__name__, parameter.shape[-1]
+        if value.dim() == 0 or value.shape[-1] != size:
+            raise ValueError(
+                f"{kind} expects {name} with last dimension {size}, got shape {tuple(value.shape)}"
+            )
+        if value.dtype != parameter.dtype:
+            raise ValueError(
+                f"{kind} has {parameter.dtype} parameters, got {name} in {value.dtype}: "
+                f"convert one of them, as in {name}.to({parameter.dtype})"
+            )
+        self._check_batch(name, value)
+
+    def _check_batch(self, name: str, value: Tensor) -> None:
+        try:
+            self.forward_shape(value.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(self).__name__} has parameters of batch shape "
+                f"{tuple(self._parameter_batch())}, which does not broadcast with {name} of "
+                f"shape {tuple(value.shape)}"
+            ) from error
+
+
+def _address(t: Tensor) -> int:
+    """Where the data lie: assigning ``t.data`` changes it, but not the version."""
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # the tensors of torch.func have none
+        return 0

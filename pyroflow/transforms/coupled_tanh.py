@@ -1,0 +1,213 @@
+"""The triangular tanh system that planar stacks and Sylvester layers share.
+
+A stack of K planar layers reads its input through K numbers only. With a_k the
+pre-activation of layer k and h = tanh(a), both directions of the stack are one system
+
+    a + N h + (s − 1) ∘ h = r,
+
+with N strictly triangular. Forward, N is lower triangular and s = 1: an explicit
+recursion. Inverse, N is upper triangular and each unknown is the root of a monotone
+scalar equation. The derivatives of the system are *linear* triangular systems, and the
+derivatives of those are linear triangular systems again: two autograd functions that call
+each other give derivatives of every order.
+
+Inside, the layer index comes first: r is (K, *B); N is (K, K), shared by a flat batch, or
+(K, K, *P) with P as long as B and broadcastable to it; s is (K, *P).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from pyroflow.transforms.monotone_root import monotone_root
+
+
+def sech2(a: Tensor) -> Tensor:
+    """sech²(a) = 1 − tanh²(a), to full relative precision and without overflow."""
+    return 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
+
+
+def solve_coupled_tanh(
+    r: Tensor, N: Tensor, s: Tensor | None, *, upper: bool, solution: Tensor | None = None
+) -> Tensor:
+    """Solve a + N tanh(a) + (s − 1) ∘ tanh(a) = r for a, differentiable to any order.
+
+    Args:
+        r: right-hand side, shape (K, *B).
+        N: coupling, shape (K, K), or (K, K, *P) with P broadcastable to B. Only its strict
+            upper (``upper=True``) or strict lower triangle is read.
+        s: one plus the diagonal of the coupling, shape (K,) or (K, *P); None for s = 1.
+        upper: which triangle couples the unknowns, and with it the order of the recursion.
+        solution: a, shape (K, *B), where it is already known: nothing is solved, and the
+            result has the gradients of the solution.
+
+    Returns:
+        a, shape (K, *B).
+
+    Example:
+        >>> N, s = torch.randn(3, 3), torch.ones(3) * 2
+        >>> a = solve_coupled_tanh(torch.zeros(3, 5), N, s, upper=True)
+        >>> a.shape, bool((a == 0).all())
+        (torch.Size([3, 5]), True)
+    """
+    shape, shared = r.shape, N.dim() == 2
+    if shared:
+        r = r.reshape(len(r), math.prod(shape[1:]))
+        solution = None if solution is None else solution.reshape(r.shape)
+    N, s = _pad(N, r.dim() - 1, 2, shared), _pad(s, r.dim() - 1, 1, False)
+    return _CoupledTanh.apply(r, N, s, upper, solution).reshape(shape)
+
+
+class _CoupledTanh(Function):
+    """r ↦ a. The forward pass is the recursion, the backward pass its linearisation."""
+
+    @staticmethod
+    def forward(
+        r: Tensor, N: Tensor, s: Tensor | None, upper: bool, solution: Tensor | None
+    ) -> Tensor:
+        if solution is not None:
+            return solution.clone()
+        a, h = r.clone(), torch.zeros_like(r)
+        for k, a_k, h_k, coupling in _rows(upper, a, h, _triangle(N, upper)):
+            a_k.sub_(_combine(coupling, h))
+            if s is not None:
+                a_k.copy_(monotone_root(a_k, s[k]))
+            torch.tanh(a_k, out=h_k)
+        return a
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, N, s, ctx.upper, _ = inputs
+        ctx.save_for_backward(output, N, s)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        a, N, s = ctx.saved_tensors
+        h, d = a.tanh(), sech2(a)
+        det = None if s is None else h.square() + s * d
+        adjoint = _LinearSystem.apply(grad, N.transpose(0, 1), det, d, None, not ctx.upper)
+        grad_N = -_outer(adjoint, h, N, ctx.upper) if ctx.needs_input_grad[1] else None
+        grad_s = None if s is None else -(adjoint * h).sum_to_size(s.shape)
+        return adjoint, grad_N, grad_s, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple,
+        r: Tensor,
+        N: Tensor,
+        s: Tensor | None,
+        upper: bool,
+        solution: Tensor | None,
+    ) -> tuple[Tensor, int]:
+        dims = in_dims[:3] + in_dims[4:]
+        r, N, s, solution = _add_batch(info.batch_size, dims, (1, 2, 1, 1), (r, N, s, solution))
+        return _CoupledTanh.apply(r, N, s, upper, solution), 1
+
+
+class _LinearSystem(Function):
+    """v ↦ x with (diag(p) + diag(e) N diag(f)) x = v; p, e, f are (K, *B), None means 1."""
+
+    @staticmethod
+    def forward(
+        v: Tensor, N: Tensor, p: Tensor | None, e: Tensor | None, f: Tensor | None, upper: bool
+    ) -> Tensor:
+        x, fx = v.clone(), torch.zeros_like(v)
+        for k, x_k, fx_k, coupling in _rows(upper, x, fx, _triangle(N, upper)):
+            sum_k = _combine(coupling, fx)
+            x_k.sub_(sum_k if e is None else sum_k.mul_(e[k]))
+            if p is not None:
+                x_k.div_(p[k])
+            fx_k.copy_(x_k if f is None else x_k * f[k])
+        return x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, N, p, e, f, ctx.upper = inputs
+        ctx.save_for_backward(output, N, p, e, f)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, N, p, e, f = ctx.saved_tensors
+        flipped = N.transpose(0, 1)
+        adjoint = _LinearSystem.apply(grad, flipped, p, f, e, not ctx.upper)
+        fx, left = _times(x, f), _times(adjoint, e)
+        grad_N = -_outer(left, fx, N, ctx.upper) if ctx.needs_input_grad[1] else None
+        grad_p = None if p is None else -adjoint * x
+        grad_e = None if e is None else -adjoint * _matvec(N, fx, ctx.upper)
+        grad_f = None if f is None else -x * _matvec(flipped, left, not ctx.upper)
+        return adjoint, grad_N, grad_p, grad_e, grad_f, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple,
+        v: Tensor,
+        N: Tensor,
+        p: Tensor | None,
+        e: Tensor | None,
+        f: Tensor | None,
+        upper: bool,
+    ) -> tuple[Tensor, int]:
+        dims, at = in_dims[:5], (1, 2, 1, 1, 1)
+        return _LinearSystem.apply(
+            *_add_batch(info.batch_size, dims, at, (v, N, p, e, f)), upper
+        ), 1
+
+
+def _rows(upper: bool, *tensors: Tensor) -> Iterator[tuple]:
+    """The index and the rows of each unknown, in solving order."""
+    rows = list(zip(range(len(tensors[0])), *(t.unbind(0) for t in tensors), strict=True))
+    return iter(rows[::-1] if upper else rows)
+
+
+def _combine(coupling: Tensor, h: Tensor) -> Tensor:
+    """Σ_j coupling_j h_j. The unknowns not yet solved have zeros in ``coupling``."""
+    return torch.mv(h.T, coupling) if coupling.dim() == 1 else (coupling * h).sum(0)
+
+
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else factor * x
+
+
+def _triangle(N: Tensor, upper: bool) -> Tensor:
+    moved = N.movedim((0, 1), (-2, -1))
+    return (moved.triu(1) if upper else moved.tril(-1)).movedim((-2, -1), (0, 1))
+
+
+def _matvec(N: Tensor, x: Tensor, upper: bool) -> Tensor:
+    N = _triangle(N, upper)
+    return N @ x if N.dim() == 2 else (N * x).sum(1)
+
+
+def _outer(left: Tensor, right: Tensor, N: Tensor, upper: bool) -> Tensor:
+    """The gradient of a bilinear form in N: left rightᵀ, summed over what N shares."""
+    if N.dim() == 2:
+        return _triangle(left @ right.T, upper)
+    return _triangle((left.unsqueeze(1) * right).sum_to_size(N.shape), upper)
+
+
+def _pad(t: Tensor | None, batch_dims: int, at: int, keep: bool) -> Tensor | None:
+    """Insert singleton batch dimensions after the first ``at``, for right-aligned broadcasting."""
+    if t is None or keep:
+        return t
+    missing = batch_dims - (t.dim() - at)
+    return t.reshape(t.shape[:at] + (1,) * missing + t.shape[at:])
+
+
+def _add_batch(size: int, in_dims: tuple, at: tuple, tensors: tuple) -> list[Tensor | None]:
+    """Move each mapped dimension behind the layer indices; the first tensor is expanded."""
+    moved = []
+    for t, dim, position in zip(tensors, in_dims, at, strict=True):
+        if t is not None:
+            t = t.unsqueeze(position) if dim is None else t.movedim(dim, position)
+        moved.append(t)
+    moved[0] = moved[0].expand(len(moved[0]), size, *moved[0].shape[2:])
+    batch_dims = moved[0].dim() - 2
+    return [_pad(t, batch_dims, start + 1, False) for t, start in zip(moved, at, strict=True)]

@@ -1,0 +1,60 @@
+"""The network behind every conditional transform: context in, parameters out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pyro.nn import DenseNN
+from torch import Tensor, nn
+
+from pyroflow.checks import check_count
+
+
+class Hypernet(nn.Module):
+    """Parameters as a function of a context: start values plus a dense network's output.
+
+    The network's last layer starts at zero. The start values are shared with the
+    unconditional transform that owns them, and trained as well.
+
+    Args:
+        context_dim: C.
+        hidden_dims: sizes of the hidden layers, at least one.
+        shapes: the shapes of the parameters.
+    """
+
+    def __init__(
+        self, context_dim: int, hidden_dims: Sequence[int], shapes: Sequence[torch.Size]
+    ) -> None:
+        super().__init__()
+        check_count("context_dim", context_dim, 1)
+        hidden_dims = [check_count("hidden_dims", size, 1) for size in hidden_dims]
+        if not hidden_dims:
+            raise ValueError("hidden_dims must name at least one hidden layer, got none")
+        self.context_dim, self.shapes = context_dim, [torch.Size(shape) for shape in shapes]
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.nn = DenseNN(context_dim, hidden_dims, sizes, nonlinearity=nn.SiLU())
+        self.reset_output()
+
+    def reset_output(self) -> None:
+        """Set the last layer to zero, so that the parameters are the start values."""
+        nn.init.zeros_(self.nn.layers[-1].weight)
+        nn.init.zeros_(self.nn.layers[-1].bias)
+
+    def forward(self, context: Tensor, start: Sequence[Tensor]) -> list[Tensor]:
+        """Start values plus the network's output at context (*B, C), shapes (*B, ...)."""
+        self._check(context)
+        outputs = self.nn(context)
+        batch = context.shape[:-1]
+        return [
+            value + output.reshape(batch + shape)
+            for value, output, shape in zip(start, outputs, self.shapes, strict=True)
+        ]
+
+    def _check(self, context: Tensor) -> None:
+        if context.dim() == 0 or context.shape[-1] != self.context_dim:
+            raise ValueError(
+                f"context must have last dimension {self.context_dim} (context_dim), "
+                f"got shape {tuple(context.shape)}"
+            )

@@ -1,0 +1,237 @@
+"""Planar layers (Rezende & Mohamed 2015, equation 10), K of them as one transform."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pyro.distributions.conditional import ConditionalTransformModule
+from pyro.distributions.torch_transform import TransformModule
+from torch import Size, Tensor, nn
+
+from pyroflow.checks import check_count
+from pyroflow.transforms.bijection import Bijection
+from pyroflow.transforms.coupled_tanh import sech2, solve_coupled_tanh
+from pyroflow.transforms.hypernet import Hypernet
+
+IDENTITY_SLOPE = math.log(math.e - 1)  # wᵀu at which m(wᵀu) = 0, so that û = 0
+INIT_SLOPE = 3.0  # ‖w‖ at the start, about: hyperplanes with bends as sharp as data need
+
+
+def softplus(v: Tensor) -> Tensor:
+    """ln(1 + eᵛ), exact in float64 too: torch's default switches to v already at 20."""
+    return F.softplus(v, threshold=40)
+
+
+def constrain(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's û (appendix A.1) and s = 1 + wᵀû > 0, row by row.
+
+    û = u + [m(wᵀu) − wᵀu] w/‖w‖² with m(v) = −1 + ln(1 + eᵛ), so that s = ln(1 + e^(wᵀu)).
+    At ‖w‖ = 0 the formula is 0/0. Below ‖w‖² = sqrt(tiny), the square root of the smallest
+    normal number, the denominator stays there and s follows; a wᵀu < −1/2 is exempt, as it
+    needs the true norm to stay invertible (and with it a ‖u‖ beyond 1e9).
+
+    Args:
+        w: shape (*, D).
+        u: shape (*, D).
+
+    Returns:
+        û, shape (*, D), and s, shape (*).
+    """
+    v, norm2, tiny = (w * u).sum(-1), w.square().sum(-1), torch.finfo(w.dtype).tiny
+    floor = torch.full_like(v, math.sqrt(tiny)).masked_fill(v < -0.5, tiny)
+    share = (norm2 / floor).clamp(max=1)
+    u_hat = u + ((softplus(-v) - 1) / torch.maximum(norm2, floor)).unsqueeze(-1) * w
+    s = share * softplus(v) + (1 - share) * (1 + v)
+    return u_hat, s.clamp(min=tiny)
+
+
+class _Work(NamedTuple):
+    a: Tensor
+    h: Tensor
+    s: Tensor
+
+
+class ConditionedPlanar(Bijection):
+    """K planar layers with given parameters: y = x + û₁ tanh(w₁ᵀx + b₁), and so on.
+
+    Base to data: ``t(x) = y``. Made by :class:`ConditionalPlanar`; usable by itself with
+    parameters of any batch shape. Layer 1 acts first.
+
+    Args:
+        w, u: shape (*P, K, D).
+        b: shape (*P, K).
+
+    Example:
+        >>> t = ConditionedPlanar(torch.randn(7, 4, 3), torch.randn(7, 4, 3), torch.randn(7, 4))
+        >>> t(torch.zeros(5, 7, 3)).shape
+        torch.Size([5, 7, 3])
+    """
+
+    def __init__(self, w: Tensor, u: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.w, self.u, self.b = w, u, b
+
+    def _map_parameters(self) -> tuple[Tensor, ...]:
+        return self.w, self.u, self.b
+
+    def _parameter_batch(self) -> Size:
+        return torch.broadcast_shapes(self.w.shape[:-2], self.b.shape[:-1])
+
+    def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, _Work]:
+        w, u, b = parameters
+        u_hat, s = constrain(w, u)
+        a = solve_coupled_tanh(_project(x, w, b), -_coupling(w, u_hat), None, upper=False)
+        h = a.tanh()
+        return _shift(x, u_hat, h), _Work(a, h, s)
+
+    def _backward(
+        self, y: Tensor, parameters: tuple[Tensor, ...], work: _Work | None
+    ) -> tuple[Tensor, _Work]:
+        w, u, b = parameters
+        u_hat, s = constrain(w, u)
+        a = solve_coupled_tanh(
+            _project(y, w, b),
+            _coupling(w, u_hat),
+            s.movedim(-1, 0),
+            upper=True,
+            solution=None if work is None else work.a.detach(),
+        )
+        h = a.tanh()
+        return _shift(y, u_hat, -h), _Work(a, h, s)
+
+    def _log_det(self, work: _Work) -> Tensor:
+        """Σ_k ln(t² + s(1 − t²)), equation 13 as a sum of positives (t = tanh a)."""
+        s = work.s.movedim(-1, 0)
+        s = s.reshape(s.shape[:1] + (1,) * (work.a.dim() - s.dim()) + s.shape[1:])
+        return (work.h.square() + s * sech2(work.a)).log().sum(0)
+
+
+def _coupling(w: Tensor, u_hat: Tensor) -> Tensor:
+    """G = W Ûᵀ, shape (K, K, *P): what layer j's shift adds to layer k's pre-activation."""
+    return (w @ u_hat.mT).movedim((-2, -1), (0, 1))
+
+
+def _project(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """W x + b with the layers first, shape (K, *B)."""
+    if w.dim() == b.dim() + 1 == 2:
+        flat = torch.addmm(b.unsqueeze(-1), w, x.reshape(-1, x.shape[-1]).T)
+        return flat.reshape(len(w), *x.shape[:-1])
+    return ((w @ x.unsqueeze(-1)).squeeze(-1) + b).movedim(-1, 0)
+
+
+def _shift(x: Tensor, u_hat: Tensor, h: Tensor) -> Tensor:
+    """Return x + Ûᵀ h for h of shape (K, *B)."""
+    if u_hat.dim() == 2 and h.shape[1:] == x.shape[:-1]:
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.addmm(flat, h.reshape(len(h), len(flat)).T, u_hat).reshape(x.shape)
+    return x + (h.movedim(0, -1).unsqueeze(-2) @ u_hat).squeeze(-2)
+
+
+class Planar(ConditionedPlanar, TransformModule):
+    """K planar layers y = x + û tanh(wᵀx + b), trainable, starting as the identity.
+
+    Base to data: ``t(x) = y``. û is the paper's constrained u, so every parameter value is
+    a bijection, with log |det| = ln |1 + ûᵀψ(x)|, ψ(x) = h'(wᵀx + b) w (equations 10 to 13). The
+    layers act in order, layer 1 first, and together cost two matrix products and a
+    recursion in K numbers. The inverse solves K monotone scalar equations to rounding
+    level and has gradients of every order; a sample that the transform just made is scored
+    without solving anything.
+
+    References:
+        Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015,
+        https://arxiv.org/abs/1505.05770, equations 10 to 13 and appendix A.1.
+
+    Args:
+        input_dim: D; inputs have shape (*B, D).
+        num_layers: K; 0 is the identity.
+
+    Attributes:
+        w, u: shape (K, D).
+        b: shape (K,).
+
+    Raises:
+        ValueError: input_dim < 1 or num_layers < 0; at a call, an input whose last dimension is
+            not D or whose dtype is not that of the parameters.
+
+    Example:
+        >>> t = Planar(2, num_layers=8)
+        >>> x = torch.randn(5, 2)
+        >>> y = t(x)
+        >>> torch.allclose(t.inv(y.clone()), x, atol=1e-5)
+        True
+        >>> t.log_abs_det_jacobian(x, y).shape
+        torch.Size([5])
+    """
+
+    def __init__(self, input_dim: int, num_layers: int = 1) -> None:
+        check_count("input_dim", input_dim, 1)
+        check_count("num_layers", num_layers, 0)
+        Bijection.__init__(self)
+        self.w = nn.Parameter(torch.empty(num_layers, input_dim))
+        self.u = nn.Parameter(torch.empty(num_layers, input_dim))
+        self.b = nn.Parameter(torch.empty(num_layers))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw hyperplanes that cross a standard normal, and set u so that each û is 0.
+
+        û = 0 needs wᵀu = ln(e − 1). Small weights would not do: u = 0 makes wᵀû = ln 2 − 1,
+        and a stack of such layers a strong contraction.
+        """
+        D = self.w.shape[-1]
+        self.w.normal_(std=INIT_SLOPE / math.sqrt(D))
+        norm = self.w.norm(dim=-1, keepdim=True)
+        self.w *= norm.clamp(min=0.1 * INIT_SLOPE) / norm
+        self.b.copy_((self.w * torch.randn_like(self.w)).sum(-1))
+        self.u.copy_(IDENTITY_SLOPE * self.w / self.w.square().sum(-1, keepdim=True))
+
+
+class ConditionalPlanar(ConditionalTransformModule):
+    """K planar layers whose parameters depend on a context, as in amortised inference.
+
+    The parameters are those of a :class:`Planar` plus a network's output, whose last layer
+    starts at zero: at first the map is the identity for every context.
+
+    Args:
+        input_dim: D.
+        context_dim: C; ``condition`` takes a context of shape (*B, C).
+        num_layers: K.
+        hidden_dims: sizes of the network's hidden layers.
+
+    Raises:
+        ValueError: a size that is too small, or a context whose last dimension is not C.
+
+    Example:
+        >>> t = ConditionalPlanar(2, context_dim=3, num_layers=4)
+        >>> base = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1)
+        >>> q = torch.distributions.TransformedDistribution(base, [t.condition(torch.randn(7, 3))])
+        >>> q.batch_shape, q.rsample().shape
+        (torch.Size([7]), torch.Size([7, 2]))
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        num_layers: int = 1,
+        *,
+        hidden_dims: Sequence[int] = (64, 64),
+    ) -> None:
+        super().__init__()
+        self.planar = Planar(input_dim, num_layers)
+        shapes = [t.shape for t in self.planar._map_parameters()]
+        self.nn = Hypernet(context_dim, hidden_dims, shapes)
+
+    def reset_parameters(self) -> None:
+        """Draw the start values anew and make every context's map the identity again."""
+        self.planar.reset_parameters()
+        self.nn.reset_output()
+
+    def condition(self, context: Tensor) -> ConditionedPlanar:
+        """The layers for a context of shape (*B, C); a snapshot of the network's output."""
+        return ConditionedPlanar(*self.nn(context, self.planar._map_parameters()))

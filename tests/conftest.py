@@ -1,0 +1,28 @@
+"""Every test starts from the same state, and must leave torch's global state as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+from torch.distributions import Distribution
+
+torch.set_num_threads(1)  # the tensors are small: threads would wait for each other
+
+
+@pytest.fixture(autouse=True)
+def clean_state() -> Iterator[None]:
+    """Seed 0, float64, an empty parameter store and validation on."""
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    pyro.enable_validation(True)
+    yield
+    dtype, validates = torch.get_default_dtype(), Distribution._validate_args
+    torch.set_default_dtype(torch.float32)
+    Distribution.set_default_validate_args(True)
+    assert dtype == torch.float64, f"the test left the default dtype at {dtype}"
+    assert validates, "the test left torch's validation of arguments switched off"
+    assert torch.is_grad_enabled(), "the test left gradients switched off"
