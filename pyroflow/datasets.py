@@ -1,4 +1,4 @@
-"""Data to fit: the sine strip, tables from files, and the check every fit makes of its data."""
+"""Data to fit: the sine strip, and tables from files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SINE_ENTROPY", "check_data", "read_table", "sine", "sine_log_prob"]
+from pyroflow.data_checks import check_shape, to_tensor
+
+__all__ = ["SINE_ENTROPY", "read_table", "sine", "sine_log_prob"]
 
 Columns = Sequence[int | str] | int | str | None
 
@@ -114,112 +116,9 @@ def read_table(path: str | PathLike[str], *, columns: Columns = None) -> Tensor:
     if path.suffix.lower() not in readers:
         raise ValueError(f"read_table: {path} is none of {', '.join(readers)}; convert it first.")
     names, values = readers[path.suffix.lower()](path)
-    table = _to_tensor(values, str(path)).to(torch.get_default_dtype())
-    _check_shape(table, None, str(path), rows=1)
+    table = to_tensor(values, str(path)).to(torch.get_default_dtype())
+    check_shape(table, None, str(path), rows=1)
     return table[:, _positions(columns, names, table.shape[1], path)]
-
-
-def check_data(data: object, *, width: int | None = None, name: str = "data") -> Tensor:
-    r"""Turns data into a float tensor, or says why no density can be fitted to it.
-
-    Args:
-        data: Tensor, array or nested list with shape :math:`(n, d)`, at least two rows.
-        width: The :math:`d` that is wanted; any if None.
-        name: What the messages call the data.
-
-    Returns:
-        A tensor with shape :math:`(n, d)`. float32 and float64 are kept; integers, other floats
-        and lists become torch's default dtype.
-
-    Raises:
-        ValueError: If the data are not numbers, have another shape, hold NaN or inf, or if a
-            column is constant up to the rounding of its values.
-
-    Example:
-        >>> from pyroflow.datasets import check_data
-        >>> check_data([[0, 1], [1, 3], [2, 2]]).shape
-        torch.Size([3, 2])
-    """
-    tensor = _to_tensor(data, name)
-    _check_shape(tensor, width, name)
-    _check_finite(tensor, name)
-    _check_varies(tensor, name)
-    return tensor
-
-
-def _to_tensor(data: object, name: str) -> Tensor:
-    if not isinstance(data, Tensor):
-        return _array_to_tensor(data, name)
-    if data.is_complex() or data.dtype == torch.bool:
-        raise _not_numeric(name, str(data.dtype))
-    kept = data.dtype in (torch.float32, torch.float64)
-    return data if kept else data.to(torch.get_default_dtype())
-
-
-def _array_to_tensor(data: object, name: str) -> Tensor:
-    try:
-        array = np.asanyarray(data)
-    except ValueError as error:
-        raise ValueError(
-            f"{name} expects rows of equal length, shape (n, d), got a ragged {type(data).__name__}"
-            f" ({error}); give every row the same number of values."
-        ) from error
-    if array.dtype.kind not in "iuf":
-        raise _not_numeric(name, str(array.dtype))
-    if np.ma.isMaskedArray(array):
-        array = array.astype(np.float64).filled(np.nan)
-    native = array.dtype.newbyteorder("=")
-    kept = hasattr(data, "__array__") and native in (np.float32, np.float64)
-    # A copy: torch takes neither read-only, nor reversed, nor byte-swapped memory.
-    tensor = torch.from_numpy(np.array(array, dtype=native if kept else np.float64, order="C"))
-    return tensor if kept else tensor.to(torch.get_default_dtype())
-
-
-def _not_numeric(name: str, dtype: str) -> ValueError:
-    return ValueError(
-        f"{name} expects real numbers, got dtype {dtype}; encode it as numbers and convert it,"
-        " e.g. with data.astype(float) or data.float()."
-    )
-
-
-def _check_shape(data: Tensor, width: int | None, name: str, rows: int = 2) -> None:
-    expected = f"{name} expects shape (n, {width or 'd'}) with n >= {rows}"
-    got = f"got shape {tuple(data.shape)}"
-    if data.numel() == 0 or (data.ndim == 2 and len(data) < rows):
-        raise ValueError(f"{expected}, {got}; pass at least {rows} row(s) of numbers.")
-    if data.ndim == 1:
-        raise ValueError(f"{expected}, {got}; use data[:, None] for n values of one quantity.")
-    if data.ndim != 2:
-        raise ValueError(f"{expected}, {got}; reshape it to one row per observation.")
-    if width is not None and data.shape[1] != width:
-        raise ValueError(
-            f"{expected}, {got}; select {width} columns, or build the flow for {data.shape[1]}."
-        )
-
-
-def _check_finite(data: Tensor, name: str) -> None:
-    wrong = ~data.isfinite()
-    if not wrong.any():
-        return
-    row, column = wrong.nonzero()[0].tolist()
-    affected = int(wrong.any(dim=1).sum())
-    raise ValueError(
-        f"{name} expects finite numbers, got {data[row, column].item()} in row {row}, column"
-        f" {column} (from 0); {affected} of {len(data)} rows hold NaN or inf. Drop them with"
-        " data[data.isfinite().all(1)] or fill them in."
-    )
-
-
-def _check_varies(data: Tensor, name: str) -> None:
-    spread = data.amax(dim=0) - data.amin(dim=0)
-    rounding = 8 * torch.finfo(data.dtype).eps * data.abs().amax(dim=0)
-    constant = (spread <= rounding).nonzero().flatten().tolist()
-    if constant:
-        raise ValueError(
-            f"{name} expects columns that vary, got constant column(s) {constant} (from 0, first"
-            f" value {data[0, constant[0]].item():g}), where no density exists. Drop the column,"
-            " or add noise to it. A large offset hides small changes: subtract it, in float64."
-        )
 
 
 def _read_csv(path: Path) -> tuple[list[str] | None, object]:

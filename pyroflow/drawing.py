@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform
 
-from pyroflow.datasets import check_data
+from pyroflow.data_checks import check_data
 
 Pair = tuple[float, float]
 Bounds = Pair | tuple[Pair, Pair]

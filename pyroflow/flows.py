@@ -163,7 +163,7 @@ def planar_flow(
     Args:
         input_dim: D.
         num_layers: K; 0 leaves a Gaussian.
-        context_dim: C, for parameters that are a network's output at a context (\\*B, C).
+        context_dim: C, for parameters that are a network's output at a context (*B, C).
         direction: which way the planar layers run in closed form. "base_to_data" (as in the
             paper) samples without a root search and solves K scalar equations to score foreign
             data; "data_to_base" scores in closed form and solves them to sample. "auto" takes
@@ -173,7 +173,7 @@ def planar_flow(
         hidden_dims: sizes of the context network's hidden layers.
 
     Returns:
-        The flow; ``flow()``, or ``flow(context)``, is a distribution over (\\*, D).
+        The flow; ``flow()``, or ``flow(context)``, is a distribution over (*, D).
 
     Raises:
         ValueError: input_dim < 1, num_layers < 0, context_dim < 1, or an unknown option.

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyroflow.datasets import SINE_ENTROPY, check_data, read_table, sine, sine_log_prob
+from pyroflow.data_checks import check_data
+from pyroflow.datasets import SINE_ENTROPY, read_table, sine, sine_log_prob
 
 
 def varied(rows: int = 5, columns: int = 3) -> Tensor:

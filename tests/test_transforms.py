@@ -114,8 +114,6 @@ def test_float32_agrees_with_float64(source: Source, inverse: bool) -> None:
     single = copy.deepcopy(source).float()
     value = inputs(source, (4, *source.batch)).float()
     exact = copy.deepcopy(single).double()  # the rounded parameters
-    for p in [*single.parameters(), *exact.parameters()]:
-        p.grad = None
     scale = stretch(exact, value.double(), inverse)
     results, gradients = [], []
     for module, v in ((single, value), (exact, value.double())):
@@ -125,8 +123,10 @@ def test_float32_agrees_with_float64(source: Source, inverse: bool) -> None:
         results.append((image.double(), log_det.double()))
         gradients.append([t.grad.double() for t in (v, *module.parameters()) if t.grad is not None])
     (image, log_det), (exact_image, exact_log_det) = results
-    print("F32", ((image - exact_image).abs().amax(-1) / scale).max().item() / EPS32, ((log_det - exact_log_det).abs() / scale).max().item() / EPS32,
-      max(((g-e).norm()/(1+e.norm())).item() for g,e in zip(*gradients))/EPS32, scale.max().item())
+    assert ((image - exact_image).abs().amax(-1) <= 4 * EPS32 * scale).all()
+    assert ((log_det - exact_log_det).abs() <= 4 * EPS32 * scale).all()
+    for gradient, expected in zip(*gradients, strict=True):
+        assert (gradient - expected).norm() <= 4 * EPS32 * scale.max() * (1 + expected.norm())
     assert all(r.dtype == torch.float32 for r in single(value, inverse))
 
 
@@ -154,22 +154,22 @@ def test_a_dtype_that_is_not_the_default(module_dtype: torch.dtype) -> None:
 
 
 def test_inputs_of_a_wrong_size(source: Source) -> None:
-    if source.dim == 1:
-        pytest.skip("no smaller size")
     t = source.transform()
-    message = rf"expects . with last dimension {source.dim}, got shape \(5, {source.dim - 1}\)"
+    message = rf"expects . with last dimension {source.dim}, got shape \(5, {source.dim + 1}\)"
     for call in (t, t.inv):
         with pytest.raises(ValueError, match=message):
-            call(torch.zeros(5, source.dim - 1))
+            call(torch.zeros(5, source.dim + 1))
         with pytest.raises(ValueError, match=r"got shape \(\)"):
             call(torch.zeros(()))
     with pytest.raises(ValueError, match=message):
-        t.log_abs_det_jacobian(torch.zeros(5, source.dim - 1), torch.zeros(5, source.dim - 1))
+        t.log_abs_det_jacobian(torch.zeros(5, source.dim + 1), torch.zeros(5, source.dim + 1))
 
 
 def test_inputs_of_a_wrong_dtype(source: Source) -> None:
     t = source.transform()
-    message = r"has torch.float64 parameters, got . in torch.float32: convert .* \w\.to\(torch.float64\)"
+    message = (
+        r"has torch.float64 parameters, got . in torch.float32: convert .* \w\.to\(torch.float64\)"
+    )
     for call in (t, t.inv):
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(*source.batch, source.dim, dtype=torch.float32))

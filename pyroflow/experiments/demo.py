@@ -43,7 +43,7 @@ class Settings:
     @property
     def toy(self) -> dict[str, int]:
         """Options of the fits to the toy posterior."""
-        return {"steps": 500, "num_particles": 64} if self.quick else {"steps": 3000}
+        return {"steps": 500, "num_particles": 64} if self.quick else {"steps": 2000}
 
     @property
     def schools(self) -> dict[str, int]:

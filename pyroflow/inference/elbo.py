@@ -21,7 +21,8 @@ class Problem:
     """A model and a guide, with the arguments of both.
 
     ``plates`` is the depth of their plates where draws can be evaluated many at a time, and
-    None where the model must run once for each.
+    None where the model must run once for each. ``subsampled`` says whether a plate draws a part
+    of the data, so that the log joint is itself an estimate.
     """
 
     model: Callable
@@ -29,6 +30,7 @@ class Problem:
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     plates: int | None = None
+    subsampled: bool = False
 
     @classmethod
     def inspect(
@@ -43,6 +45,8 @@ class Problem:
         with torch.no_grad(), poutine.block():
             guide_trace, model_trace = problem.traces()
             _check_covered(guide_trace, model_trace)
+            sites = model_trace.nodes.values()
+            problem.subsampled = any(_draws_subsample(site) for site in sites)
             plates = _plate_depth(guide_trace, model_trace)
             problem.plates = plates if problem._vectorizes(plates, model_trace) else None
         return problem
@@ -58,7 +62,7 @@ class Problem:
         return guide_trace, replayed.get_trace(*self.args, **self.kwargs)
 
     def log_weights(self, num_samples: int) -> Tensor:
-        """Return log p(x, z) − log q(z) of draws z ~ q, shape (S,); their mean estimates the ELBO."""
+        """Return log p(x, z) − log q(z) of S draws, shape (S,); the mean estimates the ELBO."""
         if self.plates is None:
             pairs = (self.traces() for _ in range(num_samples))
             return torch.stack([m.log_prob_sum() - g.log_prob_sum() for g, m in pairs])
@@ -113,6 +117,12 @@ def _plate_depth(*traces: Trace) -> int:
         for frame in site["cond_indep_stack"]
     ]
     return max((-frame.dim for frame in frames if frame.vectorized), default=0)
+
+
+def _draws_subsample(site: dict[str, Any]) -> bool:
+    if site["type"] != "sample" or not site_is_subsample(site):
+        return False
+    return site["fn"].subsample_size < site["fn"].size
 
 
 def _check_covered(guide_trace: Trace, model_trace: Trace) -> None:

@@ -19,7 +19,7 @@ from pyroflow.inference.loop import Loop
 from pyroflow.seeds import seeded
 
 VECTORIZED = {"particles": 256, "scored": 1024}
-ONE_BY_ONE = {"particles": 16, "scored": 64}  # where each draw takes a run of the model
+ONE_BY_ONE = {"particles": 16, "scored": 16}  # where each draw takes a run of the model
 GAUSSIAN_PART = 0.2  # of the steps
 ANNEALED_PART = 0.5  # of the rest
 
@@ -42,14 +42,15 @@ def fit_guide(
 
     Pyro's ``Trace_ELBO`` with all particles in one vectorised run of the model, where two
     vectorised draws get the log densities that they get one by one, and a run for each
-    particle elsewhere. Adam's learning rate warms up and decays to zero; the log joint's weight
-    β rises from 0.1 to 1 over the first half, while entropy keeps its own (equation 20 of
-    Rezende & Mohamed 2015), so that the guide spreads before it settles; the last quarter of
+    particle elsewhere. Adam's learning rate warms up and decays to zero; the last quarter of
     the iterates are averaged; the guide ends in the state with the best bound on a fixed set
-    of draws. Parameters of the model, if it has any, are trained too.
+    of draws (in the last one where a plate subsamples the data, since the bound is then one of
+    the part that was drawn). Parameters of the model, if it has any, are trained too.
 
-    An :class:`~pyroflow.AutoPlanarFlow` follows path derivatives, and spends the first fifth
-    of the steps on its affine layer alone, whose Gaussian then sets the units of the rest.
+    An :class:`~pyroflow.AutoPlanarFlow` follows path derivatives. The first fifth of the steps
+    goes to its affine layer alone, whose Gaussian then sets the units of the rest. After that
+    the log joint's weight β rises from 0.1 to 1 over half of the steps left, while the entropy
+    keeps its own (equation 20 of Rezende & Mohamed 2015): the flow spreads before it settles.
 
     Args:
         model: a Pyro model.
@@ -95,6 +96,7 @@ def fit_guide(
         parameters = _parameters(loss)
         settings = {"kind": "guide", "num_particles": num_particles, "seed": seed}
         shared = {"lr": lr, "progress": progress, "settings": settings}
+        shared["keep_last"] = problem.subsampled
         first = round(GAUSSIAN_PART * steps) if _has_layers_inside(guide) else 0
         if first and not (checkpoint is not None and Path(checkpoint).exists()):
             layers = set(guide.planar.parameters())
@@ -105,7 +107,7 @@ def fit_guide(
         annealed = ANNEALED_PART * (steps - first)
         loop = Loop(
             parameters,
-            lambda step: loss(min(1.0, 0.1 + 0.9 * step / annealed)),
+            lambda step: loss(min(1.0, 0.1 + 0.9 * step / annealed) if first else 1.0),
             score,
             fixed=list(guide.buffers()) if isinstance(guide, nn.Module) else [],
             steps=steps - first,

@@ -36,6 +36,7 @@ class Loop:
         lr: Adam's highest learning rate.
         settings: what a checkpoint must agree on to be resumed.
         label: the progress bar's.
+        keep_last: end in the last state, for a score that cannot tell the best one.
         polish_loss: () ↦ the exact training loss. Where the loss is a deterministic function
             of few parameters, L-BFGS gains what thousands of noisy steps do not.
         polish: evaluations of ``polish_loss``, about.
@@ -59,11 +60,12 @@ class Loop:
         label: str,
         progress: bool = True,
         checkpoint: str | Path | None = None,
+        keep_last: bool = False,
         polish_loss: Callable[[], Tensor] | None = None,
         polish: int = 0,
     ) -> None:
         self.parameters, self.fixed, self.loss, self.score = parameters, fixed, loss, score
-        self.polish_loss = polish_loss
+        self.keep_last, self.polish_loss = keep_last, polish_loss
         self.steps, self.total, self.lr = steps, steps + polish, lr
         self.settings = settings | {"steps": steps, "polish": polish, "lr": lr}
         self.label, self.progress = label, progress
@@ -168,7 +170,7 @@ class Loop:
         score = self.score().double().cpu()
         _copy(current, self.parameters)
         self.scores.append((self.step, score.mean().item()))
-        if not self.best or score.mean() < self.best_score.mean():
+        if not self.best or self.keep_last or score.mean() < self.best_score.mean():
             self.best_score, self.best, self.worse = score, [t.clone() for t in candidate], 0
         elif self.polish_loss is not None:
             excess = score - self.best_score

@@ -208,8 +208,9 @@ class ConditionalPlanar(ConditionalTransformModule):
 
     Example:
         >>> t = ConditionalPlanar(2, context_dim=3, num_layers=4)
-        >>> base = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1)
-        >>> q = torch.distributions.TransformedDistribution(base, [t.condition(torch.randn(7, 3))])
+        >>> import pyro.distributions as dist
+        >>> base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        >>> q = dist.TransformedDistribution(base, [t.condition(torch.randn(7, 3))])
         >>> q.batch_shape, q.rsample().shape
         (torch.Size([7]), torch.Size([7, 2]))
     """
