@@ -26,3 +26,11 @@ def clean_state() -> Iterator[None]:
     assert dtype == torch.float64, f"the test left the default dtype at {dtype}"
     assert validates, "the test left torch's validation of arguments switched off"
     assert torch.is_grad_enabled(), "the test left gradients switched off"
+
+
+@pytest.fixture
+def float32() -> Iterator[None]:
+    """What users have by default."""
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)

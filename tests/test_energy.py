@@ -89,9 +89,9 @@ def test_conditional_flow_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize(("number", "bound"), [(1, 0.05), (2, 0.05), (3, 0.15), (4, 0.1)])
 def test_energies_with_the_defaults(number: int, bound: float) -> None:
-    torch.set_default_dtype(torch.float32)
     target, flow = pf.targets.energy(number), pf.planar_flow(2, num_layers=32)
     fit = pf.fit_energy(flow, target, annealing=pf.paper_annealing, seed=0, progress=False)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import TransformedDistribution
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
@@ -23,8 +24,7 @@ from pyroflow.guides import AutoPlanarFlow
 from pyroflow.inference import fit_density, fit_guide
 from pyroflow.inference.elbo import Problem
 from pyroflow.seeds import seeded
-
-FRESH = 100_000  # points or draws behind each number
+from pyroflow.transforms import ConditionedPlanar
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Settings:
     quick: bool = False
 
     @property
+    def fresh(self) -> int:
+        """Points or draws behind each number."""
+        return 20_000 if self.quick else 100_000
+
+    @property
     def density(self) -> dict[str, int]:
         """Options of the density fit."""
         return {"steps": 150, "polish": 300} if self.quick else {"steps": 500, "polish": 1000}
@@ -43,12 +48,12 @@ class Settings:
     @property
     def toy(self) -> dict[str, int]:
         """Options of the fits to the toy posterior."""
-        return {"steps": 500, "num_particles": 64} if self.quick else {"steps": 2000}
+        return {"steps": 800, "num_particles": 64} if self.quick else {"steps": 2000}
 
     @property
     def schools(self) -> dict[str, int]:
         """Options of the fits to eight schools."""
-        return {"steps": 300, "num_particles": 64} if self.quick else {"steps": 2000}
+        return {"steps": 600, "num_particles": 64} if self.quick else {"steps": 2000}
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,12 @@ def sine(settings: Settings) -> tuple[dict[str, Any], list[Row]]:
     flow, gaussian = planar_flow(2, num_layers=32), planar_flow(2, num_layers=0)
     fit = fit_density(flow, data, seed=settings.seed, **settings.density)
     fit_density(gaussian, data, steps=100, polish=100, seed=settings.seed, progress=False)
-    fresh = datasets.sine(FRESH, seed=settings.seed + 1_000_000)
+    fresh = datasets.sine(settings.fresh, seed=settings.seed + 1_000_000)
     with seeded(settings.seed), torch.no_grad():
-        samples = flow().sample((FRESH,))
+        samples = flow().sample((settings.fresh,))
     gap, rival = _gap(flow, fresh), _gap(gaussian, fresh)
     spread = (samples[:, 0] - samples[:, 1].sin()).std().item()
     _save(plots.plot_density(flow, data), settings.out / "sine_density.png")
-    _save(plots.plot_grid_bending(flow), settings.out / "sine_bending.png")
     _save(
         plots.plot_losses(fit.losses, floor=datasets.SINE_ENTROPY, label="entropy of the data"),
         settings.out / "sine_loss.png",
@@ -140,18 +144,18 @@ def toy(settings: Settings) -> tuple[dict[str, Any], list[Row]]:
         subtitles={n: f"KL = {numbers[n]['kl']:.3f} nats" for n in ("mean field", "planar")},
     )
     _save(figure, settings.out / "toy_posterior.png")
+    _save(_bending(guides["planar"]), settings.out / "toy_bending.png")
     rival = min("mean field", "full Gaussian", key=lambda name: numbers[name]["kl"])
     row = Row("toy: KL(q‖p), nats", numbers["planar"]["kl"], 0.0, numbers[rival]["kl"], rival)
     return numbers, [row]
 
 
 def eight_schools(settings: Settings) -> tuple[dict[str, Any], list[Row]]:
-    """Eight schools in both forms, against the exact posterior and Pyro's Gaussian guides."""
-    exact, log_evidence = targets.eight_schools_exact(FRESH, seed=settings.seed)
-    forms = {
-        "non-centred": targets.eight_schools_noncentered,
-        "centred": targets.eight_schools_centered,
-    }
+    """Eight schools, in the full run centred too, against exact draws and Gaussian guides."""
+    exact, log_evidence = targets.eight_schools_exact(settings.fresh, seed=settings.seed)
+    forms = {"non-centred": targets.eight_schools_noncentered}
+    if not settings.quick:
+        forms["centred"] = targets.eight_schools_centered
     numbers, rows = {"num_layers": 32, "log_evidence": log_evidence}, []
     for form, model in forms.items():
         numbers[form], draws = _schools(model, exact, settings)
@@ -171,7 +175,11 @@ def _schools(model: Callable, exact: dict[str, Tensor], settings: Settings) -> t
         elbo, se = _elbo(model, guide, settings)
         with seeded(settings.seed):
             predictive = Predictive(
-                model, guide=guide, num_samples=FRESH, return_sites=tuple(exact), parallel=True
+                model,
+                guide=guide,
+                num_samples=settings.fresh,
+                return_sites=tuple(exact),
+                parallel=True,
             )
             draws[name] = {site: t.reshape(exact[site].shape) for site, t in predictive().items()}
         numbers[name] = course | {"elbo": elbo, "elbo_se": se} | _errors(draws[name], exact)
@@ -203,6 +211,15 @@ def _fits(
         yield name, guide, {"fit": _course(fit) | options}
 
 
+def _bending(guide: AutoPlanarFlow, pieces: int = 4) -> Any:
+    """A grid of the base space as it goes through the planar stack, in a few pieces."""
+    planar = guide.planar
+    chunks = zip(*(t.chunk(pieces) for t in (planar.w, planar.u, planar.b)), strict=True)
+    steps = [*(ConditionedPlanar(*chunk) for chunk in chunks), guide.affine]
+    chain = TransformedDistribution(guide.get_base_dist(), steps)
+    return plots.plot_grid_bending(chain, layers=tuple(range(1, pieces + 1)))
+
+
 def _gap(flow: Flow, fresh: Tensor) -> float:
     """The mean of log p − log q: the pairing takes most of the noise of the NLL away."""
     with torch.no_grad():
@@ -211,15 +228,15 @@ def _gap(flow: Flow, fresh: Tensor) -> float:
 
 def _noise(flow: Flow, settings: Settings) -> float:
     with seeded(settings.seed), torch.no_grad():
-        samples = flow().sample((FRESH,))
+        samples = flow().sample((settings.fresh,))
     return (samples[:, 0] - samples[:, 1].sin()).std().item()
 
 
 def _elbo(model: Callable, guide: Callable, settings: Settings) -> tuple[float, float]:
     """The ELBO and its standard error from fresh draws."""
     with seeded(settings.seed + 1), torch.no_grad():
-        draws = Problem.inspect(model, guide, (), None).log_weights(FRESH).double()
-    return draws.mean().item(), (draws.std() / FRESH**0.5).item()
+        draws = Problem.inspect(model, guide, (), None).log_weights(settings.fresh).double()
+    return draws.mean().item(), (draws.std() / settings.fresh**0.5).item()
 
 
 def _errors(draws: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:

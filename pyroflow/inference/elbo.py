@@ -122,7 +122,8 @@ def _plate_depth(*traces: Trace) -> int:
 def _draws_subsample(site: dict[str, Any]) -> bool:
     if site["type"] != "sample" or not site_is_subsample(site):
         return False
-    return site["fn"].subsample_size < site["fn"].size
+    drawn = site["fn"].subsample_size
+    return drawn is not None and drawn < site["fn"].size
 
 
 def _check_covered(guide_trace: Trace, model_trace: Trace) -> None:
