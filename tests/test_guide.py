@@ -182,7 +182,7 @@ def test_model_that_reads_its_latents_from_the_left_runs_one_by_one() -> None:
     guide = pf.AutoPlanarFlow(model, 1)
     assert Problem.inspect(model, guide, (), None).plates is None
     pf.fit_guide(model, guide, steps=300, lr=0.05, num_particles=2, seed=0, progress=False)
-    assert guide.median()["z"][0].item() == pytest.approx(0.8, abs=0.1)
+    assert guide.median()["z"][0].item() == pytest.approx(0.8, abs=0.25)
 
 
 def test_keyword_arguments_and_float64_and_predictive() -> None:

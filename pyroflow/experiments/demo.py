@@ -48,12 +48,12 @@ class Settings:
     @property
     def toy(self) -> dict[str, int]:
         """Options of the fits to the toy posterior."""
-        return {"steps": 800, "num_particles": 64} if self.quick else {"steps": 2000}
+        return {"steps": 600, "num_particles": 64} if self.quick else {"steps": 2000}
 
     @property
     def schools(self) -> dict[str, int]:
         """Options of the fits to eight schools."""
-        return {"steps": 600, "num_particles": 64} if self.quick else {"steps": 2000}
+        return {"steps": 400, "num_particles": 64} if self.quick else {"steps": 2000}
 
 
 @dataclass(frozen=True)

@@ -118,12 +118,12 @@ def eight_schools_exact(
         >>> from pyroflow.targets import eight_schools_exact
         >>> draws, log_evidence = eight_schools_exact(100)
         >>> draws["theta"].shape, round(log_evidence, 2)
-        (torch.Size([100, 8]), -31.3)
+        (torch.Size([100, 8]), -31.31)
     """
     y, sigma = (t.double() for t in _schools(y, sigma))
     generator = torch.Generator().manual_seed(seed)
-    edge = (torch.arange(_CELLS, dtype=torch.float64) + 0.5) / _CELLS
-    log_like = _log_likelihood(_TAU_SCALE * torch.tan(math.pi / 2 * edge), y, sigma)
+    middle = (torch.arange(_CELLS, dtype=torch.float64) + 0.5) / _CELLS
+    log_like = _log_likelihood(_TAU_SCALE * torch.tan(math.pi / 2 * middle), y, sigma)
     cell = torch.multinomial(log_like.softmax(0), num, replacement=True, generator=generator)
     jitter = torch.rand(num, generator=generator, dtype=torch.float64)
     tau = _TAU_SCALE * torch.tan(math.pi / 2 * (cell + jitter) / _CELLS)

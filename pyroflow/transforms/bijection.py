@@ -67,17 +67,22 @@ class Bijection(Transform):
         """Return y = t(x) for x of shape (*B, D), and remember the pair."""
         self._check("x", x)
         y, work = self._forward(x, self._map_parameters())
+        solved = self._solved
+        if solved is not None and solved.x is _origin(x) and self._unchanged(solved):
+            _remember_origin(y, solved.y)
         self._made = self._pair(x, y, work)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
         self._check("y", y)
-        made = self._made if self._made_this(y) else None
-        if made is not None:
-            follows_graph = made.recorded and not (y.is_leaf and y.requires_grad)
-            if follows_graph or not torch.is_grad_enabled():
+        made = self._made_from(y, _origin(y))
+        if made is not None and made.x.shape == y.shape:
+            own = made.y is y and not (y.is_leaf and y.requires_grad)
+            if (own and made.recorded) or not torch.is_grad_enabled():
                 return made.x
         x, work = self._backward(y, self._map_parameters(), made and made.work)
+        if made is not None:
+            _remember_origin(x, made.x)
         self._solved = self._pair(x, y, work)
         return x
 
@@ -105,7 +110,7 @@ class Bijection(Transform):
         """
         self._check("y", y)
         fixed = tuple(t.detach() for t in self._map_parameters())
-        made = self._made if self._made_this(origin) else None
+        made = self._made_from(y, origin)
         x, work = self._backward(y, fixed, made and made.work)
         return x, self._log_det(work), made.x if made else x
 
@@ -128,13 +133,18 @@ class Bijection(Transform):
             return None
         return _Pair(x, y, work, torch.is_grad_enabled(), parameters, self._stamp(x, y))
 
-    def _made_this(self, y: Tensor) -> bool:
+    def _made_from(self, y: Tensor, origin: Tensor) -> _Pair | None:
         made = self._made
-        return made is not None and made.y is y and made.stamp == self._stamp(made.x, y)
+        if made is None or made.y is not origin or origin.shape != y.shape:
+            return None
+        return made if self._unchanged(made) else None
 
     def _serves(self, pair: _Pair, x: Tensor, y: Tensor) -> bool:
         enough = pair.recorded or not torch.is_grad_enabled()
-        return enough and pair.x is x and pair.y is y and pair.stamp == self._stamp(x, y)
+        return enough and pair.x is x and pair.y is y and self._unchanged(pair)
+
+    def _unchanged(self, pair: _Pair) -> bool:
+        return pair.stamp == self._stamp(pair.x, pair.y)
 
     def _stamp(self, x: Tensor, y: Tensor) -> tuple:
         watched = (x, *self._map_parameters())
@@ -163,6 +173,16 @@ class Bijection(Transform):
                 f"{tuple(self._parameter_batch())}, which does not broadcast with {name} of "
                 f"shape {tuple(value.shape)}"
             ) from error
+
+
+def _remember_origin(value: Tensor, origin: Tensor) -> None:
+    """Let the next transform of a chain know that value repeats a tensor it has made itself."""
+    value._pyroflow_origin = (origin, value._version)
+
+
+def _origin(value: Tensor) -> Tensor:
+    origin, version = getattr(value, "_pyroflow_origin", (value, None))
+    return origin if version is None or version == value._version else value
 
 
 def _address(t: Tensor) -> int:
