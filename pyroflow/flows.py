@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform
+from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.checks import check_choice, check_count
@@ -49,6 +49,9 @@ class Flow(nn.Module):
         ValueError: at a call, a context that is missing or that no transform takes.
 
     Example:
+        >>> import torch
+        >>> from pyroflow import Affine, Flow, Planar
+        >>> from pyroflow.flows import StandardNormal
         >>> flow = Flow(StandardNormal(2), [Planar(2, num_layers=4).inv, Affine(2)])
         >>> flow().log_prob(torch.zeros(5, 2)).shape, flow().sample((3,)).shape
         (torch.Size([5]), torch.Size([3, 2]))
@@ -64,6 +67,7 @@ class Flow(nn.Module):
             if not isinstance(t, Transform | ConditionalTransform):
                 raise TypeError(f"transforms must hold transforms, got {type(t).__name__}")
         self.base = base
+        transforms = [part for t in transforms for part in _flatten(t)]
         # Torch's inverse loses its transform when it is copied, so the transform itself is
         # kept, and whether to turn it round.
         self._inverted = [isinstance(t, _InverseTransform) for t in transforms]
@@ -147,6 +151,13 @@ class Flow(nn.Module):
         self._undecided, self.fitted = state["undecided"], state["fitted"]
 
 
+def _flatten(t: Transform | ConditionalTransform) -> list[Transform | ConditionalTransform]:
+    """The parts of a composed transform: torch's composition would hide their parameters."""
+    if isinstance(t, ComposeTransform):
+        return [part for nested in t.parts for part in _flatten(nested)]
+    return [t]
+
+
 def planar_flow(
     input_dim: int,
     num_layers: int = 16,
@@ -179,6 +190,8 @@ def planar_flow(
         ValueError: input_dim < 1, num_layers < 0, context_dim < 1, or an unknown option.
 
     Example:
+        >>> import torch
+        >>> from pyroflow import planar_flow
         >>> flow = planar_flow(2, num_layers=8, context_dim=3)
         >>> flow(torch.randn(7, 3)).log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])

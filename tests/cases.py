@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
+import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
+from pyroflow import Flow
 from pyroflow.transforms import (
     Affine,
     ConditionalAffine,
@@ -123,3 +126,37 @@ CASES: dict[str, Callable[[], Source]] = {
     "context_affine-full-7": lambda: context_affine(2, "full", (7,)),
     "context_affine-diagonal": lambda: context_affine(2, "diagonal", ()),
 }
+
+
+def saved(module: nn.Module) -> nn.Module:
+    """The module after torch.save and torch.load."""
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def wild(flow: Flow, sd: float = 0.8) -> Flow:
+    """The flow away from its start, where the directions differ."""
+    for part in flow.parts:
+        scatter(part, sd)
+    return flow
+
+
+# Two-dimensional parts for chains.
+
+D = 2
+
+
+def normal() -> dist.Distribution:
+    return dist.Normal(torch.zeros(D), 1.0).to_event(1)
+
+
+def layers(num_layers: int = 3) -> Planar:
+    return planar(D, num_layers, sd=1.0).parts
+
+
+def log_prob_at(t: Transform, x: Tensor) -> Tensor:
+    """log q(t(x)) by the definition: base density and the Jacobian's determinant."""
+    matrices = torch.stack([torch.autograd.functional.jacobian(t, row) for row in x.detach()])
+    return normal().log_prob(x) - torch.linalg.slogdet(matrices)[1]

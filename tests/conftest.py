@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import pyro
 import pytest
 import torch
+from torch import Tensor
 from torch.distributions import Distribution
+
+from pyroflow.transforms import coupled_tanh
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for each other
 
@@ -34,3 +37,16 @@ def float32() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     yield
     torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every call of the root search."""
+    calls, search = [], coupled_tanh.monotone_root
+
+    def counted(r: Tensor, s: Tensor) -> Tensor:
+        calls.append(r.numel())
+        return search(r, s)
+
+    monkeypatch.setattr(coupled_tanh, "monotone_root", counted)
+    return calls

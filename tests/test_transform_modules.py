@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, Source, planar
+from cases import CASES, Source, planar, saved
 from pyro.distributions import transforms as pyro_transforms
 from torch import Tensor, nn
 from torch.distributions import Transform
@@ -22,13 +21,6 @@ from pyroflow.transforms import Affine, ConditionedAffine, ConditionedPlanar, Pl
 @pytest.fixture(params=CASES)
 def source(request: pytest.FixtureRequest) -> Source:
     return CASES[request.param]()
-
-
-def saved(module: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 COPIES = {

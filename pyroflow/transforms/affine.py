@@ -32,6 +32,8 @@ class ConditionedAffine(Bijection):
         diagonal: whether ``scale`` is a diagonal.
 
     Example:
+        >>> import torch
+        >>> from pyroflow.transforms import ConditionedAffine
         >>> t = ConditionedAffine(torch.zeros(3), torch.full((3,), 2.0), diagonal=True)
         >>> t(torch.ones(3))
         tensor([2., 2., 2.])
@@ -104,6 +106,8 @@ class Affine(ConditionedAffine, TransformModule):
         ValueError: input_dim < 1, an unknown kind, init_scale not positive.
 
     Example:
+        >>> import torch
+        >>> from pyroflow import Affine
         >>> t = Affine(3)
         >>> t(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
@@ -185,6 +189,8 @@ class ConditionalAffine(ConditionalTransformModule):
         ValueError: a size below 1, or an unknown kind.
 
     Example:
+        >>> import torch
+        >>> from pyroflow import ConditionalAffine
         >>> t = ConditionalAffine(2, context_dim=3).condition(torch.randn(7, 3))
         >>> t(torch.zeros(7, 2)).shape
         torch.Size([7, 2])

@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 from torch.distributions import Transform, constraints
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# Beside the tensors and not on them: an attribute would travel into files and copies.
+_ORIGINS = WeakTensorKeyDictionary()
 
 
 class _Pair(NamedTuple):
@@ -24,11 +28,11 @@ class Bijection(Transform):
     """A bijection of R^D whose cache is never stale.
 
     Two pairs are remembered. The pair that the last *forward* call made lets a sample be
-    scored without a root search. The pair of the last *inverse* call only hands its
-    intermediate results on to ``log_abs_det_jacobian``. A pair serves the very tensors it
-    was made with, as long as they and the parameters are unchanged: neither an optimiser
-    step nor an in-place edit leaves a wrong answer behind (pyro issues #2718 and #2564). Only
-    an edit in place through ``.data`` escapes, as it escapes autograd.
+    scored without a root search, in a chain of bijections as well. The pair of the last
+    *inverse* call only hands its intermediate results on to ``log_abs_det_jacobian``. A pair
+    serves the very tensors it was made with, as long as they and the parameters are unchanged:
+    neither an optimiser step nor an in-place edit leaves a wrong answer behind (pyro issues
+    #2718 and #2564). Only an edit in place through ``.data`` escapes, as it escapes autograd.
     Copies and pickles start with an empty cache.
 
     Subclasses implement the four methods that raise ``NotImplementedError`` here.
@@ -177,11 +181,12 @@ class Bijection(Transform):
 
 def _remember_origin(value: Tensor, origin: Tensor) -> None:
     """Let the next transform of a chain know that value repeats a tensor it has made itself."""
-    value._pyroflow_origin = (origin, value._version)
+    if not value.is_inference():  # their edits cannot be noticed
+        _ORIGINS[value] = (origin, value._version)
 
 
 def _origin(value: Tensor) -> Tensor:
-    origin, version = getattr(value, "_pyroflow_origin", (value, None))
+    origin, version = _ORIGINS.get(value, (value, None))
     return origin if version is None or version == value._version else value
 
 

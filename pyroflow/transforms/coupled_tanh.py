@@ -51,6 +51,8 @@ def solve_coupled_tanh(
         a, shape (K, *B).
 
     Example:
+        >>> import torch
+        >>> from pyroflow.transforms.coupled_tanh import solve_coupled_tanh
         >>> N, s = torch.randn(3, 3), torch.ones(3) * 2
         >>> a = solve_coupled_tanh(torch.zeros(3, 5), N, s, upper=True)
         >>> a.shape, bool((a == 0).all())

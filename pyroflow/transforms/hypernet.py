@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,9 @@ class Hypernet(nn.Module):
             raise ValueError("hidden_dims must name at least one hidden layer, got none")
         self.context_dim, self.shapes = context_dim, [torch.Size(shape) for shape in shapes]
         sizes = [math.prod(shape) for shape in self.shapes]
-        self.nn = DenseNN(context_dim, hidden_dims, sizes, nonlinearity=nn.SiLU())
+        with warnings.catch_warnings():  # K = 0 layers need no outputs, and torch warns of none
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            self.nn = DenseNN(context_dim, hidden_dims, sizes, nonlinearity=nn.SiLU())
         self.reset_output()
 
     def reset_output(self) -> None:

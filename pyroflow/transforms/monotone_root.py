@@ -31,6 +31,8 @@ def monotone_root(r: Tensor, s: Tensor, *, return_steps: bool = False) -> Tensor
         The root, with the broadcast shape of r and s.
 
     Example:
+        >>> import torch
+        >>> from pyroflow.transforms.monotone_root import monotone_root
         >>> a = monotone_root(torch.tensor([-2.0, 0.0, 5.0]), torch.tensor(3.0))
         >>> bool(torch.allclose(a + 2 * a.tanh(), torch.tensor([-2.0, 0.0, 5.0])))
         True

@@ -66,6 +66,8 @@ class ConditionedPlanar(Bijection):
         b: shape (*P, K).
 
     Example:
+        >>> import torch
+        >>> from pyroflow.transforms import ConditionedPlanar
         >>> t = ConditionedPlanar(torch.randn(7, 4, 3), torch.randn(7, 4, 3), torch.randn(7, 4))
         >>> t(torch.zeros(5, 7, 3)).shape
         torch.Size([5, 7, 3])
@@ -158,6 +160,8 @@ class Planar(ConditionedPlanar, TransformModule):
             not D or whose dtype is not that of the parameters.
 
     Example:
+        >>> import torch
+        >>> from pyroflow import Planar
         >>> t = Planar(2, num_layers=8)
         >>> x = torch.randn(5, 2)
         >>> y = t(x)
@@ -207,6 +211,8 @@ class ConditionalPlanar(ConditionalTransformModule):
         ValueError: a size that is too small, or a context whose last dimension is not C.
 
     Example:
+        >>> import torch
+        >>> from pyroflow import ConditionalPlanar
         >>> t = ConditionalPlanar(2, context_dim=3, num_layers=4)
         >>> import pyro.distributions as dist
         >>> base = dist.Normal(torch.zeros(2), 1.0).to_event(1)

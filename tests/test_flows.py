@@ -1,0 +1,193 @@
+"""Flows: parts of every kind, contexts, directions, copies, densities."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable
+
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import D, layers, scatter, wild
+from pyro.distributions import transforms as pyro_transforms
+from pyro.distributions.torch_transform import ComposeTransformModule
+from torch import nn
+from torch.distributions import ComposeTransform
+
+from pyroflow import ConditionalPlanar, Flow, Planar, planar_flow
+from pyroflow.flows import StandardNormal
+from pyroflow.transforms import Affine
+
+DIRECTIONS = pytest.mark.parametrize("direction", ["base_to_data", "data_to_base"])
+
+
+# Parts.
+
+
+def test_mixed_parts_are_all_trained() -> None:
+    """Ours, Pyro's and torch's, some turned round, against the Jacobian of their composition."""
+    coupling = pyro_transforms.affine_coupling(D, hidden_dims=[4])
+    shift = pyro_transforms.AffineTransform(torch.tensor([1.0, -1.0]), 2.0)
+    flow = Flow(
+        StandardNormal(D), [layers().inv, coupling, shift, layers(), coupling, Affine(D).inv]
+    )
+    q, x = flow(), torch.randn(5, D)
+    push = ComposeTransform(flow.transforms())
+    log_prob = q.log_prob(push(x).detach().clone())
+    matrices = torch.stack([torch.autograd.functional.jacobian(push, row) for row in x])
+    expected = -0.5 * x.square().sum(-1) - math.log(2 * math.pi)
+    assert torch.allclose(log_prob, expected - torch.linalg.slogdet(matrices)[1], atol=1e-8)
+    log_prob.sum().backward()
+    names = {name for name, p in flow.named_parameters() if p.grad is not None}
+    assert names == {name for name, _ in flow.named_parameters()}
+    assert len(names) == 3 + 4 + 3 + 3
+    assert q.event_shape == (D,)
+    assert flow.input_dim == D
+    assert not flow.conditional
+
+
+COMPOSED: dict[str, Callable[[], object]] = {
+    "torch's": lambda: ComposeTransform([Planar(D, 2), Affine(D)]),
+    "torch's, turned": lambda: ComposeTransform([Planar(D, 2), Affine(D)]).inv,
+    "nested": lambda: ComposeTransform([ComposeTransform([Planar(D, 2)]), Affine(D).inv]),
+    "pyro's": lambda: ComposeTransformModule([Planar(D, 2), Affine(D)]),
+    "pyro's, turned": lambda: ComposeTransformModule([Planar(D, 2), Affine(D)]).inv,
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_the_parameters_of_composed_parts_are_found(name: str) -> None:
+    flow = Flow(StandardNormal(D), [COMPOSED[name]()])
+    assert len(list(flow.parameters())) == 6
+    data = torch.randn(5, D)
+    assert torch.allclose(copy.deepcopy(flow)().log_prob(data), flow().log_prob(data), atol=1e-9)
+
+
+def test_a_conditional_part_turned_round() -> None:
+    flow = Flow(StandardNormal(D), [ConditionalPlanar(D, 3, 2, hidden_dims=(4,)).inv])
+    assert flow.conditional
+    assert len(list(flow.parameters())) == 3 + 2 * 2
+    assert flow(torch.randn(4, 3)).sample().shape == (4, D)
+
+
+def test_parts_that_are_no_transforms() -> None:
+    with pytest.raises(TypeError, match="transforms must hold transforms, got Linear"):
+        Flow(StandardNormal(D), [nn.Linear(D, D)])
+
+
+def test_a_plain_distribution_as_base() -> None:
+    """One with tails: a Student-t base stays one behind an identity."""
+    base = dist.StudentT(torch.full((3,), 5.0)).to_event(1)
+    flow, y = Flow(base, [Planar(3, 4)]), torch.randn(6, 3)
+    assert flow.input_dim == 3
+    assert torch.allclose(flow().log_prob(y), base.log_prob(y), atol=1e-10)
+    assert flow().sample((4,)).shape == (4, 3)
+    assert torch.allclose(copy.deepcopy(flow)().log_prob(y), base.log_prob(y), atol=1e-10)
+
+
+def test_a_flow_without_transforms() -> None:
+    log_prob = Flow(StandardNormal(2), [])().log_prob(torch.tensor([1.0, 2.0]))
+    assert log_prob.item() == pytest.approx(-math.log(2 * math.pi) - 2.5)
+
+
+# Contexts.
+
+
+def test_context_errors() -> None:
+    flow = planar_flow(D, 2, context_dim=3, hidden_dims=(4,))
+    with pytest.raises(
+        ValueError, match=r"this flow is conditional: call it with .* flow\(context\)"
+    ):
+        flow()
+    with pytest.raises(ValueError, match=r"last dimension 3 \(context_dim\), got shape \(5, 2\)"):
+        flow(torch.zeros(5, 2))
+    with pytest.raises(ValueError, match=r"got shape \(\)"):
+        flow(torch.zeros(()))
+    with pytest.raises(ValueError, match="no conditional transform: call it without a context"):
+        planar_flow(D, 2)(torch.zeros(5, 3))
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("batch", [(), (7,), (6, 5)], ids=str)
+def test_conditional_flows_have_the_shape_of_the_context(direction: str, batch: tuple) -> None:
+    flow = wild(planar_flow(D, 3, context_dim=3, direction=direction, hidden_dims=(4,)), 0.4)
+    q = flow(torch.randn(*batch, 3))
+    assert (q.batch_shape, q.event_shape) == (batch, (D,))
+    assert q.sample().shape == (*batch, D)
+    assert q.rsample((4,)).shape == (4, *batch, D)
+    assert q.log_prob(torch.zeros(D)).shape == batch
+    assert q.log_prob(torch.zeros(4, *batch, D)).shape == (4, *batch)
+
+
+@DIRECTIONS
+def test_rows_of_equal_contexts(direction: str) -> None:
+    """One distribution, yet noise of their own; in stock Pyro all rows share one draw."""
+    flow = wild(planar_flow(D, 3, context_dim=3, direction=direction, hidden_dims=(4,)), 0.4)
+    context = torch.randn(3)
+    q, one = flow(context.expand(500, 3)), flow(context)
+    y = torch.randn(D)
+    assert torch.allclose(q.log_prob(y), one.log_prob(y).expand(500), atol=1e-10)
+    rows, draws = q.sample(), one.sample((4000,))
+    assert len(rows.unique(dim=0)) == 500
+    assert torch.allclose(rows.mean(0), draws.mean(0), atol=6 * draws.std().item() / math.sqrt(500))
+    other = flow(context + 1.0)
+    assert not torch.allclose(other.log_prob(y), one.log_prob(y))
+
+
+@DIRECTIONS
+def test_rows_of_contexts_are_distributions_of_their_own(direction: str) -> None:
+    flow = wild(planar_flow(D, 3, context_dim=3, direction=direction, hidden_dims=(4,)), 0.4)
+    context, y = torch.randn(7, 3), torch.randn(7, D)
+    together = flow(context).log_prob(y)
+    for i in range(7):
+        assert torch.allclose(flow(context[i]).log_prob(y[i]), together[i], atol=1e-9)
+
+
+def test_a_conditional_flow_without_weights_is_unconditional() -> None:
+    """At the start the networks give zero: every context has the parts' own parameters."""
+    flow = planar_flow(D, 3, context_dim=3, hidden_dims=(4,))
+    plain = planar_flow(D, 3)
+    with torch.no_grad():
+        for own, other in zip(plain.parts, flow.parts, strict=True):
+            inner = other.planar if isinstance(other, ConditionalPlanar) else other.affine
+            scatter(own, 0.8)
+            inner.load_state_dict(own.state_dict())
+    y = torch.randn(7, D)
+    assert torch.allclose(flow(torch.randn(7, 3)).log_prob(y), plain().log_prob(y), atol=1e-10)
+
+
+# Options and directions of planar_flow.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_dim": 0}, "input_dim must be an integer of at least 1, got 0"),
+        ({"input_dim": 2.0}, "input_dim must be an integer of at least 1, got 2.0"),
+        ({"num_layers": -1}, "num_layers must be an integer of at least 0, got -1"),
+        ({"num_layers": True}, "num_layers must be an integer of at least 0, got True"),
+        ({"context_dim": 0}, "context_dim must be an integer of at least 1, got 0"),
+        ({"direction": "up"}, "'auto', 'base_to_data', 'data_to_base'; got 'up'"),
+        ({"affine": "banded"}, "affine must be one of 'full', 'diagonal', None; got 'banded'"),
+        ({"context_dim": 2, "hidden_dims": ()}, "must name at least one hidden layer, got none"),
+        ({"context_dim": 2, "hidden_dims": (0,)}, "hidden_dims must be an integer of at least 1"),
+    ],
+)
+def test_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        planar_flow(**{"input_dim": 2} | options)
+
+
+@pytest.mark.parametrize("affine", ["full", "diagonal", None])
+@pytest.mark.parametrize("num_layers", [0, 5])
+@pytest.mark.parametrize("context", [None, 3])
+def test_every_flow_starts_as_the_standard_normal(
+    affine: str | None, num_layers: int, context: int | None
+) -> None:
+    flow = planar_flow(3, num_layers, context, affine=affine)
+    q = flow() if context is None else flow(torch.randn(4, 3))
+    y = torch.randn(4, 3)
+    expected = -0.5 * y.square().sum(-1) - 1.5 * math.log(2 * math.pi)
+    assert torch.allclose(q.log_prob(y), expected, atol=1e-10)
