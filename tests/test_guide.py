@@ -98,6 +98,18 @@ def test_quantiles_of_a_known_posterior() -> None:
     assert torch.equal(found, guide.quantiles([0.1, 0.5, 0.9])["s"])
 
 
+def test_second_guide_is_trained_although_the_first_ones_parameters_are_stored() -> None:
+    def model(loc: float) -> None:
+        pyro.sample("z", dist.Normal(loc, 1.0))
+
+    for loc in (3.0, -3.0):
+        guide = pf.AutoPlanarFlow(model, 2)
+        options = {"steps": 300, "lr": 0.1, "num_particles": 16, "seed": 0, "progress": False}
+        fit = pf.fit_guide(model, guide, (loc,), **options)
+        assert guide.median()["z"].item() == pytest.approx(loc, abs=0.1)
+        assert fit.best_loss == pytest.approx(0.0, abs=0.02)
+
+
 def test_path_derivative_leaves_losses_and_quiets_gradients() -> None:
     """At the posterior the path derivative of every draw is zero, the plain one is not."""
 

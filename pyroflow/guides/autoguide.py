@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
@@ -79,6 +80,7 @@ class AutoPlanarFlow(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
+        self._take_own_name()
         loc = self._init_loc()
         if self.num_layers > 0:
             self.planar = Planar(self.latent_dim, self.num_layers).to(loc)
@@ -87,6 +89,17 @@ class AutoPlanarFlow(AutoContinuous):
                 self.latent_dim, self.affine_kind, init_loc=loc, init_scale=self.init_scale
             )
         self.register_buffer("base_loc", torch.zeros_like(loc))
+
+    def _take_own_name(self) -> None:
+        """Share no names in Pyro's parameter store with an earlier guide.
+
+        Pyro would train the tensors that the store has under the name, which are the earlier
+        guide's, and this guide would stay as it is.
+        """
+        taken, name, count = set(pyro.get_param_store().keys()), self._pyro_name, 1
+        while any(key.startswith(f"{self._pyro_name}.") for key in taken):
+            count += 1
+            self._pyro_name = f"{name}_{count}"
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """N(0, I), with event shape (D,)."""
