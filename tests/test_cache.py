@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import pyro.distributions as dist
@@ -175,14 +176,17 @@ def test_temporary_parameters_are_never_confused() -> None:
         def forward(self, y: Tensor) -> Tensor:
             return self.t.inv(y)
 
-    t, x = layers(4), torch.randn(3, D)
+    t, x, shapes = layers(4), torch.randn(3, D), {"w": (4, D), "u": (4, D), "b": (4,)}
     inverse = Inverse(t)
-    with torch.no_grad():
-        for _ in range(20):
-            y = functional_call(
-                t, {"w": torch.randn(4, D), "u": torch.randn(4, D), "b": torch.randn(4)}, x
-            )
-            other = {"t.b": torch.randn(4), "t.u": torch.randn(4, D), "t.w": torch.randn(4, D)}
-            mine = functional_call(inverse, other, y)
-            assert torch.allclose(mine, functional_call(inverse, other, y.clone()), atol=1e-7)
-            del other
+    for order in itertools.permutations(shapes):
+        for _ in range(5):
+            with torch.no_grad():
+                first = {name: torch.randn(shape) for name, shape in shapes.items()}
+                y = functional_call(t, first, x)
+                del first
+                other = {}
+                for name in order:  # in one of the orders Python hands the ids out again
+                    other[f"t.{name}"] = torch.randn(shapes[name])
+                mine = functional_call(inverse, other, y)
+                assert torch.allclose(mine, functional_call(inverse, other, y.clone()), atol=1e-7)
+                del other

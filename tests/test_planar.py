@@ -163,6 +163,7 @@ def test_parameters_need_not_share_their_batch() -> None:
     full = ConditionedPlanar(w.expand(7, 4, 3), u.expand(7, 4, 3), b)
     for shape in ((), (1,), (7,), (6, 1), (6, 7)):
         x = torch.randn(*shape, 3)
+        assert mixed.forward_shape(x.shape) == full(x).shape
         assert torch.allclose(mixed(x), full(x), atol=1e-12)
         assert torch.allclose(mixed.inv(x), full.inv(x), atol=1e-9)
 

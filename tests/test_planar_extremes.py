@@ -60,15 +60,39 @@ def test_vanishing_weights_are_finite(dtype: torch.dtype, inverse: bool) -> None
 
 
 @DTYPES
-@pytest.mark.parametrize("dot", [-80.0, -17.0, 0.0, 80.0])
+@pytest.mark.parametrize("dot", [-80.0, -17.0, 0.0, 21.0, 80.0])
 def test_log_det_of_large_slopes_by_hand(dtype: torch.dtype, dot: float) -> None:
-    """On the hyperplane it is ln ln(1 + e^(wᵀu)), about wᵀu where that is negative; far off, 0."""
-    w = torch.tensor([[0.6, 0.8]], dtype=dtype)
-    t = ConditionedPlanar(w, dot * w, torch.zeros(1, dtype=dtype))
-    for a, expected in ((0.0, math.log(math.log1p(math.exp(dot)))), (1e4, 0.0), (-1e4, 0.0)):
-        x = a * w[0]
+    """ln(tanh²a + ln(1 + e^(wᵀu)) / cosh²a) for a layer that reads a from one coordinate."""
+    w, slope = torch.tensor([[1.0, 0.0]], dtype=dtype), math.log1p(math.exp(dot))
+    t, eps = ConditionedPlanar(w, dot * w, torch.zeros(1, dtype=dtype)), torch.finfo(dtype).eps
+    for a in (0.0, 0.25, 3.0, -6.0, 10.0, 300.0, -1e4):
+        x = torch.tensor([a, 2.0], dtype=dtype)
+        bend = (2 * math.exp(-abs(a)) / (1 + math.exp(-2 * abs(a)))) ** 2
+        expected = math.log(math.tanh(a) ** 2 + slope * bend)
         log_det = t.log_abs_det_jacobian(x, t(x)).item()
-        assert log_det == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-13)
+        assert log_det == pytest.approx(expected, rel=8 * eps, abs=8 * eps)
+
+
+@DTYPES
+def test_slopes_below_the_smallest_number(dtype: torch.dtype) -> None:
+    """wᵀu = -1000: det is e⁻¹⁰⁰⁰ on the hyperplane; what comes is finite and very negative."""
+    w = torch.tensor([[0.6, 0.8]], dtype=dtype)
+    t, x = ConditionedPlanar(w, -1000 * w, torch.zeros(1, dtype=dtype)), torch.zeros(2, dtype=dtype)
+    log_det = t.log_abs_det_jacobian(x, t(x))
+    assert log_det.isfinite()
+    assert log_det < -87
+    assert t.inv(t(x)).isfinite().all()
+
+
+@DTYPES
+def test_short_weights_with_a_long_u_stay_invertible(dtype: torch.dtype) -> None:
+    """‖w‖² below sqrt(tiny) and wᵀu = -5: the constraint is the paper's all the same."""
+    norm = 1e-12 if dtype == torch.float32 else 1e-80
+    w = norm * torch.tensor([[0.6, 0.8]], dtype=dtype)
+    u = -5 / norm * torch.tensor([[0.6, 0.8]], dtype=dtype)
+    t, x = ConditionedPlanar(w, u, torch.zeros(1, dtype=dtype)), torch.zeros(2, dtype=dtype)
+    log_det = t.log_abs_det_jacobian(x, t(x)).item()
+    assert log_det == pytest.approx(math.log(math.log1p(math.exp(-5))), rel=1e-5)
 
 
 @DTYPES

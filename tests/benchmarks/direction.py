@@ -32,7 +32,7 @@ def energy(direction: str, number: int) -> tuple[float, float]:
     """KL and seconds of a fit to one of the paper's energies, K = 16."""
     target = pf.targets.energy(number)
     flow = pf.planar_flow(2, num_layers=16, direction=direction)
-    fit = pf.fit_energy(flow, target, steps=2000, seed=0)
+    fit = pf.fit_energy(flow, target, steps=1500, seed=0)
     with torch.no_grad():
         z = flow().sample((FRESH,))
         return (flow().log_prob(z) + target(z)).mean().item() + target.log_normalizer, fit.seconds
@@ -40,8 +40,8 @@ def energy(direction: str, number: int) -> tuple[float, float]:
 
 def main() -> None:
     """Run every case in both directions."""
-    cases = {f"sine, seed {seed}: gap": (sine, seed) for seed in (0, 1)}
-    cases |= {f"U{number}: KL": (energy, number) for number in (1, 2)}
+    cases = {f"sine, seed {seed}: gap": (sine, seed) for seed in (0,)}
+    cases |= {f"U{number}: KL": (energy, number) for number in (1,)}
     results = {}
     for name, (measure, argument) in cases.items():
         found = {direction: measure(direction, argument) for direction in DIRECTIONS}
