@@ -24,7 +24,7 @@ def demo(
         "demo-results"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Short fits, under a minute.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of data and fits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of data and fits.")] = 0,
 ) -> None:
     """Fit the sine density, a toy posterior and eight schools; write figures and numbers."""
     from pyroflow.experiments import demo as experiment
@@ -32,6 +32,10 @@ def demo(
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"--out must be a folder, {out} is a file")
     settings = experiment.Settings(out=out, seed=seed, quick=quick)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--out cannot be made: {error}") from None
     try:
         report = experiment.run(settings)
     except KeyboardInterrupt:

@@ -45,6 +45,7 @@ def to_tensor(data: object, name: str) -> Tensor:
         return _array_to_tensor(data, name)
     if data.is_complex() or data.dtype == torch.bool:
         raise _not_numeric(name, str(data.dtype))
+    data = data.detach() if data.requires_grad else data
     kept = data.dtype in (torch.float32, torch.float64)
     return data if kept else data.to(torch.get_default_dtype())
 

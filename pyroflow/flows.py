@@ -124,18 +124,15 @@ class Flow(nn.Module):
         """
         if self.fitted:
             return
+        outermost = self._parts[-1] if self._parts else None
+        if data is not None and isinstance(outermost, Affine | ConditionalAffine):
+            outermost.standardize(data)
         for index, part in enumerate(self._parts):
             if isinstance(part, Planar | ConditionalPlanar):
                 part.reset_parameters()
                 if self._undecided:
                     self._inverted[index] = direction == "data_to_base"
         self._undecided, self.fitted = False, True
-        if (
-            data is not None
-            and self._parts
-            and isinstance(self._parts[-1], Affine | ConditionalAffine)
-        ):
-            self._parts[-1].standardize(data)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must hold beside tensors: the directions, and whether fitted."""

@@ -150,8 +150,15 @@ def test_checkpoint_of_another_fit_is_refused(sine: torch.Tensor, tmp_path: Path
     pf.fit_density(pf.planar_flow(2, 2), sine, seed=0, checkpoint=path, **SHORT)
     with pytest.raises(ValueError, match=r"seed=0 \(now 1\)"):
         pf.fit_density(pf.planar_flow(2, 2), sine, seed=1, checkpoint=path, **SHORT)
-    with pytest.raises(ValueError, match="sum of data"):
+    with pytest.raises(ValueError, match="data="):
         pf.fit_density(pf.planar_flow(2, 2), sine + 1, seed=0, checkpoint=path, **SHORT)
+    with pytest.raises(ValueError, match="shapes="):
+        pf.fit_density(pf.planar_flow(2, 8), sine, seed=0, checkpoint=path, **SHORT)
+    with pytest.raises(ValueError, match="data="):
+        pf.fit_density(pf.planar_flow(2, 2), sine.flip(1), seed=0, checkpoint=path, **SHORT)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        pf.fit_density(pf.planar_flow(2, 2), sine, seed=0, checkpoint=path, **SHORT)
     path.write_text("no checkpoint")
     with pytest.raises(ValueError, match="is not a checkpoint"):
         pf.fit_density(pf.planar_flow(2, 2), sine, seed=0, checkpoint=path, **SHORT)
@@ -196,6 +203,16 @@ def test_bad_data_are_refused_before_any_work(case: str) -> None:
     with pytest.raises(ValueError, match=message):
         pf.fit_density(flow, data, **SHORT)
     assert not flow.fitted
+
+
+def test_dependent_columns_are_refused_and_leave_the_flow_fresh(sine: torch.Tensor) -> None:
+    flow = pf.planar_flow(2, 2)
+    with pytest.raises(ValueError, match="linearly independent"):
+        pf.fit_density(flow, torch.stack([sine[:, 0], 2 * sine[:, 0]], 1), seed=0, **SHORT)
+    assert not flow.fitted
+    fresh = pf.planar_flow(2, 2)
+    losses = [pf.fit_density(f, sine, seed=0, **SHORT).best_loss for f in (flow, fresh)]
+    assert losses[0] == losses[1]
 
 
 BAD_OPTIONS = {

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,9 +47,7 @@ def test_paper_annealing_weighs_the_energy_alone(monkeypatch: pytest.MonkeyPatch
         Loop, "run", lambda self: losses.update({t: self.loss(t) for t in (0, 9900)})
     )
     flow = pf.planar_flow(2, 0, affine=None)
-    pf.fit_energy(
-        flow, lambda z: torch.full_like(z[:, 0], 50.0), annealing=pf.paper_annealing, progress=False
-    )
+    pf.fit_energy(flow, lambda z: 50.0 + 0 * z[:, 0], annealing=pf.paper_annealing, progress=False)
     entropy = math.log(2 * math.pi * math.e)
     assert losses[0].item() == pytest.approx(0.01 * 50 - entropy, abs=0.3)
     assert losses[9900].item() == pytest.approx(50 - entropy, abs=0.3)
@@ -81,6 +80,18 @@ def test_bad_options_are_refused(case: str) -> None:
 def test_energies_of_the_wrong_shape_are_refused(energy: Callable) -> None:
     with pytest.raises(ValueError, match=r"energy must map \(N, D\) to \(N,\)"):
         pf.fit_energy(pf.planar_flow(2, 1), energy, progress=False)
+
+
+def test_energy_without_gradient_is_refused() -> None:
+    with pytest.raises(ValueError, match="differentiable"):
+        pf.fit_energy(pf.planar_flow(2, 1), lambda z: gaussian_energy(z.detach()), progress=False)
+
+
+def test_checkpoint_of_another_energy_is_refused(tmp_path: Path) -> None:
+    options = {"steps": 3, "seed": 0, "checkpoint": tmp_path / "e.pt", "progress": False}
+    pf.fit_energy(pf.planar_flow(2, 1), pf.targets.energy(1), **options)
+    with pytest.raises(ValueError, match="energy="):
+        pf.fit_energy(pf.planar_flow(2, 1), pf.targets.energy(2), **options)
 
 
 def test_conditional_flow_is_refused() -> None:

@@ -79,7 +79,12 @@ class AutoPlanarFlow(AutoContinuous):
         super().__init__(model, init_loc_fn=init_loc_fn)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
+        try:
+            super()._setup_prototype(*args, **kwargs)
+            self._refuse_local_latents()
+        except Exception:
+            self.prototype_trace = None  # so that the next call says the same
+            raise
         self._take_own_name()
         loc = self._init_loc()
         if self.num_layers > 0:
@@ -89,6 +94,18 @@ class AutoPlanarFlow(AutoContinuous):
                 self.latent_dim, self.affine_kind, init_loc=loc, init_scale=self.init_scale
             )
         self.register_buffer("base_loc", torch.zeros_like(loc))
+
+    def _refuse_local_latents(self) -> None:
+        """A vector of all latents has no place for those of rows that were not drawn."""
+        for name, stack in self._cond_indep_stacks.items():
+            for frame in stack:
+                if frame.full_size is not None and frame.size < frame.full_size:
+                    raise ValueError(
+                        f"site {name!r} is a latent in plate {frame.name!r}, which subsamples "
+                        f"{frame.size} of {frame.full_size} rows: the guide would use the same "
+                        f"{frame.size} latents for whichever rows are drawn. Run the plate in "
+                        "full, or integrate the site out of the model"
+                    )
 
     def _take_own_name(self) -> None:
         """Share no names in Pyro's parameter store with an earlier guide.

@@ -37,7 +37,7 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any
     try:
         state = torch.load(path, weights_only=True)
         saved = state["settings"]
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"checkpoint {path} is not a checkpoint of a fit: name another file, or remove it"
         ) from error

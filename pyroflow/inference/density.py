@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def fit_density(
         >>> fit.steps, fit.stopped
         (20, 'all 20 steps done')
     """
+    if not isinstance(flow, Flow):
+        raise TypeError(f"flow must be a pyroflow.Flow, got {type(flow).__name__}")
     defaults = CONDITIONAL if flow.conditional else UNCONDITIONAL
     steps = defaults["steps"] if steps is None else steps
     polish = defaults["polish"] if polish is None else polish
@@ -85,10 +88,11 @@ def fit_density(
     flow.to(device)
     rows = _rows(flow, data, context)
     settings = {"kind": "density", "batch_size": batch_size, "holdout": holdout, "seed": seed}
-    settings["sum of data"] = [t.double().sum().item() for t in rows]
+    settings["data"] = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in rows]
     with seeded(seed):
         held_out, training = _split(rows, holdout)
         flow.place("data_to_base", training[0])
+        settings["flow"] = flow.get_extra_state()
 
         def loss(step: int) -> Tensor:
             index = torch.randint(len(training[0]), (batch_size,))
@@ -114,8 +118,11 @@ def fit_density(
 
 def _rows(flow: Flow, data: Any, context: Any) -> list[Tensor]:
     """The checked data, and the context if there is one, in the flow's dtype and place."""
-    like = next(flow.parameters())
-    rows = [check_data(data, width=flow.input_dim).to(like)]
+    like = trainable(flow)[0]
+    rows = [check_data(data, width=flow.input_dim)]
+    if rows[0].dtype != like.dtype:  # a narrower type may overflow, or lose what varies
+        rows = [check_data(rows[0].to(like.dtype))]
+    rows = [rows[0].to(like)]
     if flow.conditional != (context is not None):
         raise ValueError(
             "context is needed by a conditional flow, got None"

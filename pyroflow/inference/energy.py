@@ -77,18 +77,22 @@ def fit_energy(
     steps = _default_steps(annealing) if steps is None else steps
     check_options(steps=steps, num_particles=num_particles, lr=lr, seed=seed, checkpoint=checkpoint)
     _check_annealing(annealing, steps)
+    if not isinstance(flow, Flow):
+        raise TypeError(f"flow must be a pyroflow.Flow, got {type(flow).__name__}")
     if flow.conditional:
         raise ValueError("flow must be unconditional: an energy has no context")
     flow.to(device)
+    beta = (lambda step: 1.0) if annealing is None else annealing
     settings = {"kind": "energy", "num_particles": num_particles, "seed": seed}
     with seeded(seed):
+        settings["energy"] = _check_energy(flow, energy)
+        settings["annealing"] = [beta(t) for t in range(0, steps, max(1, steps // 7))]
         flow.place("base_to_data")
-        _check_energy(flow, energy)
+        settings["flow"] = flow.get_extra_state()
         scored = int(torch.randint(2**31, ()))
 
         def loss(step: int) -> Tensor:
-            beta = 1.0 if annealing is None else annealing(step)
-            return _free_energy(flow, energy, num_particles, beta).mean()
+            return _free_energy(flow, energy, num_particles, beta(step)).mean()
 
         def score() -> Tensor:
             with seeded(scored):
@@ -132,11 +136,19 @@ def _check_annealing(annealing: Callable[[int], float] | None, steps: int) -> No
         )
 
 
-def _check_energy(flow: Flow, energy: Callable) -> None:
-    with torch.no_grad():
-        value = energy(flow().sample((3,)))
+def _check_energy(flow: Flow, energy: Callable) -> list[float]:
+    """Refuse what is no energy; return its values at fixed points, by which to know it again."""
+    like = trainable(flow)[0]
+    z = torch.linspace(-2, 2, 3 * flow.input_dim).reshape(3, -1).to(like).requires_grad_()
+    value = energy(z)
     if not isinstance(value, Tensor) or value.shape != (3,):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"energy must map (N, D) to (N,): for shape (3, {flow.input_dim}) got {got}"
         )
+    if not value.requires_grad:
+        raise ValueError(
+            "energy must be differentiable in z, got a result without gradient: compute it with "
+            "torch operations on z itself, without detach or NumPy"
+        )
+    return [float(f"{v:.5g}") for v in value.tolist()]

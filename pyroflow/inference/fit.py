@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,13 +42,17 @@ def check_options(**options: Any) -> None:
             check_count(name, options[name], 1)
     check_positive("lr", options["lr"])
     seed, checkpoint = options["seed"], options["checkpoint"]
-    if seed is not None:
-        check_count("seed", seed, 0)
+    if seed is not None and check_count("seed", seed, 0) >= 2**63:
+        raise ValueError(f"seed must be below 2**63, got {seed}")
     if checkpoint is not None and seed is None:
         raise ValueError(
             "checkpoint needs a seed, got seed=None: a resumed fit must draw the same "
             "numbers again; pass for example seed=0"
         )
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"checkpoint must be a file in a folder that exists, got {path}")
 
 
 def trainable(module: nn.Module) -> list[Tensor]:

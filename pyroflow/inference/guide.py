@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,15 @@ def fit_guide(
         settings = {"kind": "guide", "num_particles": num_particles, "seed": seed}
         shared = {"lr": lr, "progress": progress, "settings": settings}
         shared["keep_last"] = problem.subsampled
+        settings["log joint of a draw"] = _fingerprint(problem)
         first = round(GAUSSIAN_PART * steps) if _has_layers_inside(guide) else 0
+        start = None
         if first and not (checkpoint is not None and Path(checkpoint).exists()):
             layers = set(guide.planar.parameters())
             gaussian = [p for p in parameters if p not in layers]
             label = "fit_guide, Gaussian"
-            Loop(gaussian, lambda step: loss(1.0), score, steps=first, label=label, **shared).run()
+            options = {"steps": first, "label": label, **shared}
+            start = Loop(gaussian, lambda step: loss(1.0), score, **options).run()
             guide.affine.absorb()
         annealed = ANNEALED_PART * (steps - first)
         loop = Loop(
@@ -110,12 +114,20 @@ def fit_guide(
             lambda step: loss(min(1.0, 0.1 + 0.9 * step / annealed) if first else 1.0),
             score,
             fixed=list(guide.buffers()) if isinstance(guide, nn.Module) else [],
+            before=start,
             steps=steps - first,
             label="fit_guide",
             checkpoint=checkpoint,
             **shared,
         )
         return loop.run()
+
+
+def _fingerprint(problem: Problem) -> str:
+    """What model and arguments have to say of a fixed draw, by which to know them again."""
+    with seeded(0), torch.no_grad(), poutine.block():
+        trace = poutine.trace(problem.model).get_trace(*problem.args, **problem.kwargs)
+        return f"{trace.log_prob_sum().item():.6g}"
 
 
 def _objective(
@@ -130,9 +142,12 @@ def _objective(
             num_particles=num_particles, vectorize_particles=True, max_plate_nesting=problem.plates
         )
 
+    # Bound, so that no name of the model's arguments meets one of Pyro's own.
+    model = partial(problem.model, *problem.args, **problem.kwargs)
+    guide = partial(problem.guide, *problem.args, **problem.kwargs)
+
     def loss(beta: float) -> Tensor:
-        model = poutine.scale(problem.model, scale=beta)
-        return elbo.differentiable_loss(model, problem.guide, *problem.args, **problem.kwargs)
+        return elbo.differentiable_loss(poutine.scale(model, scale=beta), guide)
 
     def score() -> Tensor:
         with seeded(seed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Loop:
         loss: step ↦ scalar training loss.
         score: () ↦ losses of fixed points or draws, shape (n,). States are compared on their
             mean; with a ``polish_loss``, pairwise differences also decide on stopping.
+        before: the course of an earlier part, which the result begins with.
         steps: Adam's steps.
         lr: Adam's highest learning rate.
         settings: what a checkpoint must agree on to be resumed.
@@ -44,7 +46,7 @@ class Loop:
 
     SAVED = (
         "step", "losses", "scores", "skipped", "skipped_in_a_row", "average", "averaged", "worse",
-        "unimproved", "best", "best_score", "seconds", "stopped", "polishing",
+        "unimproved", "before", "best", "best_score", "seconds", "stopped", "polishing",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +56,7 @@ class Loop:
         score: Callable[[], Tensor],
         *,
         fixed: list[Tensor] = (),
+        before: Fit | None = None,
         steps: int,
         lr: float,
         settings: dict[str, Any],
@@ -68,9 +71,11 @@ class Loop:
         self.keep_last, self.polish_loss = keep_last, polish_loss
         self.steps, self.total, self.lr = steps, steps + polish, lr
         self.settings = settings | {"steps": steps, "polish": polish, "lr": lr}
+        self.settings["shapes"] = [list(t.shape) for t in [*parameters, *fixed]]
         self.label, self.progress = label, progress
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.parameters, lr=lr)
+        self.before = None if before is None else asdict(before)
         self.step = self.skipped = self.skipped_in_a_row = self.averaged = 0
         self.worse = self.unimproved = 0
         self.losses: list[float] = []
@@ -172,7 +177,7 @@ class Loop:
         self.scores.append((self.step, score.mean().item()))
         if not self.best or self.keep_last or score.mean() < self.best_score.mean():
             self.best_score, self.best, self.worse = score, [t.clone() for t in candidate], 0
-        elif self.polish_loss is not None:
+        elif self.polish_loss is not None and len(score) > 1:
             excess = score - self.best_score
             clear = excess.mean() > 3 * excess.std() / len(excess) ** 0.5
             self.worse = self.worse + 1 if clear else 0
@@ -184,14 +189,17 @@ class Loop:
             bar.set_postfix(loss=f"{self.losses[-1]:.4f}", best=f"{best:.4f}", refresh=False)
 
     def _result(self) -> Fit:
+        nothing = {"losses": [], "scores": [], "steps": 0, "seconds": 0.0, "skipped": 0}
+        before = self.before or nothing
+        steps = before["steps"] + self.step
         return Fit(
-            losses=self.losses,
-            scores=self.scores,
+            losses=before["losses"] + self.losses,
+            scores=before["scores"] + [(before["steps"] + t, score) for t, score in self.scores],
             best_loss=self.best_score.mean().item(),
-            steps=self.step,
-            stopped=self.stopped or f"all {self.total} steps done",
-            seconds=self.seconds,
-            skipped=self.skipped,
+            steps=steps,
+            stopped=self.stopped or f"all {steps} steps done",
+            seconds=before["seconds"] + self.seconds,
+            skipped=before["skipped"] + self.skipped,
         )
 
     def _save(self) -> None:

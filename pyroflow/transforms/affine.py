@@ -137,12 +137,24 @@ class Affine(ConditionedAffine, TransformModule):
         self.register_buffer("unit", unit.detach().to(self.offset))
 
     def standardize(self, y: Tensor) -> None:
-        """Set location and scale to the mean and covariance of y, shape (N, D)."""
-        covariance = torch.atleast_2d(torch.cov(y.T))
-        diagonal = covariance.diagonal().sqrt()
-        self._start_from(
-            y.mean(0), diagonal if self.diagonal else torch.linalg.cholesky(covariance)
-        )
+        """Set location and scale to the mean and covariance of y, shape (N, D).
+
+        Raises:
+            ValueError: a covariance that is singular, where L is to be a full triangle.
+        """
+        sd = y.double().std(0)
+        if self.diagonal:
+            self._start_from(y.mean(0), sd)
+            return
+        correlation = torch.corrcoef(y.double().T).reshape(len(sd), len(sd))
+        factor, failed = torch.linalg.cholesky_ex(correlation)
+        if failed or factor.diagonal().min() < 1e-6:
+            raise ValueError(
+                f"data expects columns that are linearly independent, got {len(y)} rows of "
+                f"{y.shape[1]} columns with a singular covariance: drop the columns that follow "
+                "from others, bring more rows, or use affine='diagonal'"
+            )
+        self._start_from(y.mean(0), sd.unsqueeze(-1) * factor)
 
     def absorb(self) -> None:
         """Make the present location and scale the units; the map stays as it is."""

@@ -35,6 +35,10 @@ class Bijection(Transform):
     #2718 and #2564). Only an edit in place through ``.data`` escapes, as it escapes autograd.
     Copies and pickles start with an empty cache.
 
+    As with torch's cached transforms, the x found for a sample that carries its graph is the x
+    it was made from: gradients flow on to the parameters, and not into the sample as such. For
+    the latter clone the sample, or use :class:`~pyroflow.path_derivative.AlongPath`.
+
     Subclasses implement the four methods that raise ``NotImplementedError`` here.
     """
 
@@ -73,13 +77,13 @@ class Bijection(Transform):
         y, work = self._forward(x, self._map_parameters())
         solved = self._solved
         if solved is not None and solved.x is _origin(x) and self._unchanged(solved):
-            _remember_origin(y, solved.y)
+            _remember_origin(y, _origin(solved.y))
         self._made = self._pair(x, y, work)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
         self._check("y", y)
-        made = self._made_from(y, _origin(y))
+        made = self._made_from(y, y) or self._made_from(y, _origin(y))
         if made is not None and made.x.shape == y.shape:
             own = made.y is y and not (y.is_leaf and y.requires_grad)
             if (own and made.recorded) or not torch.is_grad_enabled():
@@ -152,7 +156,11 @@ class Bijection(Transform):
 
     def _stamp(self, x: Tensor, y: Tensor) -> tuple:
         watched = (x, *self._map_parameters())
-        return (y._version, *((id(t), _address(t), t._version, t.requires_grad) for t in watched))
+        return (
+            y._version,
+            _address(y),
+            *((id(t), _address(t), t._version, t.requires_grad) for t in watched),
+        )
 
     def _check(self, name: str, value: Tensor) -> None:
         parameter = self._map_parameters()[0]

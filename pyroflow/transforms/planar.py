@@ -81,7 +81,7 @@ class ConditionedPlanar(Bijection):
         return self.w, self.u, self.b
 
     def _parameter_batch(self) -> Size:
-        return torch.broadcast_shapes(self.w.shape[:-2], self.b.shape[:-1])
+        return torch.broadcast_shapes(self.w.shape[:-2], self.u.shape[:-2], self.b.shape[:-1])
 
     def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, _Work]:
         w, u, b = parameters
