@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyroflow.flows import Flow, StandardNormal
-from pyroflow.transforms import Affine, ConditionalPlanar, Planar
+from pyroflow.transforms import Affine, ConditionalPlanar, ConditionedPlanar, Planar
 
 
 def step(t: nn.Module, loss: Tensor) -> None:
@@ -163,6 +163,26 @@ def test_edits_after_scoring_leave_nothing_stale(name: str) -> None:
         expected = fresh.log_abs_det_jacobian(x.clone(), y.clone())
         assert torch.allclose(t.log_abs_det_jacobian(x, y), expected)
         assert torch.allclose(t.inv(y), fresh.inv(y.clone()), atol=1e-8)
+
+
+def test_an_edit_between_two_transforms_of_a_chain() -> None:
+    """The second knows the first one's result as its own sample only while it is unchanged."""
+    planar, affine = layers(), scatter(Affine(D), 1.0)
+    with torch.no_grad():
+        y = affine(planar(torch.randn(5, D)))
+    between = affine.inv(y)
+    between.detach().mul_(0.5)
+    assert torch.allclose(planar.inv(between), planar.inv(between.clone()), atol=1e-9)
+
+
+def test_one_input_for_a_batch_of_parameters() -> None:
+    """The inverse has the shape of its argument, although one x was enough to make it."""
+    t = ConditionedPlanar(torch.randn(7, 2, D), torch.randn(7, 2, D), torch.randn(7, 2))
+    x = torch.randn(D)
+    with torch.no_grad():
+        y = t(x)
+        assert t.inv(y).shape == t.inv(y.clone()).shape == (7, D)
+        assert torch.allclose(t.inv(y), x.expand(7, D), atol=1e-9)
 
 
 def test_temporary_parameters_are_never_confused() -> None:

@@ -115,6 +115,16 @@ def test_gradients_in_an_input_that_needs_them_later() -> None:
     assert torch.allclose(own, expected, atol=1e-12)
 
 
+def test_a_log_det_kept_without_gradients_is_not_used_for_them() -> None:
+    """log_abs_det_jacobian of a pair made under no_grad, asked for with gradients."""
+    t, x = layers(), torch.randn(4, D)
+    with torch.no_grad():
+        y = t(x)
+    own = gradients(t.log_abs_det_jacobian(x, y).sum(), t)
+    assert close(own, gradients(t.log_abs_det_jacobian(x.clone(), y.clone()).sum(), t))
+    assert all((g != 0).any() for g in own)
+
+
 def train(flow: Flow, batches: list[Tensor]) -> list[float]:
     optimiser = torch.optim.Adam(flow.parameters(), lr=0.05)
     losses = []

@@ -19,7 +19,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch, float32: None) -> None:
     short = {"steps": 5, "num_particles": 4}
     monkeypatch.setattr(demo.Settings, "density", {"steps": 5, "polish": 5})
     monkeypatch.setattr(demo.Settings, "toy", short)
-    monkeypatch.setattr(demo.Settings, "schools", short)
+    monkeypatch.setattr(demo.Settings, "schools", {"non-centred": short, "centred": short})
     monkeypatch.setattr(demo.Settings, "fresh", 500)
 
 

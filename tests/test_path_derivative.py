@@ -152,6 +152,7 @@ def test_transforms_of_others() -> None:
 
 
 def test_values_are_validated() -> None:
-    q = AlongPath(normal(), [layers()])
+    base = dist.Normal(torch.zeros(D), 1.0, validate_args=False).to_event(1)
+    q = AlongPath(base, [layers()], validate_args=True)
     with pytest.raises(ValueError, match=r"Expected value argument .* to be within the support"):
         q.log_prob(torch.tensor([0.0, float("nan")]))

@@ -1,0 +1,98 @@
+"""Affine layers: values by hand, moments, units, and Pyro's parametrisation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pyroflow.transforms import Affine, ConditionalAffine
+
+# softplus(v) = ln(1 + eᵛ) is 2 at ln(e² - 1), 3 at ln(e³ - 1).
+RAW = [math.log(math.e**2 - 1), math.log(math.e**3 - 1)]
+
+
+@torch.no_grad()
+def prepared(kind: str) -> Affine:
+    """Offset (1, -1), A = diag(2, 3) · ((1, 0), (0.5, 1)); C = ((2, 0), (1, 4)), centre (10, 20)."""
+    t = Affine(2, kind)
+    t.offset.copy_(torch.tensor([1.0, -1.0]))
+    t.raw_scale.copy_(torch.tensor(RAW))
+    t.centre.copy_(torch.tensor([10.0, 20.0]))
+    t.unit.copy_(
+        torch.tensor([[2.0, 0.0], [1.0, 4.0]]) if kind == "full" else torch.tensor([2.0, 4.0])
+    )
+    if kind == "full":
+        t.lower.copy_(torch.tensor([[9.0, 9.0], [0.5, 9.0]]))  # only 0.5 counts
+    return t
+
+
+def test_full_by_hand() -> None:
+    """loc = centre + C offset = (12, 17); A = ((2, 0), (1.5, 3)), L = C A = ((4, 0), (8, 12))."""
+    t, x = prepared("full"), torch.tensor([0.5, -1.0])
+    loc, scale = t.loc_and_scale()
+    assert torch.allclose(loc, torch.tensor([12.0, 17.0]))
+    assert torch.allclose(scale, torch.tensor([[4.0, 0.0], [8.0, 12.0]]))
+    y = t(x)
+    assert torch.allclose(y, torch.tensor([14.0, 9.0]))
+    assert t.log_abs_det_jacobian(x, y).item() == pytest.approx(math.log(48))
+    assert torch.allclose(t.inv(torch.tensor([14.0, 9.0])), x)
+
+
+def test_diagonal_by_hand() -> None:
+    """loc = (10 + 2, 20 - 4), L = (2 · 2, 4 · 3)."""
+    t, x = prepared("diagonal"), torch.tensor([0.5, -1.0])
+    y = t(x)
+    assert torch.allclose(y, torch.tensor([14.0, 4.0]))
+    assert t.log_abs_det_jacobian(x, y).item() == pytest.approx(math.log(48))
+    assert torch.allclose(t.inv(torch.tensor([14.0, 4.0])), x)
+
+
+def test_the_start() -> None:
+    for kind in ("full", "diagonal"):
+        t, x = Affine(3, kind), torch.randn(5, 3)
+        assert torch.allclose(t(x), x, rtol=0, atol=1e-15)
+        t = Affine(3, kind, init_loc=torch.tensor([1.0, 2.0, 3.0]), init_scale=0.1)
+        assert torch.allclose(t(x), torch.tensor([1.0, 2.0, 3.0]) + 0.1 * x)
+    for init_scale in (1e-12, 1e6):
+        scale = Affine(1, "diagonal", init_scale=init_scale).loc_and_scale()[1]
+        assert scale.item() == pytest.approx(init_scale, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal"])
+def test_standardize_takes_the_moments(kind: str) -> None:
+    """Of four points by hand: mean (2, 1), variances 4/3 and 16/3, covariance 0 or 8/3."""
+    t = prepared(kind)
+    t.standardize(
+        torch.tensor([[1.0, -1.0], [3.0, 3.0], [1.0, -1.0], [3.0, 3.0]]) + torch.zeros(4, 2)
+    )
+    loc, scale = t.loc_and_scale()
+    assert torch.allclose(loc, torch.tensor([2.0, 1.0]))
+    widths = scale.square().sum(-1) if kind == "full" else scale.square()
+    assert torch.allclose(widths, torch.tensor([4 / 3, 16 / 3]))
+    if kind == "full":
+        assert scale[1, 0] * scale[0, 0] == pytest.approx(8 / 3)
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal"])
+def test_absorb_keeps_the_map(kind: str) -> None:
+    t, x = prepared(kind), torch.randn(5, 2)
+    y = t(x)
+    t.absorb()
+    assert torch.allclose(t(x), y)
+    assert (t.offset == 0).all()
+    with torch.no_grad():
+        t.offset += 1.0  # one unit now is one present scale
+    loc, scale = t.loc_and_scale()
+    moved = scale.sum(-1) if kind == "full" else scale
+    assert torch.allclose(
+        loc, torch.tensor([12.0, 17.0] if kind == "full" else [12.0, 16.0]) + moved
+    )
+
+
+def test_conditional_layers_start_as_one_map() -> None:
+    t = ConditionalAffine(2, 3, hidden_dims=(4,))
+    t.standardize(torch.randn(100, 2) * 5 + 1)
+    x = torch.randn(7, 2)
+    assert torch.allclose(t.condition(torch.randn(7, 3))(x), t.affine(x))
