@@ -124,9 +124,9 @@ class Flow(nn.Module):
         """
         if self.fitted:
             return
-        outermost = self._parts[-1] if self._parts else None
-        if data is not None and isinstance(outermost, Affine | ConditionalAffine):
-            outermost.standardize(data)
+        upright = self._parts[-1] if self._parts and not self._inverted[-1] else None
+        if data is not None and isinstance(upright, Affine | ConditionalAffine):
+            upright.standardize(data)
         for index, part in enumerate(self._parts):
             if isinstance(part, Planar | ConditionalPlanar):
                 part.reset_parameters()

@@ -15,7 +15,10 @@ RAW = [math.log(math.e**2 - 1), math.log(math.e**3 - 1)]
 
 @torch.no_grad()
 def prepared(kind: str) -> Affine:
-    """Offset (1, -1), A = diag(2, 3) · ((1, 0), (0.5, 1)); C = ((2, 0), (1, 4)), centre (10, 20)."""
+    """Offset (1, -1), A = diag(2, 3) · ((1, 0), (0.5, 1)), C = ((2, 0), (1, 4)), centre (10, 20).
+
+    Where diagonal, A = (2, 3) and C = (2, 4).
+    """
     t = Affine(2, kind)
     t.offset.copy_(torch.tensor([1.0, -1.0]))
     t.raw_scale.copy_(torch.tensor(RAW))
@@ -62,17 +65,21 @@ def test_the_start() -> None:
 
 @pytest.mark.parametrize("kind", ["full", "diagonal"])
 def test_standardize_takes_the_moments(kind: str) -> None:
-    """Of four points by hand: mean (2, 1), variances 4/3 and 16/3, covariance 0 or 8/3."""
+    """Of four points by hand: mean (2, 1), variances 4/3 and 8/3, covariance 4/3."""
     t = prepared(kind)
-    t.standardize(
-        torch.tensor([[1.0, -1.0], [3.0, 3.0], [1.0, -1.0], [3.0, 3.0]]) + torch.zeros(4, 2)
-    )
+    t.standardize(torch.tensor([[1.0, -1.0], [3.0, 3.0], [1.0, 1.0], [3.0, 1.0]]))
     loc, scale = t.loc_and_scale()
     assert torch.allclose(loc, torch.tensor([2.0, 1.0]))
-    widths = scale.square().sum(-1) if kind == "full" else scale.square()
-    assert torch.allclose(widths, torch.tensor([4 / 3, 16 / 3]))
-    if kind == "full":
-        assert scale[1, 0] * scale[0, 0] == pytest.approx(8 / 3)
+    covariance = scale @ scale.T if kind == "full" else scale.square().diag()
+    across = 4 / 3 if kind == "full" else 0.0
+    assert torch.allclose(covariance, torch.tensor([[4 / 3, across], [across, 8 / 3]]))
+
+
+def test_standardize_refuses_columns_that_follow_from_others() -> None:
+    y = torch.randn(20, 1) * torch.tensor([1.0, 2.0])
+    with pytest.raises(ValueError, match=r"linearly independent, got 20 rows of 2 columns"):
+        Affine(2).standardize(y)
+    Affine(2, "diagonal").standardize(y)
 
 
 @pytest.mark.parametrize("kind", ["full", "diagonal"])

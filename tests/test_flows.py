@@ -191,3 +191,11 @@ def test_every_flow_starts_as_the_standard_normal(
     y = torch.randn(4, 3)
     expected = -0.5 * y.square().sum(-1) - 1.5 * math.log(2 * math.pi)
     assert torch.allclose(q.log_prob(y), expected, atol=1e-10)
+
+
+def test_affine_that_runs_backwards_is_not_set_to_the_data() -> None:
+    data = 5 + 0.1 * torch.randn(500, 2)
+    flow = Flow(StandardNormal(2), [Planar(2, 3), Affine(2).inv])
+    before = flow().log_prob(data)
+    flow.place("data_to_base", data)
+    assert torch.allclose(flow().log_prob(data), before)
