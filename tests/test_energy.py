@@ -37,7 +37,8 @@ def test_bound_is_above_minus_log_z_on_the_papers_energies() -> None:
     for number in (1, 2, 3, 4):
         target = pf.targets.energy(number)
         fit = pf.fit_energy(pf.planar_flow(2, 4), target, steps=200, seed=0, progress=False)
-        assert -target.log_normalizer < fit.best_loss < -target.log_normalizer + 1.5
+        assert -target.log_normalizer < fit.best_loss < fit.scores[0][1] - 1
+        assert fit.best_loss < -target.log_normalizer + 2.5
 
 
 def test_paper_annealing_weighs_the_energy_alone(monkeypatch: pytest.MonkeyPatch) -> None:
