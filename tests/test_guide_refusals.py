@@ -74,3 +74,12 @@ def test_guide_without_parameters_is_refused() -> None:
 
     with pytest.raises(ValueError, match="no parameters to train"):
         pf.fit_guide(toy_model, guide, progress=False)
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("num_particles", 0), ("lr", 0.0)])
+def test_bad_options_are_refused_before_the_model_runs(name: str, value: float) -> None:
+    def model() -> None:
+        raise AssertionError("the model ran")
+
+    with pytest.raises(ValueError, match=name):
+        pf.fit_guide(model, pf.AutoPlanarFlow(model), **{name: value})

@@ -84,13 +84,12 @@ def fit_guide(
         >>> sorted(guide.median())
         ['z']
     """
+    options = {"steps": steps, "lr": lr, "seed": seed, "checkpoint": checkpoint}
+    check_options(**options, num_particles=1 if num_particles is None else num_particles)
     with seeded(seed), _along_path(guide):
         problem = Problem.inspect(model, guide, args, kwargs)
         draws = ONE_BY_ONE if problem.plates is None else VECTORIZED
-        num_particles = draws["particles"] if num_particles is None else num_particles
-        check_options(
-            steps=steps, num_particles=num_particles, lr=lr, seed=seed, checkpoint=checkpoint
-        )
+        num_particles = num_particles or draws["particles"]
         if isinstance(guide, nn.Module):
             guide.to(device)
         loss, score = _objective(problem, num_particles, draws["scored"])
