@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroflow.transforms import coupled_tanh
+from pyroflow.transforms import activations, stack_kernels
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for each other
 
@@ -41,12 +41,17 @@ def float32() -> Iterator[None]:
 
 @pytest.fixture
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for every call of the root search."""
-    calls, search = [], coupled_tanh.monotone_root
+    """One entry for every pass that has roots to find, of the kernels or the general path."""
+    calls, pull, root = [], stack_kernels.pull, activations.monotone_root
 
-    def counted(r: Tensor, s: Tensor) -> Tensor:
+    def counted_pull(y: Tensor, units: stack_kernels.Units) -> stack_kernels.Pass:
+        calls.append(y.numel())
+        return pull(y, units)
+
+    def counted_root(r: Tensor, s: Tensor) -> Tensor:
         calls.append(r.numel())
-        return search(r, s)
+        return root(r, s)
 
-    monkeypatch.setattr(coupled_tanh, "monotone_root", counted)
+    monkeypatch.setattr(stack_kernels, "pull", counted_pull)
+    monkeypatch.setattr(activations, "monotone_root", counted_root)
     return calls

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyroflow.transforms import ConditionalPlanar, ConditionedPlanar, Planar
-from pyroflow.transforms.planar import constrain
+from pyroflow.transforms.constraint import constrain
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from pyroflow.checks import check_choice, check_count, check_positive
 from pyroflow.transforms.bijection import Bijection
 from pyroflow.transforms.hypernet import Hypernet
-from pyroflow.transforms.planar import softplus
+from pyroflow.transforms.constraint import softplus
 
 AffineKind = Literal["full", "diagonal"]
 
@@ -65,7 +65,7 @@ class ConditionedAffine(Bijection):
         return loc + moved, self._spread_log_det(scale, x)
 
     def _backward(
-        self, y: Tensor, parameters: tuple[Tensor, ...], work: Tensor | None
+        self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         loc, scale = self._compose(parameters)
         centred = y - loc

@@ -59,8 +59,10 @@ class Bijection(Transform):
         """Return y and the intermediate results ("work") that the other methods reuse."""
         raise NotImplementedError
 
-    def _backward(self, y: Tensor, parameters: tuple[Tensor, ...], work: Any) -> tuple[Tensor, Any]:
-        """Return x and the work; a given work holds the values of the solution at y."""
+    def _backward(
+        self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Any] | None
+    ) -> tuple[Tensor, Any]:
+        """Return x and the work; ``known`` holds their values where they were found before."""
         raise NotImplementedError
 
     def _log_det(self, work: Any) -> Tensor:
@@ -88,7 +90,7 @@ class Bijection(Transform):
             own = made.y is y and not (y.is_leaf and y.requires_grad)
             if (own and made.recorded) or not torch.is_grad_enabled():
                 return made.x
-        x, work = self._backward(y, self._map_parameters(), made and made.work)
+        x, work = self._backward(y, self._map_parameters(), made and (made.x, made.work))
         if made is not None:
             _remember_origin(x, made.x)
         self._solved = self._pair(x, y, work)
@@ -119,7 +121,7 @@ class Bijection(Transform):
         self._check("y", y)
         fixed = tuple(t.detach() for t in self._map_parameters())
         made = self._made_from(y, origin)
-        x, work = self._backward(y, fixed, made and made.work)
+        x, work = self._backward(y, fixed, made and (made.x, made.work))
         return x, self._log_det(work), made.x if made else x
 
     def forward_shape(self, shape: Size) -> Size:
@@ -174,7 +176,8 @@ class Bijection(Transform):
                 f"{kind} has {parameter.dtype} parameters, got {name} in {value.dtype}: "
                 f"convert one of them, as in {name}.to({parameter.dtype})"
             )
-        self._check_batch(name, value)
+        if self._parameter_batch():
+            self._check_batch(name, value)
 
     def _check_batch(self, name: str, value: Tensor) -> None:
         try:

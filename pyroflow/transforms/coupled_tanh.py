@@ -11,7 +11,7 @@ scalar equation. The derivatives of the system are *linear* triangular systems, 
 derivatives of those are linear triangular systems again: two autograd functions that call
 each other give derivatives of every order.
 
-Inside, the layer index comes first: r is (K, *B); N is (K, K), shared by a flat batch, or
+Other activations than tanh may take its place. Inside, the layer index comes first: r is (K, *B); N is (K, K), shared by a flat batch, or
 (K, K, *P) with P as long as B and broadcastable to it; s is (K, *P).
 """
 
@@ -25,16 +25,20 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyroflow.transforms.monotone_root import monotone_root
+from pyroflow.transforms.activations import LeakyReLU, Tanh
 
-
-def sech2(a: Tensor) -> Tensor:
-    """sech²(a) = 1 − tanh²(a), to full relative precision and without overflow."""
-    return 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
+Activation = Tanh | LeakyReLU
+TANH = Tanh()
 
 
 def solve_coupled_tanh(
-    r: Tensor, N: Tensor, s: Tensor | None, *, upper: bool, solution: Tensor | None = None
+    r: Tensor,
+    N: Tensor,
+    s: Tensor | None,
+    *,
+    upper: bool,
+    solution: Tensor | None = None,
+    activation: Activation = TANH,
 ) -> Tensor:
     """Solve a + N tanh(a) + (s − 1) ∘ tanh(a) = r for a, differentiable to any order.
 
@@ -46,6 +50,7 @@ def solve_coupled_tanh(
         upper: which triangle couples the unknowns, and with it the order of the recursion.
         solution: a, shape (K, *B), where it is already known: nothing is solved, and the
             result has the gradients of the solution.
+        activation: what stands for tanh.
 
     Returns:
         a, shape (K, *B).
@@ -63,7 +68,7 @@ def solve_coupled_tanh(
         r = r.reshape(len(r), math.prod(shape[1:]))
         solution = None if solution is None else solution.reshape(r.shape)
     N, s = N if shared else _pad(N, r.dim() - 1, 2), _pad(s, r.dim() - 1, 1)
-    return _CoupledTanh.apply(r, N, s, upper, solution).reshape(shape)
+    return _CoupledTanh.apply(r, N, s, upper, solution, activation).reshape(shape)
 
 
 class _CoupledTanh(Function):
@@ -71,7 +76,12 @@ class _CoupledTanh(Function):
 
     @staticmethod
     def forward(
-        r: Tensor, N: Tensor, s: Tensor | None, upper: bool, solution: Tensor | None
+        r: Tensor,
+        N: Tensor,
+        s: Tensor | None,
+        upper: bool,
+        solution: Tensor | None,
+        activation: Activation,
     ) -> Tensor:
         if solution is not None:
             return solution.clone()
@@ -79,24 +89,24 @@ class _CoupledTanh(Function):
         for k, a_k, h_k, coupling in _rows(upper, a, h, _triangle(N, upper)):
             a_k.sub_(_combine(coupling, h))
             if s is not None:
-                a_k.copy_(monotone_root(a_k, s[k]))
-            torch.tanh(a_k, out=h_k)
+                a_k.copy_(activation.root(a_k, s[k]))
+            h_k.copy_(activation.value(a_k))
         return a
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, N, s, ctx.upper, _ = inputs
+        _, N, s, ctx.upper, _, ctx.activation = inputs
         ctx.save_for_backward(output, N, s)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         a, N, s = ctx.saved_tensors
-        h, d = a.tanh(), sech2(a)
-        det = None if s is None else h.square() + s * d
+        h, d = ctx.activation.value(a), ctx.activation.slope(a)
+        det = None if s is None else ctx.activation.det(a, s)
         adjoint = _LinearSystem.apply(grad, N.transpose(0, 1), det, d, None, not ctx.upper)
         grad_N = -_outer(adjoint, h, N, ctx.upper) if ctx.needs_input_grad[1] else None
         grad_s = None if s is None else -(adjoint * h).sum_to_size(s.shape)
-        return adjoint, grad_N, grad_s, None, None
+        return adjoint, grad_N, grad_s, None, None, None
 
     @staticmethod
     def vmap(
@@ -107,10 +117,11 @@ class _CoupledTanh(Function):
         s: Tensor | None,
         upper: bool,
         solution: Tensor | None,
+        activation: Activation,
     ) -> tuple[Tensor, int]:
-        dims = in_dims[:3] + in_dims[4:]
+        dims = in_dims[:3] + in_dims[4:5]
         r, N, s, solution = _add_batch(info.batch_size, dims, (1, 2, 1, 1), (r, N, s, solution))
-        return _CoupledTanh.apply(r, N, s, upper, solution), 1
+        return _CoupledTanh.apply(r, N, s, upper, solution, activation), 1
 
 
 class _LinearSystem(Function):

@@ -4,55 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 
 from pyroflow.checks import check_count
 from pyroflow.transforms.bijection import Bijection
-from pyroflow.transforms.coupled_tanh import sech2, solve_coupled_tanh
 from pyroflow.transforms.hypernet import Hypernet
+from pyroflow.transforms.stack import Work, evaluate_stack
+from pyroflow.transforms.stack_kernels import Units
 
 IDENTITY_SLOPE = math.log(math.e - 1)  # wᵀu at which m(wᵀu) = 0, so that û = 0
 INIT_SLOPE = 3.0  # ‖w‖ at the start, about: hyperplanes with bends as sharp as data need
-
-
-def softplus(v: Tensor) -> Tensor:
-    """ln(1 + eᵛ), exact in float64 too: torch's default switches to v already at 20."""
-    return F.softplus(v, threshold=40)
-
-
-def constrain(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The paper's û (appendix A.1) and s = 1 + wᵀû > 0, row by row.
-
-    û = u + [m(wᵀu) − wᵀu] w/‖w‖² with m(v) = −1 + ln(1 + eᵛ), so that s = ln(1 + e^(wᵀu)).
-    At ‖w‖ = 0 the formula is 0/0. Below ‖w‖² = sqrt(tiny), the square root of the smallest
-    normal number, the denominator stays there and s follows; a wᵀu < −1/2 is exempt, as it
-    needs the true norm to stay invertible (and with it a ‖u‖ beyond 1e9).
-
-    Args:
-        w: shape (*, D).
-        u: shape (*, D).
-
-    Returns:
-        û, shape (*, D), and s, shape (*).
-    """
-    v, norm2, tiny = (w * u).sum(-1), w.square().sum(-1), torch.finfo(w.dtype).tiny
-    floor = torch.full_like(v, math.sqrt(tiny)).masked_fill(v < -0.5, tiny)
-    share = (norm2 / floor).clamp(max=1)
-    u_hat = u + ((softplus(-v) - 1) / torch.maximum(norm2, floor)).unsqueeze(-1) * w
-    s = share * softplus(v) + (1 - share) * (1 + v)
-    return u_hat, s.clamp(min=tiny)
-
-
-class _Work(NamedTuple):
-    a: Tensor
-    h: Tensor
-    s: Tensor
 
 
 class ConditionedPlanar(Bijection):
@@ -81,56 +46,20 @@ class ConditionedPlanar(Bijection):
         return self.w, self.u, self.b
 
     def _parameter_batch(self) -> Size:
-        return torch.broadcast_shapes(self.w.shape[:-2], self.u.shape[:-2], self.b.shape[:-1])
+        shapes = self.w.shape[:-2], self.u.shape[:-2], self.b.shape[:-1]
+        return torch.broadcast_shapes(*shapes) if any(shapes) else Size()
 
-    def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, _Work]:
-        w, u, b = parameters
-        u_hat, s = constrain(w, u)
-        a = solve_coupled_tanh(_project(x, w, b), -_coupling(w, u_hat), None, upper=False)
-        h = a.tanh()
-        return _shift(x, u_hat, h), _Work(a, h, s)
+    def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Work]:
+        return evaluate_stack(x, Units(*parameters, None), inverse=False)
 
     def _backward(
-        self, y: Tensor, parameters: tuple[Tensor, ...], work: _Work | None
-    ) -> tuple[Tensor, _Work]:
-        w, u, b = parameters
-        u_hat, s = constrain(w, u)
-        a = solve_coupled_tanh(
-            _project(y, w, b),
-            _coupling(w, u_hat),
-            s.movedim(-1, 0),
-            upper=True,
-            solution=None if work is None else work.a.detach(),
-        )
-        h = a.tanh()
-        return _shift(y, u_hat, -h), _Work(a, h, s)
+        self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Work] | None
+    ) -> tuple[Tensor, Work]:
+        return evaluate_stack(y, Units(*parameters, None), inverse=True, known=known)
 
-    def _log_det(self, work: _Work) -> Tensor:
+    def _log_det(self, work: Work) -> Tensor:
         """Σ_k ln(t² + s(1 − t²)), equation 13 as a sum of positives (t = tanh a)."""
-        s = work.s.movedim(-1, 0)
-        s = s.reshape(s.shape[:1] + (1,) * (work.a.dim() - s.dim()) + s.shape[1:])
-        return (work.h.square() + s * sech2(work.a)).log().sum(0)
-
-
-def _coupling(w: Tensor, u_hat: Tensor) -> Tensor:
-    """G = W Ûᵀ, shape (K, K, *P): what layer j's shift adds to layer k's pre-activation."""
-    return (w @ u_hat.mT).movedim((-2, -1), (0, 1))
-
-
-def _project(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """W x + b with the layers first, shape (K, *B)."""
-    if w.dim() == b.dim() + 1 == 2:
-        flat = torch.addmm(b.unsqueeze(-1), w, x.reshape(-1, x.shape[-1]).T)
-        return flat.reshape(len(w), *x.shape[:-1])
-    return ((w @ x.unsqueeze(-1)).squeeze(-1) + b).movedim(-1, 0)
-
-
-def _shift(x: Tensor, u_hat: Tensor, h: Tensor) -> Tensor:
-    """Return x + Ûᵀ h for h of shape (K, *B)."""
-    if u_hat.dim() == 2 and h.shape[1:] == x.shape[:-1]:
-        flat = x.reshape(-1, x.shape[-1])
-        return torch.addmm(flat, h.reshape(len(h), len(flat)).T, u_hat).reshape(x.shape)
-    return x + (h.movedim(0, -1).unsqueeze(-2) @ u_hat).squeeze(-2)
+        return work.log_det
 
 
 class Planar(ConditionedPlanar, TransformModule):

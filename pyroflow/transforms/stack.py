@@ -1,0 +1,209 @@
+"""Stacks of units as differentiable functions: the fast kernels, and the general path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from pyroflow.transforms import stack_kernels as kernels
+from pyroflow.transforms.constraint import Rows, constrain, constrain_rows, row_gradients
+from pyroflow.transforms.coupled_tanh import TANH, Activation, solve_coupled_tanh
+from pyroflow.transforms.stack_kernels import Units
+
+
+class Work(NamedTuple):
+    """What a pass leaves for later calls at the same point.
+
+    log_det has shape (*B). ``a`` (K, *B) comes from the general path, ``done`` from the kernels.
+    """
+
+    log_det: Tensor
+    a: Tensor | None = None
+    done: kernels.Pass | None = None
+
+
+def evaluate_stack(
+    z: Tensor,
+    units: Units,
+    *,
+    inverse: bool,
+    known: tuple[Tensor, Work] | None = None,
+    activation: Activation = TANH,
+) -> tuple[Tensor, Work]:
+    """y = x + Ûᵀ h(W z + b) of a stack at z = x, or x at z = y; differentiable to any order.
+
+    Args:
+        z: shape (*B, D).
+        units: W, Û (*P, K, D), b (*P, K), s (*P, K, 1), with P broadcastable to B; or u in
+            place of Û, and s None.
+        inverse: whether z is y.
+        known: the image and the work, where an earlier pass found them: nothing is solved.
+        activation: what bends a unit; the kernels know tanh.
+
+    Returns:
+        The image, shape (*B, D), and its work.
+    """
+    if not (activation is TANH and _shared(units) and _plain(z)):
+        return _general(z, units, inverse, known and known[1].a, activation)
+    rows = constrain_rows(units.W.detach(), units.U.detach()) if units.s is None else None
+    if units.s is None and rows is None:
+        u_hat, s = constrain(units.W, units.U)
+        units = units._replace(U=u_hat, s=s)
+    flat = z.reshape(-1, z.shape[-1])
+    found = known and known[1].done
+    if found is not None:
+        found = found._replace(image=known[0].reshape(flat.shape))
+    call = _Call(units.size, inverse, rows, found)
+    image, log_det = _Stack.apply(flat, *units[:4], call)
+    work = Work(log_det.reshape(z.shape[:-1]), done=call.done)
+    return image.reshape(z.shape), work
+
+
+def differentiable_gradients(
+    function: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of a function as functions of its inputs, for derivatives of any order.
+
+    It is evaluated anew at aliases of the inputs, so that no path that leads from one input to
+    another is followed.
+    """
+    with torch.enable_grad():
+        aliases = [t.view_as(t) for t in inputs]
+        outputs = function(*aliases)
+    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+    wanted = [t for t in aliases if t.requires_grad]
+    found = torch.autograd.grad(
+        [out for out, _ in pairs],
+        wanted,
+        [grad for _, grad in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    results = iter(found)
+    return [next(results) if t.requires_grad else None for t in aliases]
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, which the kernels do not know."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _shared(units: Units) -> bool:
+    return units.W.dim() == units.U.dim() == 2 and units.b.dim() == 1
+
+
+def _plain(z: Tensor) -> bool:
+    return not transformed() and not torch.is_autocast_enabled(z.device.type)
+
+
+class _Call:
+    """What a pass is to do, and what it found beside its results."""
+
+    def __init__(
+        self, size: int, inverse: bool, rows: Rows | None, known: kernels.Pass | None
+    ) -> None:
+        self.size, self.inverse, self.rows, self.done = size, inverse, rows, known
+
+    def units(self, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None) -> Units:
+        """The units with û in its place."""
+        rows = self.rows
+        return Units(
+            W, U if rows is None else rows.u_hat, b, s if rows is None else rows.s, self.size
+        )
+
+    def general(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None = None) -> tuple:
+        """The results in differentiable operations."""
+        image, work = _general(z, Units(W, U, b, s, self.size), self.inverse, None, TANH)
+        return image, work.log_det
+
+
+class _Stack(Function):
+    """The kernels as an autograd function; second derivatives take the general path."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None, call: _Call
+    ) -> tuple[Tensor, Tensor]:
+        if call.done is None:
+            kernel = kernels.pull if call.inverse else kernels.push
+            call.done = kernel(z, call.units(W, U, b, s))
+        ctx.save_for_backward(z, W, U, b, s)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return call.done.image.detach(), call.done.log_det.detach()
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_image: Tensor | None, grad_log_det: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        z, *parameters = ctx.saved_tensors
+        call = ctx.call
+        if torch.is_grad_enabled() or transformed():
+            inputs = [t for t in (z, *parameters) if t is not None]
+            found = differentiable_gradients(call.general, inputs, (grad_image, grad_log_det))
+            return (*found, *[None] * (6 - len(found)))
+        units = call.units(*parameters)
+        W, U, _, _ = parameters
+        grad_z, grad_W, grad_U, grad_b, grad_s = kernels.gradients(
+            z,
+            units,
+            call.done,
+            torch.zeros_like(z) if grad_image is None else grad_image,
+            grad_log_det,
+            inverse=call.inverse,
+            needs=(ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])),
+        )
+        if call.rows is not None and grad_W is not None:
+            more, grad_U = row_gradients(W, U, call.rows, grad_U, grad_s)
+            grad_W, grad_s = grad_W.add_(more), None
+        return grad_z, grad_W, grad_U, grad_b, grad_s, None
+
+
+def _general(
+    z: Tensor, units: Units, inverse: bool, a: Tensor | None, activation: Activation
+) -> tuple[Tensor, Work]:
+    """The stack in differentiable operations, with parameters of any batch shape."""
+    W, U, b, s, size = units
+    if s is None:
+        U, s = constrain(W, U)
+    G = (W @ U.mT).movedim((-2, -1), (0, 1))
+    s = s.squeeze(-1).movedim(-1, 0)
+    r = _project(z, W, b)
+    if inverse:
+        a = solve_coupled_tanh(
+            r, G, s, upper=True, solution=None if a is None else a.detach(), activation=activation
+        )
+    else:
+        N = -G if size == 1 else -G * _earlier_layers(G, size)
+        a = solve_coupled_tanh(r, N, None, upper=False, activation=activation)
+    s = s.reshape(s.shape[:1] + (1,) * (a.dim() - s.dim()) + s.shape[1:])
+    h = activation.value(a)
+    image = _shift(z, U, -h if inverse else h)
+    return image, Work(activation.det(a, s).log().sum(0), a=a)
+
+
+def _earlier_layers(G: Tensor, size: int) -> Tensor:
+    """1 where unit k lies in a later layer than unit j, shape (K, K, 1, ...)."""
+    layer = torch.arange(len(G), device=G.device) // size
+    mask = (layer.unsqueeze(1) > layer).to(G.dtype)
+    return mask.reshape(mask.shape + (1,) * (G.dim() - 2))
+
+
+def _project(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """W x + b with the layers first, shape (K, *B)."""
+    if w.dim() == b.dim() + 1 == 2:
+        flat = torch.addmm(b.unsqueeze(-1), w, x.reshape(-1, x.shape[-1]).T)
+        return flat.reshape(len(w), *x.shape[:-1])
+    return ((w @ x.unsqueeze(-1)).squeeze(-1) + b).movedim(-1, 0)
+
+
+def _shift(x: Tensor, u_hat: Tensor, h: Tensor) -> Tensor:
+    """Return x + Ûᵀ h for h of shape (K, *B)."""
+    if u_hat.dim() == 2 and h.shape[1:] == x.shape[:-1]:
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.addmm(flat, h.reshape(len(h), len(flat)).T, u_hat).reshape(x.shape)
+    return x + (h.movedim(0, -1).unsqueeze(-2) @ u_hat).squeeze(-2)
