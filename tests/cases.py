@@ -15,9 +15,15 @@ from pyroflow.transforms import (
     Affine,
     ConditionalAffine,
     ConditionalPlanar,
+    ConditionalRadial,
+    ConditionalSylvester,
     ConditionedAffine,
     ConditionedPlanar,
+    ConditionedRadial,
+    ConditionedSylvester,
     Planar,
+    Radial,
+    Sylvester,
 )
 
 SHAPES = [(), (7,), (6, 5)]
@@ -77,6 +83,62 @@ def context_planar(dim: int, layers: int, batch: tuple[int, ...]) -> Source:
     return Source(dim, parts, lambda t: t.condition(context.to(t.planar.w.dtype)), batch)
 
 
+def radial(dim: int, layers: int, sd: float = 1.5) -> Source:
+    return Source(dim, scatter(Radial(dim, layers), sd))
+
+
+def given_radial(dim: int, layers: int, batch: tuple[int, ...], sd: float = 1.2) -> Source:
+    sizes = {"x0": (layers, dim), "raw_alpha": (layers,), "beta": (layers,)}
+    parts = nn.ParameterDict({k: sd * torch.randn(*batch, *size) for k, size in sizes.items()})
+    return Source(
+        dim, parts, lambda p: ConditionedRadial(p["x0"], p["raw_alpha"], p["beta"]), batch
+    )
+
+
+def context_radial(dim: int, layers: int, batch: tuple[int, ...]) -> Source:
+    parts = scatter(ConditionalRadial(dim, 3, layers, hidden_dims=(4,)), 1.0)
+    context = torch.randn(*batch, 3)
+    return Source(dim, parts, lambda t: t.condition(context.to(t.radial.x0.dtype)), batch)
+
+
+def leaky(dim: int, layers: int, sd: float = 1.5) -> Source:
+    return Source(dim, scatter(Planar(dim, layers, nonlinearity="leaky_relu"), sd))
+
+
+def given_leaky(dim: int, layers: int, batch: tuple[int, ...], sd: float = 1.2) -> Source:
+    source = given_planar(dim, layers, batch, sd)
+    bend = {"nonlinearity": "leaky_relu", "negative_slope": 0.4}
+    source.build = lambda p: ConditionedPlanar(p["w"], p["u"], p["b"], **bend)
+    return source
+
+
+def sylvester(dim: int, units: int, layers: int, kind: str, sd: float = 1.2) -> Source:
+    return Source(dim, scatter(Sylvester(dim, units, layers, kind), sd))
+
+
+def given_sylvester(
+    dim: int, units: int, layers: int, batch: tuple[int, ...], kind: str, sd: float = 1.0
+) -> Source:
+    sizes = {
+        "frame": (layers, units, dim),
+        "R": (layers, units, units),
+        "R_tilde": (layers, units, units),
+        "b": (layers, units),
+    }
+    parts = nn.ParameterDict({k: sd * torch.randn(*batch, *size) for k, size in sizes.items()})
+    return Source(
+        dim, parts, lambda p: ConditionedSylvester(*(p[k] for k in sizes), orthogonal=kind), batch
+    )
+
+
+def context_sylvester(
+    dim: int, units: int, layers: int, batch: tuple[int, ...], kind: str
+) -> Source:
+    parts = scatter(ConditionalSylvester(dim, 3, units, layers, kind, hidden_dims=(4,)), 1.0)
+    context = torch.randn(*batch, 3)
+    return Source(dim, parts, lambda t: t.condition(context.to(t.sylvester.b.dtype)), batch)
+
+
 def affine(dim: int, kind: str) -> Source:
     t = Affine(dim, kind)
     t.standardize(3 + 2 * torch.randn(50, dim) @ torch.randn(dim, dim))
@@ -117,6 +179,34 @@ CASES: dict[str, Callable[[], Source]] = {
     "given_planar-7-inverse": lambda: given_planar(3, 2, (7,)).inverted(),
     "context_planar": lambda: context_planar(2, 3, ()),
     "context_planar-7": lambda: context_planar(2, 3, (7,)),
+    "radial-D1-K3": lambda: radial(1, 3),
+    "radial-D2-K1": lambda: radial(2, 1, sd=2.0),
+    "radial-D2-K8": lambda: radial(2, 8),
+    "radial-D5-K3": lambda: radial(5, 3, sd=2.0),
+    "radial-D2-K8-inverse": lambda: radial(2, 8).inverted(),
+    "radial-D5-K3-inverse": lambda: radial(5, 3).inverted(),
+    "given_radial-7": lambda: given_radial(3, 4, (7,)),
+    "given_radial-6x5": lambda: given_radial(2, 3, (6, 5)),
+    "given_radial-6x1": lambda: given_radial(2, 3, (6, 1)),
+    "given_radial-7-inverse": lambda: given_radial(3, 2, (7,)).inverted(),
+    "context_radial": lambda: context_radial(2, 3, ()),
+    "context_radial-7": lambda: context_radial(2, 3, (7,)),
+    "leaky-D2-K8": lambda: leaky(2, 8),
+    "leaky-D5-K3-inverse": lambda: leaky(5, 3).inverted(),
+    "given_leaky-7": lambda: given_leaky(3, 4, (7,)),
+    "sylvester-D1-M1": lambda: sylvester(1, 1, 2, "householder"),
+    "sylvester-D2-M2": lambda: sylvester(2, 2, 3, "householder"),
+    "sylvester-D5-M3": lambda: sylvester(5, 3, 2, "householder"),
+    "sylvester-D5-M3-inverse": lambda: sylvester(5, 3, 2, "householder").inverted(),
+    "sylvester-D4-M4-qr": lambda: sylvester(4, 4, 2, "qr"),
+    "sylvester-D5-M2-qr": lambda: sylvester(5, 2, 1, "qr"),
+    "sylvester-D4-M4-triangular": lambda: sylvester(4, 4, 2, "triangular"),
+    "sylvester-D5-M3-triangular": lambda: sylvester(5, 3, 3, "triangular"),
+    "given_sylvester-7": lambda: given_sylvester(4, 2, 2, (7,), "householder"),
+    "given_sylvester-6x5-qr": lambda: given_sylvester(3, 2, 1, (6, 5), "qr"),
+    "given_sylvester-7-inverse": lambda: given_sylvester(3, 3, 1, (7,), "householder").inverted(),
+    "context_sylvester-7": lambda: context_sylvester(3, 2, 2, (7,), "householder"),
+    "context_sylvester-triangular": lambda: context_sylvester(3, 3, 2, (), "triangular"),
     "affine-full": lambda: affine(3, "full"),
     "affine-full-D1": lambda: affine(1, "full"),
     "affine-diagonal": lambda: affine(3, "diagonal"),

@@ -10,16 +10,18 @@ from collections.abc import Callable
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import D, layers, scatter, wild
+from cases import D, layers, log_prob_at, normal, scatter, wild
 from pyro.distributions import transforms as pyro_transforms
 from pyro.distributions.torch_transform import ComposeTransformModule
 from torch import nn
 from torch.distributions import ComposeTransform
+from torch.distributions.transforms import _InverseTransform
 
-from pyroflow import ConditionalPlanar, Flow, Planar, planar_flow
+from pyroflow import ConditionalPlanar, Flow, Planar, Radial, planar_flow, radial_flow
 from pyroflow.flows import StandardNormal
-from pyroflow.transforms import Affine
+from pyroflow.transforms import Affine, ConditionalRadial
 
+MAKERS = pytest.mark.parametrize("make", [planar_flow, radial_flow])
 DIRECTIONS = pytest.mark.parametrize("direction", ["base_to_data", "data_to_base"])
 
 
@@ -158,9 +160,10 @@ def test_a_conditional_flow_without_weights_is_unconditional() -> None:
     assert torch.allclose(flow(torch.randn(7, 3)).log_prob(y), plain().log_prob(y), atol=1e-10)
 
 
-# Options and directions of planar_flow.
+# Options and directions of planar_flow and its sisters.
 
 
+@MAKERS
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -175,18 +178,19 @@ def test_a_conditional_flow_without_weights_is_unconditional() -> None:
         ({"context_dim": 2, "hidden_dims": (0,)}, "hidden_dims must be an integer of at least 1"),
     ],
 )
-def test_options(options: dict, message: str) -> None:
+def test_options(make: Callable, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        planar_flow(**{"input_dim": 2} | options)
+        make(**{"input_dim": 2} | options)
 
 
+@MAKERS
 @pytest.mark.parametrize("affine", ["full", "diagonal", None])
 @pytest.mark.parametrize("num_layers", [0, 5])
 @pytest.mark.parametrize("context", [None, 3])
 def test_every_flow_starts_as_the_standard_normal(
-    affine: str | None, num_layers: int, context: int | None
+    make: Callable, affine: str | None, num_layers: int, context: int | None
 ) -> None:
-    flow = planar_flow(3, num_layers, context, affine=affine)
+    flow = make(3, num_layers, context, affine=affine)
     q = flow() if context is None else flow(torch.randn(4, 3))
     y = torch.randn(4, 3)
     expected = -0.5 * y.square().sum(-1) - 1.5 * math.log(2 * math.pi)
@@ -199,3 +203,39 @@ def test_affine_that_runs_backwards_is_not_set_to_the_data() -> None:
     before = flow().log_prob(data)
     flow.place("data_to_base", data)
     assert torch.allclose(flow().log_prob(data), before)
+
+
+@pytest.mark.parametrize("context", [None, 3])
+def test_radial_flows_hold_radial_layers(context: int | None) -> None:
+    flow = radial_flow(D, 5, context, affine="diagonal")
+    layers, affine = flow.parts
+    assert type(layers) is (Radial if context is None else ConditionalRadial)
+    assert getattr(layers, "radial", layers).x0.shape == (5, D)
+    assert getattr(affine, "affine", affine).diagonal
+    assert len(radial_flow(D, 5, context, affine=None).parts) == 1
+    assert flow.conditional == (context is not None)
+
+
+@MAKERS
+@DIRECTIONS
+@pytest.mark.parametrize("context", [None, 3])
+def test_place_resets_and_turns_layers_of_every_kind(
+    make: Callable, direction: str, context: int | None
+) -> None:
+    flow, y = wild(make(D, 3, context, affine=None)), torch.randn(4, D)
+    contexts = () if context is None else (torch.randn(4, context),)
+    assert not torch.allclose(flow(*contexts).log_prob(y), normal().log_prob(y))
+    flow.place(direction)
+    assert torch.allclose(flow(*contexts).log_prob(y), normal().log_prob(y), atol=1e-10)
+    (layer,) = flow.transforms(*contexts)
+    assert isinstance(layer, _InverseTransform) == (direction == "data_to_base")
+
+
+def test_a_radial_flow_is_one_density_in_either_direction() -> None:
+    """The same layers turned round: samples of one are scored as the formula says."""
+    for direction in ("base_to_data", "data_to_base"):
+        flow = wild(radial_flow(D, 4, direction=direction, affine=None), 0.7)
+        t, x = flow.parts[0], torch.randn(6, D)
+        push = t if direction == "base_to_data" else t.inv
+        y = push(x).detach().clone()
+        assert torch.allclose(flow().log_prob(y), log_prob_at(push, x), atol=1e-9)

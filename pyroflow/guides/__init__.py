@@ -1,5 +1,5 @@
 """Guides for Pyro models."""
 
-from pyroflow.guides.autoguide import AutoPlanarFlow
+from pyroflow.guides.autoguide import AutoFlow, AutoPlanarFlow
 
-__all__ = ["AutoPlanarFlow"]
+__all__ = ["AutoFlow", "AutoPlanarFlow"]

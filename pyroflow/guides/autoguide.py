@@ -1,8 +1,9 @@
-"""AutoPlanarFlow: a planar flow over all continuous latents of a Pyro model."""
+"""AutoFlow: a flow over all continuous latents of a Pyro model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from pyroflow.checks import check_choice, check_count, check_positive
+from pyroflow.flows import Flow, StandardNormal
+from pyroflow.guides.given_transforms import Build, check_sizes, check_transforms, transforms_for
 from pyroflow.path_derivative import AlongPath
 from pyroflow.seeds import seeded
 from pyroflow.transforms import Affine, Planar
@@ -22,17 +25,17 @@ from pyroflow.transforms.affine import AffineKind
 MARGINAL_DRAWS = 10_000  # draws behind median and quantiles
 
 
-class AutoPlanarFlow(AutoContinuous):
-    """A planar flow as guide for any Pyro model with continuous latents.
+class AutoFlow(AutoContinuous):
+    """A flow of any transforms as guide for any Pyro model with continuous latents.
 
     All latents, mapped to the unconstrained space, form one vector z of D numbers with
-    posterior: standard normal base, K planar layers, affine layer. The planar layers start at
-    the identity, so the guide starts as the Gaussian that ``init_loc_fn`` and ``init_scale``
-    say; with K = 0 it stays one and is, step by step, Pyro's ``AutoDiagonalNormal`` (affine
-    "diagonal") or ``AutoMultivariateNormal`` ("full").
+    posterior: standard normal base, the transforms, affine layer. Pyroflow's own layers start at
+    the identity; where all do, the guide starts as the Gaussian that ``init_loc_fn`` and
+    ``init_scale`` say. Other transforms start as they are, and the affine layer moves and scales
+    what they make of the base.
 
     See Also:
-        :func:`~pyroflow.fit_guide`, which trains it.
+        :class:`AutoPlanarFlow`; :func:`~pyroflow.fit_guide`, which trains it.
 
     References:
         Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015,
@@ -40,60 +43,81 @@ class AutoPlanarFlow(AutoContinuous):
 
     Args:
         model: a Pyro model. Discrete latents must be enumerated or blocked.
-        num_layers: K.
-        affine: "full" (lower-triangular scale), "diagonal", or None: then z is the planar stack's
-            output and ``init_loc_fn`` and ``init_scale`` have no effect.
+        transforms: from base to latents, first to last: transforms of pyroflow, Pyro or torch,
+            ``t.inv`` to run t backwards, compositions; or a function from D to them, since D
+            is only known once the model has run. They are trained in place, and take the
+            latents' dtype and device.
+        affine: "full" (lower-triangular scale), "diagonal", or None: then z is the output of
+            the transforms and ``init_loc_fn`` and ``init_scale`` have no effect.
         init_loc_fn: start of each site, one of Pyro's ``init_to_…`` functions.
-        init_scale: standard deviation of each unconstrained latent at the start.
+        init_scale: diagonal of the affine layer's scale at the start.
 
     Attributes:
+        flow: after the first call, the :class:`~pyroflow.Flow` over the unconstrained latents.
+        affine: after the first call, its affine layer; None if there is none.
         path_derivative: whether gradients of log q go along the path of the sample only
             (:class:`~pyroflow.path_derivative.AlongPath`), in any ELBO.
 
     Raises:
-        ValueError: num_layers < 0, an unknown ``affine``, init_scale not positive; at the first
-            call, a discrete latent (naming the site and the way out).
+        TypeError: ``transforms`` or an entry of another type.
+        ValueError: a conditional transform, an unknown ``affine``, init_scale not positive; at
+            the first call, a discrete latent (naming the site and the way out) or a transform
+            that does not fit D.
         RuntimeError: at the first call, a model without latents.
 
     Example:
         >>> import pyro, pyro.distributions as dist
+        >>> from pyro.distributions.transforms import affine_coupling
         >>> def model():
         ...     return pyro.sample("scale", dist.LogNormal(0.0, 1.0).expand([3]).to_event(1))
-        >>> guide = AutoPlanarFlow(model, num_layers=4)
-        >>> guide()["scale"].shape, guide.median()["scale"].shape
-        (torch.Size([3]), torch.Size([3]))
+        >>> guide = AutoFlow(model, lambda dim: [affine_coupling(dim), Planar(dim, num_layers=4)])
+        >>> guide()["scale"].shape, len(guide.get_transforms())
+        (torch.Size([3]), 3)
     """
 
     def __init__(
         self,
         model: Callable,
-        num_layers: int = 16,
+        transforms: Transform | Iterable[Transform] | Build,
+        *,
         affine: AffineKind | None = "full",
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
         self.path_derivative = False
-        self.num_layers = check_count("num_layers", num_layers, 0)
         check_choice("affine", affine, ("full", "diagonal", None))
         self.affine_kind, self.init_scale = affine, check_positive("init_scale", init_scale)
+        self._given = (check_transforms(transforms),)  # in a tuple, so as not to be registered
         super().__init__(model, init_loc_fn=init_loc_fn)
+
+    @property
+    def affine(self) -> Affine | None:
+        """The affine layer, if there is one."""
+        return None if self.affine_kind is None else self.flow.parts[-1]
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._setup_prototype(*args, **kwargs)
             self._refuse_local_latents()
+            self.flow = self._make_flow()
         except Exception:
             self.prototype_trace = None  # so that the next call says the same
             raise
         self._take_own_name()
-        loc = self._init_loc()
-        if self.num_layers > 0:
-            self.planar = Planar(self.latent_dim, self.num_layers).to(loc)
+
+    def _make_flow(self) -> Flow:
+        dim, loc = self.latent_dim, self._init_loc()
+        base, transforms = StandardNormal(dim), transforms_for(dim, self._given[0])
+        check_sizes(Flow(base, transforms).to(loc), dim)
         if self.affine_kind is not None:
-            self.affine = Affine(
-                self.latent_dim, self.affine_kind, init_loc=loc, init_scale=self.init_scale
+            transforms.append(
+                Affine(dim, self.affine_kind, init_loc=loc, init_scale=self.init_scale)
             )
-        self.register_buffer("base_loc", torch.zeros_like(loc))
+        return Flow(base, transforms)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As Pyro, which drops the model: a copy is never set up again, and functions may stay."""
+        return super().__getstate__() | {"_given": None}
 
     def _refuse_local_latents(self) -> None:
         """A vector of all latents has no place for those of rows that were not drawn."""
@@ -120,12 +144,11 @@ class AutoPlanarFlow(AutoContinuous):
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """N(0, I), with event shape (D,)."""
-        return dist.Normal(self.base_loc, torch.ones_like(self.base_loc)).to_event(1)
+        return self.flow.base()
 
     def get_transforms(self) -> list[Transform]:
         """The transforms from the base to the unconstrained latents, in order."""
-        planar = [self.planar] if self.num_layers > 0 else []
-        return planar + ([self.affine] if self.affine_kind is not None else [])
+        return self.flow.transforms()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """The transforms as one."""
@@ -134,8 +157,8 @@ class AutoPlanarFlow(AutoContinuous):
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         """The guide's distribution over the unconstrained latents, event shape (D,)."""
         # A list, not a composed transform: torch's would run the stack again to score a sample.
-        kind = AlongPath if self.path_derivative else dist.TransformedDistribution
-        return kind(self.get_base_dist(), self.get_transforms())
+        q = self.flow()
+        return AlongPath(q.base_dist, q.transforms) if self.path_derivative else q
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Posterior median of each latent, by site; see :meth:`quantiles`."""
@@ -168,3 +191,55 @@ class AutoPlanarFlow(AutoContinuous):
             site["name"]: biject_to(site["fn"].support)(value)
             for site, value in self._unpack_latent(latent)
         }
+
+
+class AutoPlanarFlow(AutoFlow):
+    """A planar flow as guide for any Pyro model with continuous latents.
+
+    :class:`AutoFlow` with K planar layers: they start at the identity, so the guide starts as the
+    Gaussian that ``init_loc_fn`` and ``init_scale`` say. With K = 0 it stays one and is, step by
+    step, Pyro's ``AutoDiagonalNormal`` (affine "diagonal") or ``AutoMultivariateNormal`` ("full").
+
+    Args:
+        model: a Pyro model. Discrete latents must be enumerated or blocked.
+        num_layers: K.
+        affine: as in :class:`AutoFlow`, like the arguments that follow.
+        init_loc_fn: start of each site.
+        init_scale: standard deviation of each unconstrained latent at the start.
+
+    Attributes:
+        planar: after the first call, the :class:`~pyroflow.Planar` stack; None if K = 0.
+
+    Raises:
+        ValueError: num_layers < 0, and what :class:`AutoFlow` refuses.
+        RuntimeError: at the first call, a model without latents.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     return pyro.sample("scale", dist.LogNormal(0.0, 1.0).expand([3]).to_event(1))
+        >>> guide = AutoPlanarFlow(model, num_layers=4)
+        >>> guide()["scale"].shape, guide.median()["scale"].shape
+        (torch.Size([3]), torch.Size([3]))
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        num_layers: int = 16,
+        affine: AffineKind | None = "full",
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float = 0.1,
+    ) -> None:
+        self.num_layers = check_count("num_layers", num_layers, 0)
+        options = {"affine": affine, "init_loc_fn": init_loc_fn, "init_scale": init_scale}
+        super().__init__(model, partial(_planar_layers, num_layers=num_layers), **options)
+
+    @property
+    def planar(self) -> Planar | None:
+        """The planar stack, if there is one."""
+        return None if self.num_layers == 0 else self.flow.parts[0]
+
+
+def _planar_layers(latent_dim: int, num_layers: int) -> list[Transform]:
+    return [Planar(latent_dim, num_layers)] if num_layers > 0 else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from pyroflow.guides import AutoPlanarFlow
+from pyroflow.guides import AutoFlow
 from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit, check_options
 from pyroflow.inference.loop import Loop
 from pyroflow.seeds import seeded
+from pyroflow.transforms import Bijection
 
 VECTORIZED = {"particles": 256, "scored": 1024}
 ONE_BY_ONE = {"particles": 16, "scored": 16}  # where each draw takes a run of the model
@@ -48,8 +49,10 @@ def fit_guide(
     of draws (in the last one where a plate subsamples the data, since the bound is then one of
     the part that was drawn). Parameters of the model, if it has any, are trained too.
 
-    An :class:`~pyroflow.AutoPlanarFlow` follows path derivatives. The first fifth of the steps
-    goes to its affine layer alone, whose Gaussian then sets the units of the rest. After that
+    A guide of :class:`~pyroflow.guides.AutoFlow` or :class:`~pyroflow.AutoPlanarFlow` follows path
+    derivatives, where all of its transforms are pyroflow's and run forwards. The first fifth of
+    the steps goes to its affine layer alone, which moves and scales what the layers inside make
+    of the base (at the identity a Gaussian), and then sets the units of the rest. After that
     the log joint's weight β rises from 0.1 to 1 over half of the steps left, while the entropy
     keeps its own (equation 20 of Rezende & Mohamed 2015): the flow spreads before it settles.
 
@@ -86,8 +89,9 @@ def fit_guide(
     """
     options = {"steps": steps, "lr": lr, "seed": seed, "checkpoint": checkpoint}
     check_options(**options, num_particles=1 if num_particles is None else num_particles)
-    with seeded(seed), _along_path(guide):
+    with seeded(seed), ExitStack() as contexts:
         problem = Problem.inspect(model, guide, args, kwargs)
+        contexts.enter_context(_along_path(guide))
         draws = ONE_BY_ONE if problem.plates is None else VECTORIZED
         num_particles = num_particles or draws["particles"]
         if isinstance(guide, nn.Module):
@@ -98,11 +102,11 @@ def fit_guide(
         shared = {"lr": lr, "progress": progress, "settings": settings}
         shared["keep_last"] = problem.subsampled
         settings["log joint of a draw"] = _fingerprint(problem)
-        first = round(GAUSSIAN_PART * steps) if _has_layers_inside(guide) else 0
+        inner = _layers_inside(guide)
+        first = round(GAUSSIAN_PART * steps) if inner else 0
         start = None
         if first and not (checkpoint is not None and Path(checkpoint).exists()):
-            layers = set(guide.planar.parameters())
-            gaussian = [p for p in parameters if p not in layers]
+            gaussian = [p for p in parameters if p not in inner]
             label = "fit_guide, Gaussian"
             options = {"steps": first, "label": label, **shared}
             start = Loop(gaussian, lambda step: loss(1.0), score, **options).run()
@@ -155,17 +159,19 @@ def _objective(
     return loss, score
 
 
-def _has_layers_inside(guide: Callable) -> bool:
-    """Whether there is a Gaussian to be fitted before the layers inside it."""
-    return (
-        isinstance(guide, AutoPlanarFlow) and guide.num_layers > 0 and guide.affine_kind is not None
-    )
+def _layers_inside(guide: Callable) -> set[Tensor]:
+    """What is trained of the layers inside an affine one, which has to be placed before."""
+    if not isinstance(guide, AutoFlow) or guide.affine is None:
+        return set()
+    inside = [t for t in guide.flow.parts if t is not guide.affine]
+    return {p for t in inside for p in t.parameters() if p.requires_grad}
 
 
 @contextmanager
 def _along_path(guide: Callable) -> Iterator[None]:
-    """Train with path derivatives, where the guide has them."""
-    if not isinstance(guide, AutoPlanarFlow):
+    """Train with path derivatives, where all of the guide's transforms have them."""
+    flow = isinstance(guide, AutoFlow)
+    if not flow or not all(isinstance(t, Bijection) for t in guide.get_transforms()):
         yield
         return
     before, guide.path_derivative = guide.path_derivative, True

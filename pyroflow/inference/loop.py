@@ -233,6 +233,8 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _lbfgs(parameters: list[Tensor]) -> torch.optim.LBFGS:
+    for p in parameters:  # it views each gradient as a flat vector
+        p.data = p.data.contiguous()
     return torch.optim.LBFGS(
         parameters,
         max_iter=POLISH_ITERATIONS,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyroflow.checks import check_fraction
+from pyroflow.checks import check_choice, check_fraction
 from pyroflow.transforms.monotone_root import monotone_root
+
+Nonlinearity = Literal["tanh", "leaky_relu"]
 
 
 def sech2(a: Tensor) -> Tensor:
@@ -59,3 +63,17 @@ class LeakyReLU:
     def root(self, r: Tensor, s: Tensor) -> Tensor:
         """The a with a + (s − 1) h(a) = r: r over the determinant on its side."""
         return r / self.det(r, s)
+
+
+Activation = Tanh | LeakyReLU
+TANH = Tanh()
+
+
+def activation_named(nonlinearity: Nonlinearity, negative_slope: float) -> Activation:
+    """The activation of that name; only the leaky one has a slope.
+
+    Raises:
+        ValueError: an unknown name, or a slope outside (0, 1).
+    """
+    check_choice("nonlinearity", nonlinearity, ("tanh", "leaky_relu"))
+    return TANH if nonlinearity == "tanh" else LeakyReLU(negative_slope)

@@ -11,8 +11,8 @@ from torch import Size, Tensor, nn
 
 from pyroflow.checks import check_choice, check_count, check_positive
 from pyroflow.transforms.bijection import Bijection
-from pyroflow.transforms.hypernet import Hypernet
 from pyroflow.transforms.constraint import softplus
+from pyroflow.transforms.hypernet import Hypernet
 
 AffineKind = Literal["full", "diagonal"]
 

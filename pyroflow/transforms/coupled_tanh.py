@@ -11,8 +11,9 @@ scalar equation. The derivatives of the system are *linear* triangular systems, 
 derivatives of those are linear triangular systems again: two autograd functions that call
 each other give derivatives of every order.
 
-Other activations than tanh may take its place. Inside, the layer index comes first: r is (K, *B); N is (K, K), shared by a flat batch, or
-(K, K, *P) with P as long as B and broadcastable to it; s is (K, *P).
+Another activation may take the place of tanh. Inside, the layer index comes first: r is
+(K, *B); N is (K, K), shared by a flat batch, or (K, K, *P) with P as long as B and
+broadcastable to it; s is (K, *P).
 """
 
 from __future__ import annotations
@@ -25,10 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyroflow.transforms.activations import LeakyReLU, Tanh
-
-Activation = Tanh | LeakyReLU
-TANH = Tanh()
+from pyroflow.transforms.activations import TANH, Activation
 
 
 def solve_coupled_tanh(

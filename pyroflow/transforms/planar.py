@@ -11,6 +11,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 
 from pyroflow.checks import check_count
+from pyroflow.transforms.activations import Nonlinearity, activation_named
 from pyroflow.transforms.bijection import Bijection
 from pyroflow.transforms.hypernet import Hypernet
 from pyroflow.transforms.stack import Work, evaluate_stack
@@ -29,6 +30,8 @@ class ConditionedPlanar(Bijection):
     Args:
         w, u: shape (*P, K, D).
         b: shape (*P, K).
+        nonlinearity: "tanh" or "leaky_relu".
+        negative_slope: of the leaky ReLU, in (0, 1).
 
     Example:
         >>> import torch
@@ -38,9 +41,18 @@ class ConditionedPlanar(Bijection):
         torch.Size([5, 7, 3])
     """
 
-    def __init__(self, w: Tensor, u: Tensor, b: Tensor) -> None:
+    def __init__(
+        self,
+        w: Tensor,
+        u: Tensor,
+        b: Tensor,
+        *,
+        nonlinearity: Nonlinearity = "tanh",
+        negative_slope: float = 0.2,
+    ) -> None:
         super().__init__()
         self.w, self.u, self.b = w, u, b
+        self.activation = activation_named(nonlinearity, negative_slope)
 
     def _map_parameters(self) -> tuple[Tensor, ...]:
         return self.w, self.u, self.b
@@ -50,12 +62,14 @@ class ConditionedPlanar(Bijection):
         return torch.broadcast_shapes(*shapes) if any(shapes) else Size()
 
     def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Work]:
-        return evaluate_stack(x, Units(*parameters, None), inverse=False)
+        units = Units(*parameters, None)
+        return evaluate_stack(x, units, inverse=False, activation=self.activation)
 
     def _backward(
         self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Work] | None
     ) -> tuple[Tensor, Work]:
-        return evaluate_stack(y, Units(*parameters, None), inverse=True, known=known)
+        units = Units(*parameters, None)
+        return evaluate_stack(y, units, inverse=True, known=known, activation=self.activation)
 
     def _log_det(self, work: Work) -> Tensor:
         """Σ_k ln(t² + s(1 − t²)), equation 13 as a sum of positives (t = tanh a)."""
@@ -79,14 +93,17 @@ class Planar(ConditionedPlanar, TransformModule):
     Args:
         input_dim: D; inputs have shape (*B, D).
         num_layers: K; 0 is the identity.
+        nonlinearity: "tanh" as in the paper, or "leaky_relu": piecewise linear layers, whose
+            inverse takes no root search and which may change the tails of the base.
+        negative_slope: of the leaky ReLU, in (0, 1).
 
     Attributes:
         w, u: shape (K, D).
         b: shape (K,).
 
     Raises:
-        ValueError: input_dim < 1 or num_layers < 0; at a call, an input whose last dimension is
-            not D or whose dtype is not that of the parameters.
+        ValueError: input_dim < 1, num_layers < 0 or an unknown nonlinearity; at a call, an input
+            whose last dimension is not D or whose dtype is not that of the parameters.
 
     Example:
         >>> import torch
@@ -100,10 +117,18 @@ class Planar(ConditionedPlanar, TransformModule):
         torch.Size([5])
     """
 
-    def __init__(self, input_dim: int, num_layers: int = 1) -> None:
+    def __init__(
+        self,
+        input_dim: int,
+        num_layers: int = 1,
+        *,
+        nonlinearity: Nonlinearity = "tanh",
+        negative_slope: float = 0.2,
+    ) -> None:
         check_count("input_dim", input_dim, 1)
         check_count("num_layers", num_layers, 0)
         Bijection.__init__(self)
+        self.activation = activation_named(nonlinearity, negative_slope)
         self.w = nn.Parameter(torch.empty(num_layers, input_dim))
         self.u = nn.Parameter(torch.empty(num_layers, input_dim))
         self.b = nn.Parameter(torch.empty(num_layers))
@@ -135,9 +160,12 @@ class ConditionalPlanar(ConditionalTransformModule):
         context_dim: C; ``condition`` takes a context of shape (*B, C).
         num_layers: K.
         hidden_dims: sizes of the network's hidden layers.
+        nonlinearity: "tanh" or "leaky_relu".
+        negative_slope: of the leaky ReLU, in (0, 1).
 
     Raises:
-        ValueError: a size that is too small, or a context whose last dimension is not C.
+        ValueError: a size that is too small, an unknown nonlinearity, or a context whose last
+            dimension is not C.
 
     Example:
         >>> import torch
@@ -157,9 +185,12 @@ class ConditionalPlanar(ConditionalTransformModule):
         num_layers: int = 1,
         *,
         hidden_dims: Sequence[int] = (64, 64),
+        nonlinearity: Nonlinearity = "tanh",
+        negative_slope: float = 0.2,
     ) -> None:
         super().__init__()
-        self.planar = Planar(input_dim, num_layers)
+        self.bend = {"nonlinearity": nonlinearity, "negative_slope": negative_slope}
+        self.planar = Planar(input_dim, num_layers, **self.bend)
         shapes = [t.shape for t in self.planar._map_parameters()]
         self.nn = Hypernet(context_dim, hidden_dims, shapes)
 
@@ -170,4 +201,5 @@ class ConditionalPlanar(ConditionalTransformModule):
 
     def condition(self, context: Tensor) -> ConditionedPlanar:
         """The layers for a context of shape (*B, C); a snapshot of the network's output."""
-        return ConditionedPlanar(*self.nn(context, self.planar._map_parameters()))
+        parameters = self.nn(context, self.planar._map_parameters())
+        return ConditionedPlanar(*parameters, **self.bend)

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pyroflow.transforms import stack_kernels as kernels
+from pyroflow.transforms.activations import TANH, Activation, Tanh
 from pyroflow.transforms.constraint import Rows, constrain, constrain_rows, row_gradients
-from pyroflow.transforms.coupled_tanh import TANH, Activation, solve_coupled_tanh
+from pyroflow.transforms.coupled_tanh import solve_coupled_tanh
 from pyroflow.transforms.stack_kernels import Units
 
 
@@ -34,7 +35,7 @@ def evaluate_stack(
     known: tuple[Tensor, Work] | None = None,
     activation: Activation = TANH,
 ) -> tuple[Tensor, Work]:
-    """y = x + Ûᵀ h(W z + b) of a stack at z = x, or x at z = y; differentiable to any order.
+    """Evaluate y = x + Ûᵀ h(a) at z = x, or solve it for x at z = y; differentiable to any order.
 
     Args:
         z: shape (*B, D).
@@ -47,7 +48,7 @@ def evaluate_stack(
     Returns:
         The image, shape (*B, D), and its work.
     """
-    if not (activation is TANH and _shared(units) and _plain(z)):
+    if not (isinstance(activation, Tanh) and _shared(units) and _plain(z)):
         return _general(z, units, inverse, known and known[1].a, activation)
     rows = constrain_rows(units.W.detach(), units.U.detach()) if units.s is None else None
     if units.s is None and rows is None:

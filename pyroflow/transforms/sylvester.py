@@ -1,0 +1,259 @@
+"""Sylvester layers (van den Berg et al. 2018): M units a layer that act side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pyro.distributions.conditional import ConditionalTransformModule
+from pyro.distributions.torch_transform import TransformModule
+from torch import Size, Tensor, nn
+
+from pyroflow.checks import check_choice, check_count
+from pyroflow.transforms.bijection import Bijection
+from pyroflow.transforms.constraint import constrain
+from pyroflow.transforms.hypernet import Hypernet
+from pyroflow.transforms.planar import IDENTITY_SLOPE, INIT_SLOPE
+from pyroflow.transforms.stack import Work, evaluate_stack
+from pyroflow.transforms.stack_kernels import Units
+
+Orthogonal = Literal["householder", "qr", "triangular"]
+KINDS = ("householder", "qr", "triangular")
+
+
+def orthonormal(frame: Tensor, orthogonal: Orthogonal) -> Tensor:
+    """Qᵀ, shape (*, M, D) with orthonormal rows, of an unconstrained frame of that shape.
+
+    "householder": the first M columns of the product of M reflections I − 2 v vᵀ/‖v‖², a row v
+    of the frame each, in the compact form I − V T Vᵀ (Joffrin and Higham 2006): any Q can be
+    reached. "qr": the orthogonal factor of the frame, with a positive diagonal of the other, so
+    that it is smooth and unique. "triangular": the frame itself, which is fixed.
+    """
+    if orthogonal == "triangular" or 0 in frame.shape:
+        return frame
+    if orthogonal == "qr":
+        Q, R = torch.linalg.qr(frame.mT)
+        return (Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q).unsqueeze(-2)).mT
+    M, tiny = frame.shape[-2], torch.finfo(frame.dtype).tiny
+    products = frame @ frame.mT
+    halves = (products.diagonal(dim1=-2, dim2=-1) / 2).clamp(min=tiny)
+    middle = products.triu(1) + halves.diag_embed()
+    reflected = torch.linalg.solve_triangular(middle.mT, frame, upper=False)
+    identity = torch.eye(M, frame.shape[-1], dtype=frame.dtype, device=frame.device)
+    return identity - frame[..., :M].mT @ reflected
+
+
+class ConditionedSylvester(Bijection):
+    """L Sylvester layers y = x + Q R tanh(R̃ Qᵀ x + b) with given parameters; base to data.
+
+    Made by :class:`ConditionalSylvester`; usable by itself with parameters of any batch shape.
+    Layer 1 acts first. The diagonals are bound by s_i = 1 + r_ii r̃_ii = softplus(r r̃) > 0, as
+    the paper of planar layers binds û: M = 1 is a planar layer.
+
+    Args:
+        frame: what Q is made of, see :func:`orthonormal`; shape (*P, L, M, D).
+        R, R_tilde: shape (*P, L, M, M); the upper triangles count.
+        b: shape (*P, L, M).
+        orthogonal: "householder", "qr" or "triangular" (Qᵀ is the frame).
+
+    Example:
+        >>> import torch
+        >>> from pyroflow.transforms import ConditionedSylvester
+        >>> R = torch.randn(7, 2, 3, 3)
+        >>> t = ConditionedSylvester(torch.randn(7, 2, 3, 5), R, R, torch.zeros(7, 2, 3))
+        >>> t(torch.zeros(7, 5)).shape
+        torch.Size([7, 5])
+    """
+
+    def __init__(
+        self,
+        frame: Tensor,
+        R: Tensor,
+        R_tilde: Tensor,
+        b: Tensor,
+        orthogonal: Orthogonal = "householder",
+    ) -> None:
+        check_choice("orthogonal", orthogonal, KINDS)
+        super().__init__()
+        self.frame, self.R, self.R_tilde, self.b = frame, R, R_tilde, b
+        self.orthogonal = orthogonal
+
+    def _map_parameters(self) -> tuple[Tensor, ...]:
+        return self.frame, self.R, self.R_tilde, self.b
+
+    def _parameter_batch(self) -> Size:
+        frame, R, R_tilde, b = self._map_parameters()
+        shapes = frame.shape[:-3], R.shape[:-3], R_tilde.shape[:-3], b.shape[:-2]
+        return torch.broadcast_shapes(*shapes) if any(shapes) else Size()
+
+    def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Work]:
+        return evaluate_stack(x, self._units(*parameters), inverse=False)
+
+    def _backward(
+        self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Work] | None
+    ) -> tuple[Tensor, Work]:
+        return evaluate_stack(y, self._units(*parameters), inverse=True, known=known)
+
+    def _log_det(self, work: Work) -> Tensor:
+        """Σ_i ln(1 + tanh'(a_i) r_ii r̃_ii), equation 14 of the paper, as a sum of positives."""
+        return work.log_det
+
+    def _units(self, frame: Tensor, R: Tensor, R_tilde: Tensor, b: Tensor) -> Units:
+        """The layers as planar units: W = R̃ Qᵀ and Û = (Q R)ᵀ, so that G = R̃ R is triangular."""
+        M, D = frame.shape[-2:]
+        below, across = (t.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) for t in (R_tilde, R))
+        bound, s = constrain(below, across)
+        Q_T = orthonormal(frame, self.orthogonal)
+        W = R_tilde.triu() @ Q_T
+        U = (R.triu(1) + bound.squeeze(-1).diag_embed()).mT @ Q_T
+        W, U, s = (t.reshape(*t.shape[:-3], -1, t.shape[-1]) for t in (W, U, s))
+        return Units(W, U, b.reshape(*b.shape[:-2], -1), s, max(M, 1))
+
+
+class Sylvester(ConditionedSylvester, TransformModule):
+    """L Sylvester layers y = x + Q R tanh(R̃ Qᵀ x + b), trainable, starting as the identity.
+
+    Base to data: ``t(x) = y``. Q (D×M) has orthonormal columns, R and R̃ are upper triangular:
+    the M units of a layer act side by side, where M planar layers act in a row, and
+    det = Π_i (1 + tanh'(a_i) r_ii r̃_ii). A diagonal is bound only by r_ii r̃_ii > −1, which is
+    all that a bijection needs. The inverse is back-substitution with a scalar root for each
+    unit. Pyro's transform of this name has a wrong determinant and no inverse.
+
+    References:
+        van den Berg, Hasenclever, Tomczak and Welling, Sylvester normalizing flows for
+        variational inference, 2018, https://arxiv.org/abs/1803.05649, equations 13 and 14.
+
+    Args:
+        input_dim: D; inputs have shape (*B, D).
+        num_units: M, from 1 to D.
+        num_layers: L; 0 is the identity.
+        orthogonal: how Q is made: a product of M "householder" reflections; the orthogonal factor
+            of a "qr" decomposition; or "triangular", where Q is fixed, in turn the first columns
+            of the identity and the last ones in reverse.
+
+    Attributes:
+        frame: what Q is made of, shape (L, M, D); a buffer where Q is fixed.
+        R, R_tilde: shape (L, M, M).
+        b: shape (L, M).
+
+    Raises:
+        ValueError: input_dim < 1, num_units < 1 or > input_dim, num_layers < 0, an unknown
+            ``orthogonal``; at a call, an input whose last dimension is not D or whose dtype is
+            not that of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from pyroflow import Sylvester
+        >>> t = Sylvester(5, num_units=3, num_layers=2)
+        >>> x = torch.randn(7, 5)
+        >>> y = t(x)
+        >>> torch.allclose(t.inv(y.clone()), x, atol=1e-5)
+        True
+        >>> t.log_abs_det_jacobian(x, y).shape
+        torch.Size([7])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_units: int,
+        num_layers: int = 1,
+        orthogonal: Orthogonal = "householder",
+    ) -> None:
+        D, M = check_count("input_dim", input_dim, 1), check_count("num_units", num_units, 1)
+        L = check_count("num_layers", num_layers, 0)
+        check_choice("orthogonal", orthogonal, KINDS)
+        if M > D:
+            raise ValueError(
+                f"num_units must be at most input_dim = {D}, as Q has orthonormal columns, got "
+                f"{M}: use more layers instead"
+            )
+        Bijection.__init__(self)
+        self.orthogonal = orthogonal
+        if orthogonal == "triangular":
+            turns = torch.eye(D)[:M], torch.eye(D).flip(0)[:M]
+            fixed = (
+                torch.stack([turns[layer % 2] for layer in range(L)]) if L else torch.empty(0, M, D)
+            )
+            self.register_buffer("frame", fixed)
+        else:
+            self.frame = nn.Parameter(torch.empty(L, M, D))
+        self.R = nn.Parameter(torch.empty(L, M, M))
+        self.R_tilde = nn.Parameter(torch.empty(L, M, M))
+        self.b = nn.Parameter(torch.empty(L, M))
+        self.reset_parameters()
+
+    def trained(self) -> tuple[Tensor, ...]:
+        """The trainable parameters: the frame, where Q is not fixed, R, R̃ and b."""
+        fixed = self.orthogonal == "triangular"
+        return (() if fixed else (self.frame,)) + (self.R, self.R_tilde, self.b)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw Q and hyperplanes that cross a standard normal, and set R so that it is zero.
+
+        r_ii r̃_ii = ln(e − 1) makes the bound diagonal of R vanish.
+        """
+        if self.orthogonal != "triangular":
+            self.frame.normal_()
+        M = self.b.shape[-1]
+        self.R_tilde.normal_(std=INIT_SLOPE / math.sqrt(2 * M)).triu_(1)
+        self.R_tilde.diagonal(dim1=-2, dim2=-1).fill_(INIT_SLOPE / math.sqrt(2))
+        self.b.normal_().mul_(self.R_tilde.square().sum(-1).sqrt())
+        self.R.zero_().diagonal(dim1=-2, dim2=-1).fill_(IDENTITY_SLOPE * math.sqrt(2) / INIT_SLOPE)
+
+
+class ConditionalSylvester(ConditionalTransformModule):
+    """L Sylvester layers whose parameters depend on a context, as in amortised inference.
+
+    The parameters are those of a :class:`Sylvester` plus a network's output, whose last layer
+    starts at zero: at first the map is the identity for every context.
+
+    Args:
+        input_dim: D.
+        context_dim: C; ``condition`` takes a context of shape (*B, C).
+        num_units: M, from 1 to D.
+        num_layers: L.
+        orthogonal: "householder", "qr" or "triangular", as in :class:`Sylvester`.
+        hidden_dims: sizes of the network's hidden layers.
+
+    Raises:
+        ValueError: a size out of range, or a context whose last dimension is not C.
+
+    Example:
+        >>> import torch
+        >>> from pyroflow import ConditionalSylvester
+        >>> t = ConditionalSylvester(4, context_dim=3, num_units=2).condition(torch.randn(7, 3))
+        >>> t(torch.zeros(7, 4)).shape
+        torch.Size([7, 4])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        num_units: int,
+        num_layers: int = 1,
+        orthogonal: Orthogonal = "householder",
+        *,
+        hidden_dims: Sequence[int] = (64, 64),
+    ) -> None:
+        super().__init__()
+        self.sylvester = Sylvester(input_dim, num_units, num_layers, orthogonal)
+        shapes = [t.shape for t in self.sylvester.trained()]
+        self.nn = Hypernet(context_dim, hidden_dims, shapes)
+
+    def reset_parameters(self) -> None:
+        """Draw the start values anew and make every context's map the identity again."""
+        self.sylvester.reset_parameters()
+        self.nn.reset_output()
+
+    def condition(self, context: Tensor) -> ConditionedSylvester:
+        """The layers for a context of shape (*B, C); a snapshot of the network's output."""
+        start = self.sylvester
+        parameters = self.nn(context, start.trained())
+        if start.orthogonal == "triangular":
+            parameters.insert(0, start.frame)
+        return ConditionedSylvester(*parameters, start.orthogonal)
