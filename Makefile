@@ -1,10 +1,11 @@
 PYTHON ?= python3
 VENV := .venv
+JAX_VENV := .venv-jax
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint slow notebooks clean
+.PHONY: demo test lint slow notebooks bench clean
 
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	$(BIN)/pyroflow demo
@@ -22,11 +23,23 @@ slow: $(INSTALLED)  ## Long fits that hold the numbers of README to their bounds
 notebooks: $(INSTALLED)  ## Run the notebooks in full and store their outputs.
 	$(BIN)/python -m pytest --nbmake --overwrite --nbmake-timeout=1200 notebooks
 
+bench: $(VENV)/bench-installed $(JAX_VENV)/installed  ## Speed beside other libraries; ten minutes of a quiet machine.
+	cd tests && ../$(BIN)/python -m benchmarks.speed run --jax-python ../$(JAX_VENV)/bin/python
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(JAX_VENV)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
+	touch $@
+
+$(VENV)/bench-installed: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	touch $@
+
+$(JAX_VENV)/installed:
+	$(PYTHON) -m venv $(JAX_VENV)
+	$(JAX_VENV)/bin/python -m pip install --quiet "flowjax==19.1.2" "jax==0.10.2"
 	touch $@

@@ -21,7 +21,7 @@ class _Pair(NamedTuple):
     work: Any
     recorded: bool
     parameters: tuple[Tensor, ...]  # kept alive, so that no other tensor gets one of their ids
-    stamp: tuple
+    stamp: list
 
 
 class Bijection(Transform):
@@ -75,25 +75,27 @@ class Bijection(Transform):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return y = t(x) for x of shape (*B, D), and remember the pair."""
-        self._check("x", x)
-        y, work = self._forward(x, self._map_parameters())
+        parameters = self._map_parameters()
+        self._check("x", x, parameters)
+        y, work = self._forward(x, parameters)
         solved = self._solved
         if solved is not None and solved.x is _origin(x) and self._unchanged(solved):
             _remember_origin(y, _origin(solved.y))
-        self._made = self._pair(x, y, work)
+        self._made = self._pair(x, y, work, parameters)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        self._check("y", y)
+        parameters = self._map_parameters()
+        self._check("y", y, parameters)
         made = self._made_from(y, y) or self._made_from(y, _origin(y))
         if made is not None and made.x.shape == y.shape:
             own = made.y is y and not (y.is_leaf and y.requires_grad)
             if (own and made.recorded) or not torch.is_grad_enabled():
                 return made.x
-        x, work = self._backward(y, self._map_parameters(), made and (made.x, made.work))
+        x, work = self._backward(y, parameters, made and (made.x, made.work))
         if made is not None:
             _remember_origin(x, made.x)
-        self._solved = self._pair(x, y, work)
+        self._solved = self._pair(x, y, work, parameters)
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -101,8 +103,9 @@ class Bijection(Transform):
         for pair in (self._made, self._solved):
             if pair is not None and self._serves(pair, x, y):
                 return self._log_det(pair.work)
-        self._check("x", x)
-        return self._log_det(self._forward(x, self._map_parameters())[1])
+        parameters = self._map_parameters()
+        self._check("x", x, parameters)
+        return self._log_det(self._forward(x, parameters)[1])
 
     def inverse_along_path(self, y: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """t⁻¹(y) and log |det dy/dx| as functions of y alone, the parameters held fixed.
@@ -118,8 +121,9 @@ class Bijection(Transform):
         Returns:
             x, shape (*B, D); log |det|, shape (*B); the origin of x.
         """
-        self._check("y", y)
-        fixed = tuple(t.detach() for t in self._map_parameters())
+        parameters = self._map_parameters()
+        self._check("y", y, parameters)
+        fixed = tuple(t.detach() for t in parameters)
         made = self._made_from(y, origin)
         x, work = self._backward(y, fixed, made and (made.x, made.work))
         return x, self._log_det(work), made.x if made else x
@@ -137,11 +141,13 @@ class Bijection(Transform):
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_made": None, "_solved": None}
 
-    def _pair(self, x: Tensor, y: Tensor, work: Any) -> _Pair | None:
-        parameters = self._map_parameters()
-        if any(t.is_inference() for t in (x, y, *parameters)):  # their edits cannot be noticed
+    def _pair(
+        self, x: Tensor, y: Tensor, work: Any, parameters: tuple[Tensor, ...]
+    ) -> _Pair | None:
+        if any([t.is_inference() for t in (x, y, *parameters)]):  # their edits cannot be noticed
             return None
-        return _Pair(x, y, work, torch.is_grad_enabled(), parameters, self._stamp(x, y))
+        stamp = _stamp(x, y, parameters)
+        return _Pair(x, y, work, torch.is_grad_enabled(), parameters, stamp)
 
     def _made_from(self, y: Tensor, origin: Tensor) -> _Pair | None:
         made = self._made
@@ -154,18 +160,10 @@ class Bijection(Transform):
         return enough and pair.x is x and pair.y is y and self._unchanged(pair)
 
     def _unchanged(self, pair: _Pair) -> bool:
-        return pair.stamp == self._stamp(pair.x, pair.y)
+        return pair.stamp == _stamp(pair.x, pair.y, self._map_parameters())
 
-    def _stamp(self, x: Tensor, y: Tensor) -> tuple:
-        watched = (x, *self._map_parameters())
-        return (
-            y._version,
-            _address(y),
-            *((id(t), _address(t), t._version, t.requires_grad) for t in watched),
-        )
-
-    def _check(self, name: str, value: Tensor) -> None:
-        parameter = self._map_parameters()[0]
+    def _check(self, name: str, value: Tensor, parameters: tuple[Tensor, ...]) -> None:
+        parameter = parameters[0]
         kind, size = type(self).__name__, parameter.shape[-1]
         if value.dim() == 0 or value.shape[-1] != size:
             raise ValueError(
@@ -199,6 +197,12 @@ def _remember_origin(value: Tensor, origin: Tensor) -> None:
 def _origin(value: Tensor) -> Tensor:
     origin, version = _ORIGINS.get(value, (value, None))
     return origin if version is None or version == value._version else value
+
+
+def _stamp(x: Tensor, y: Tensor, parameters: tuple[Tensor, ...]) -> list:
+    """What changes with the tensors, their values or what they record."""
+    watched = [(id(t), _address(t), t._version, t.requires_grad) for t in (x, *parameters)]
+    return [y._version, _address(y), *watched]
 
 
 def _address(t: Tensor) -> int:

@@ -58,20 +58,21 @@ def constrain_rows(w: Tensor, u: Tensor) -> Rows | None:
     """
     if w.device.type != "cpu" or not len(w):
         return None
-    norm2, v = w.square().sum(-1, keepdim=True), (w * u).sum(-1, keepdim=True)
-    if not norm2.min() > math.sqrt(torch.finfo(w.dtype).tiny):
+    norm2, v = (w * w).sum(-1, keepdim=True), (w * u).sum(-1, keepdim=True)
+    if not norm2.min().item() > math.sqrt(torch.finfo(w.dtype).tiny):
         return None
-    coefficient = F.softplus(-v, threshold=LINEAR).sub_(1).div_(norm2)
     s = F.softplus(v, threshold=LINEAR).clamp_(min=torch.finfo(w.dtype).tiny)
+    coefficient = torch.sub(s, v).sub_(1).div_(norm2)
     return Rows(torch.addcmul(u, coefficient, w), s, norm2, v, coefficient)
 
 
 def row_gradients(
-    w: Tensor, u: Tensor, rows: Rows, grad_u_hat: Tensor, grad_s: Tensor
+    w: Tensor, u: Tensor, rows: Rows, grad_w: Tensor, grad_u_hat: Tensor, grad_s: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients in w and u, given those of û and s."""
+    """The gradients in w and u, given those of w (overwritten), û and s."""
     share = (grad_u_hat * w).sum(-1, keepdim=True).div_(rows.norm2)
-    grad_v = (grad_s + share).mul_(rows.v.sigmoid()).sub_(share)
-    grad_w = torch.mul(grad_u_hat, rows.coefficient).addcmul_(grad_v, u)
+    grad_v = share if grad_s is None else grad_s.add_(share)
+    grad_v = torch.mul(grad_v, rows.v.sigmoid()).sub_(share)
+    grad_w.addcmul_(grad_u_hat, rows.coefficient).addcmul_(grad_v, u)
     grad_w.addcmul_(share.mul_(rows.coefficient), w, value=-2)
     return grad_w, torch.addcmul(grad_u_hat, grad_v, w)

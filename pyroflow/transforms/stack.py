@@ -54,14 +54,18 @@ def evaluate_stack(
     if units.s is None and rows is None:
         u_hat, s = constrain(units.W, units.U)
         units = units._replace(U=u_hat, s=s)
-    flat = z.reshape(-1, z.shape[-1])
+    flat = z if z.dim() == 2 else z.reshape(-1, z.shape[-1])
     found = known and known[1].done
     if found is not None:
-        found = found._replace(image=known[0].reshape(flat.shape))
+        found = found._replace(image=known[0].detach().reshape(flat.shape))
     call = _Call(units.size, inverse, rows, found)
-    image, log_det = _Stack.apply(flat, *units[:4], call)
-    work = Work(log_det.reshape(z.shape[:-1]), done=call.done)
-    return image.reshape(z.shape), work
+    if torch.is_grad_enabled():
+        image, log_det = _Stack.apply(flat, *units[:4], call)
+    else:
+        image, log_det, *_ = call.run(flat, *units[:4])
+    if flat is not z:
+        image, log_det = image.reshape(z.shape), log_det.reshape(z.shape[:-1])
+    return image, Work(log_det, done=call.done)
 
 
 def differentiable_gradients(
@@ -116,6 +120,13 @@ class _Call:
             W, U if rows is None else rows.u_hat, b, s if rows is None else rows.s, self.size
         )
 
+    def run(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None) -> kernels.Pass:
+        """What the kernels find, or an earlier pass has found."""
+        if self.done is None:
+            kernel = kernels.pull if self.inverse else kernels.push
+            self.done = kernel(z, self.units(W, U, b, s))
+        return self.done
+
     def general(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None = None) -> tuple:
         """The results in differentiable operations."""
         image, work = _general(z, Units(W, U, b, s, self.size), self.inverse, None, TANH)
@@ -129,13 +140,11 @@ class _Stack(Function):
     def forward(
         ctx: Any, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None, call: _Call
     ) -> tuple[Tensor, Tensor]:
-        if call.done is None:
-            kernel = kernels.pull if call.inverse else kernels.push
-            call.done = kernel(z, call.units(W, U, b, s))
+        done = call.run(z, W, U, b, s)
         ctx.save_for_backward(z, W, U, b, s)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return call.done.image.detach(), call.done.log_det.detach()
+        return done.image.detach(), done.log_det.detach()
 
     @staticmethod
     def backward(
@@ -159,8 +168,8 @@ class _Stack(Function):
             needs=(ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])),
         )
         if call.rows is not None and grad_W is not None:
-            more, grad_U = row_gradients(W, U, call.rows, grad_U, grad_s)
-            grad_W, grad_s = grad_W.add_(more), None
+            grad_W, grad_U = row_gradients(W, U, call.rows, grad_W, grad_U, grad_s)
+            grad_s = None
         return grad_z, grad_W, grad_U, grad_b, grad_s, None
 
 

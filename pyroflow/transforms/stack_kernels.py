@@ -16,7 +16,6 @@ costs a quarter of a tanh, and the factors fold into the products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,9 +25,10 @@ from pyroflow.transforms.monotone_root import monotone_root
 
 SHALLOW = 32  # one block up to this many units
 LARGE = 65_000  # numbers in a (K, N) array from which small blocks stay in the cache
-DENSE = 4_096  # numbers below which one batched triangular solve beats a loop over the units
+DENSE = 4_096  # numbers in a block below which one batched triangular solve beats a loop
 NARROW = 512  # rows up to which an inverse block of 16 units stays in the cache
-NEWTON_STEPS = 12
+HASTY, PATIENT = 10, 16  # Newton steps for many rows, and for the few that are then left
+BOLD = 4  # steps before a step is held at the origin
 EARLIEST_END = 2  # before that some element is never close enough: do not look
 
 
@@ -46,33 +46,38 @@ class Units(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What either direction returns: the image (N, D), log |det dy/dx| (N), tanh and pq (K, N).
+    """What either direction finds at its N points.
 
-    pq = σ(2a) σ(−2a) is a quarter of tanh'(a), to full relative precision.
+    image (N, D); log |det dy/dx| (N); h = tanh(a) and pq (K, N), where pq = σ(2a) σ(−2a) is a
+    quarter of tanh'(a), to full relative precision; G = W Ûᵀ; ``spare`` (K, N) is scratch.
     """
 
     image: Tensor
     log_det: Tensor
     h: Tensor
     pq: Tensor
+    G: Tensor
+    spare: Tensor
 
 
 def push(x: Tensor, units: Units) -> Pass:
     """Evaluate y = x + Ûᵀ tanh(a) and log |det dy/dx| at x, shape (N, D)."""
     W, U, b, _, size = units
-    coupling = _coupling(W, U, size, alpha=4.0)
-    bias = torch.sub(b, coupling.sum(1), alpha=0.25)
-    A = torch.addmm(bias.unsqueeze(1), W, x.T, beta=2, alpha=2)  # 2a, less what p adds
+    G = torch.mm(W, U.T)
+    coupling = _earlier(G, size)
+    # In p = σ(2a) the system reads 2a = 2 (W x + b − Σ_j G_kj) + 4 Σ_j G_kj p_j.
+    bias = torch.sub(b, coupling.sum(1)).unsqueeze(1)
+    A = torch.addmm(bias, W, x.T, beta=2, alpha=2)
     P = torch.zeros_like(A)
     for start, stop in _blocks(*A.shape, size):
+        here = slice(start, stop)
         if start:
-            A[start:stop].addmm_(coupling[start:stop, :start], P[:start])
+            A[here].addmm_(coupling[here, :start], P[:start], alpha=4)
         if size == 1:
-            here = slice(start, stop)
-            _recur(A[here], P[here], coupling[here, here])
+            _recur(A, P, coupling, here)
         else:
-            torch.sigmoid(A[start:stop], out=P[start:stop])
-    return _finish(x, A, P, units, sign=1)
+            torch.sigmoid(A[here], out=P[here])
+    return _finish(x, A, P, units, G, sign=1)
 
 
 def pull(y: Tensor, units: Units) -> Pass:
@@ -80,18 +85,17 @@ def pull(y: Tensor, units: Units) -> Pass:
     W, U, b, s, _ = units
     A = torch.addmm(b.unsqueeze(1), W, y.T)
     H = torch.empty_like(A)
-    coupling = torch.mm(W, U.T).triu_(1)
+    G = torch.mm(W, U.T)
+    coupling = G.triu(1)
     size = 16 if len(y) <= NARROW else 8
     for start in reversed(range(0, len(A), size)):
-        stop = min(start + size, len(A))
-        if stop < len(A):
-            A[start:stop].addmm_(coupling[start:stop, stop:], H[stop:], alpha=-1)
-        a, inner = A[start:stop], coupling[start:stop, start:stop]
-        solution = _solve_together(a, inner, s[start:stop])
-        a.copy_(_solve_in_turn(a, inner, s[start:stop]) if solution is None else solution)
-        torch.tanh(a, out=H[start:stop])
+        here, later = slice(start, min(start + size, len(A))), slice(start + size, len(A))
+        if later.start < later.stop:
+            A[here].addmm_(coupling[here, later], H[later], alpha=-1)
+        A[here] = _solve(A[here], coupling[here, here], s[here])
+        torch.tanh(A[here], out=H[here])
     A.mul_(2)
-    return _finish(y, A, torch.sigmoid(A, out=H), units, sign=-1)
+    return _finish(y, A, torch.sigmoid(A, out=H), units, G, sign=-1)
 
 
 def gradients(
@@ -109,52 +113,47 @@ def gradients(
     ``needs`` says whether that of z, and whether those of the parameters, are wanted.
     """
     W, U, _, s, size = units
-    h, pq = done.h, done.pq
-    C = torch.mm(U, grad_image.T)
-    if inverse:
-        C.neg_()
-    det = torch.mul(h, h).addcmul_(pq, s, value=4)
-    factor = torch.div(pq, det) if inverse else pq
-    grad_s = torch.zeros_like(s)
-    if grad_log_det is not None:
-        E = torch.div(grad_log_det, det, out=det)
-        grad_s = torch.linalg.vecdot(pq, E).mul_(4).unsqueeze(1)
-        C.addcmul_(E.mul_(h), 1 - s, value=2)
-    coupling = _coupling(W, U, 1 if inverse else size, alpha=-4.0 if inverse else 4.0, down=inverse)
-    C = _linear(C, factor, coupling.T, size=1 if inverse else size, upper=not inverse).mul_(4)
+    _, _, h, pq, G, spare = done
+    sign = -1 if inverse else 1
+    C = torch.addmm(h, U, grad_image.T, beta=0, alpha=4 * sign)
+    factor, grad_s = pq, None
+    if inverse or grad_log_det is not None:
+        det = torch.mul(h, h, out=spare).addcmul_(pq, s, value=4)
+        factor = torch.div(pq, det) if inverse else pq
+        if grad_log_det is not None:
+            E = torch.div(grad_log_det, det, out=det)
+            if needs[1]:
+                grad_s = torch.linalg.vecdot(pq, E).unsqueeze(1).mul_(4)
+            C.addcmul_(E.mul_(h), 1 - s, value=8)
+    coupling = G.triu(1).T if inverse else _earlier(G, size).T
+    C = _linear(C, factor, coupling, 4 * sign, 1 if inverse else size, upper=not inverse)
     grad_z = torch.addmm(grad_image, C.T, W) if needs[0] else None
     if not needs[1]:
         return grad_z, None, None, None, None
-    sign = -1.0 if inverse else 1.0
-    G = torch.mm(C, h.T)
+    grad_G = torch.mm(C, h.T)
     if inverse:
-        grad_s.sub_(G.diagonal().unsqueeze(1))
-    G = _keep(G, size, down=inverse)
-    grad_W = torch.addmm(torch.mm(C, z), G, U, alpha=sign)
-    grad_U = torch.addmm(torch.mm(h, grad_image), G.T, W).mul_(sign)
+        lost = grad_G.diagonal().unsqueeze(1)
+        grad_s = lost.neg() if grad_s is None else grad_s.sub_(lost)
+    grad_G = grad_G.triu_(1) if inverse else _earlier(grad_G, size)
+    grad_W = torch.addmm(torch.mm(C, z), grad_G, U, alpha=sign)
+    grad_U = torch.addmm(torch.mm(grad_G.T, W), h, grad_image)
+    grad_U = grad_U.neg_() if inverse else grad_U
     return grad_z, grad_W, grad_U, C.sum(1), grad_s
 
 
-def _finish(z: Tensor, A: Tensor, P: Tensor, units: Units, sign: int) -> Pass:
+def _finish(z: Tensor, A: Tensor, P: Tensor, units: Units, G: Tensor, sign: int) -> Pass:
     """The image and log-determinant from 2a and p, which both are overwritten."""
     Q = A.neg_().sigmoid_()
     h = torch.sub(P, Q)
     pq = P.mul_(Q)
     det = torch.mul(h, h, out=Q).addcmul_(pq, units.s, value=4)
-    return Pass(torch.addmm(z, h.T, units.U, alpha=sign), det.log_().sum(0), h, pq)
+    image = torch.addmm(z, h.T, units.U, alpha=sign)
+    return Pass(image, det.log_().sum(0), h, pq, G, det)
 
 
-def _coupling(W: Tensor, U: Tensor, size: int, *, alpha: float, down: bool = False) -> Tensor:
-    """A multiple of G = W Ûᵀ, with zeros where a unit does not see another's shift."""
-    G = torch.addmm(W.new_empty(()), W, U.T, beta=0, alpha=alpha)
-    return _keep(G, size, down=down)
-
-
-def _keep(G: Tensor, size: int, *, down: bool) -> Tensor:
-    """Zero all but the strict upper triangle (down: from later units) or the earlier layers."""
-    if down:
-        return G.triu_(1)
-    G = G.tril_(-1)
+def _earlier(G: Tensor, size: int) -> Tensor:
+    """G with zeros where unit k does not see the shift of unit j: j in k's own layer or later."""
+    G = G.tril(-1)
     if size > 1:
         for start in range(0, len(G), size):
             G[start : start + size, start : start + size] = 0
@@ -163,80 +162,105 @@ def _keep(G: Tensor, size: int, *, down: bool) -> Tensor:
 
 def _blocks(K: int, N: int, size: int) -> list[tuple[int, int]]:
     if size == 1:
-        size = max(K, 1) if K <= SHALLOW else 8 if K * N > LARGE else 16
+        size = 8 if K * N > LARGE else 16 if K > SHALLOW or N > NARROW else max(K, 1)
     return [(start, min(start + size, K)) for start in range(0, K, size)]
 
 
-def _recur(A: Tensor, P: Tensor, coupling: Tensor) -> None:
-    """p_k = σ(2a_k + Σ_{j<k} coupling_kj p_j), row by row; P holds zeros at the start."""
+def _recur(A: Tensor, P: Tensor, coupling: Tensor, here: slice) -> None:
+    """p_k = σ(2a_k + 4 Σ_j coupling_kj p_j) within a block; P holds zeros at the start."""
+    if here.stop - here.start < len(A):
+        A, P, coupling = A[here], P[here], coupling[here, here]
     transposed = P.T
-    for a, p, row in _rows(A, P, coupling):
-        torch.sigmoid(a.addmv_(transposed, row), out=p)
+    for a, p, row in zip(A.unbind(0), P.unbind(0), coupling.unbind(0), strict=True):
+        torch.sigmoid(a.addmv_(transposed, row, alpha=4), out=p)
 
 
-def _linear(v: Tensor, factor: Tensor, coupling: Tensor, *, size: int, upper: bool) -> Tensor:
-    """Solve x = factor ∘ (v + coupling x), strictly triangular; v may be overwritten."""
+def _linear(
+    v: Tensor, factor: Tensor, coupling: Tensor, alpha: int, size: int, *, upper: bool
+) -> Tensor:
+    """Solve x = factor ∘ (v + alpha coupling x), strictly triangular, in place of v."""
     K, N = v.shape
-    if K * N <= DENSE:
-        system = torch.mul(coupling, factor.T.unsqueeze(1)).neg_()
-        solution = torch.linalg.solve_triangular(
-            system, v.T.unsqueeze(2), upper=upper, unitriangular=True
-        )
-        return solution.squeeze(2).T * factor
     blocks = _blocks(K, N, size)
     for start, stop in reversed(blocks) if upper else blocks:
         here, done = slice(start, stop), slice(stop, K) if upper else slice(0, start)
-        x = v[here]
+        x, f = v[here], factor[here]
         if done.start < done.stop:
-            x.addmm_(coupling[here, done], v[done])
+            x.addmm_(coupling[here, done], v[done], alpha=alpha)
         if size > 1:
-            x.mul_(factor[here])
-            continue
-        transposed = x.T
-        rows = list(_rows(x, factor[here], coupling[here, here]))
-        for x_k, factor_k, row in reversed(rows) if upper else rows:
-            x_k.addmv_(transposed, row).mul_(factor_k)
+            x.mul_(f)
+        elif x.numel() <= DENSE:
+            _solve_at_once(x, f, coupling[here, here], alpha, upper)
+        else:
+            _solve_by_rows(x, f, coupling[here, here], alpha, upper)
     return v
 
 
-def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(t.unbind(0) for t in tensors), strict=True)
+def _solve_at_once(x: Tensor, f: Tensor, coupling: Tensor, alpha: int, upper: bool) -> None:
+    """One batched triangular solve, a matrix a row."""
+    system = torch.mul(coupling, f.T.unsqueeze(1)).mul_(-alpha)
+    right = x.T.unsqueeze(2)
+    found = torch.linalg.solve_triangular(system, right, upper=upper, unitriangular=True)
+    torch.mul(found.squeeze(2).T, f, out=x)
 
 
-def _solve_together(r: Tensor, coupling: Tensor, s: Tensor) -> Tensor | None:
-    """Newton's method for a + coupling tanh(a) + (s − 1) ∘ tanh(a) = r, all units at once.
+def _solve_by_rows(x: Tensor, f: Tensor, coupling: Tensor, alpha: int, upper: bool) -> None:
+    """The unknowns not yet solved have zeros in ``coupling``."""
+    transposed = x.T
+    rows = list(zip(x.unbind(0), f.unbind(0), coupling.unbind(0), strict=True))
+    for x_k, f_k, row in reversed(rows) if upper else rows:
+        x_k.addmv_(transposed, row, alpha=alpha).mul_(f_k)
 
-    The triangular Jacobian is inverted by two terms of its Neumann series. Where units couple
-    strongly this may wander: then None, and the units are to be solved one by one.
+
+def _solve(r: Tensor, coupling: Tensor, s: Tensor) -> Tensor:
+    """The root a of a + coupling tanh(a) + (s − 1) ∘ tanh(a) = r, strictly upper triangular."""
+    steps = HASTY if r.shape[1] > NARROW else PATIENT
+    a, left = _solve_together(r, coupling, s, steps)
+    if left is not None and steps == HASTY:
+        again, still = _solve_together(r[:, left], coupling, s, PATIENT)
+        a[:, left] = again
+        left = None if still is None else left[still]
+    if left is not None:
+        a[:, left] = _solve_in_turn(r[:, left], coupling, s)
+    return a
+
+
+def _solve_together(
+    r: Tensor, coupling: Tensor, s: Tensor, steps: int
+) -> tuple[Tensor, Tensor | None]:
+    """Newton's method for all units at once: the roots, and the columns it did not end for.
+
+    The triangular Jacobian is inverted by two terms of its Neumann series. What is iterated is
+    2a, with p = σ(2a) and p (1 − p) a quarter of the slope. A solution is improved once more
+    after it is found good.
     """
     one, c = r.new_ones(()), s - 1
     full = coupling + torch.diag_embed(c.squeeze(1))
     reach = full.abs().sum(1, keepdim=True).add_(1)
     size = r.abs()
     tolerance = torch.add(reach, size).mul_(32 * torch.finfo(r.dtype).eps)
-    # Past the bend of its unit a root lies at r ± c, near the origin at r/s. What is
-    # iterated is 2a, with p = σ(2a) and p (1 − p) a quarter of the slope.
+    # Past the bend of its unit a root lies at r ± c, near the origin at r/s.
     A = torch.where(size > reach, r - c * r.sign(), r / reach).mul_(2)
     less = torch.add(r, full.sum(1, keepdim=True)).mul_(-2)
     full, coupling, c = full.mul_(4), coupling * 4, c * 4
-    for step in range(NEWTON_STEPS):
+    for step in range(steps):
         P = A.sigmoid()
         slope = torch.addcmul(P, P, P, value=-1)
         residual = torch.addmm(less, full, P).add_(A)
-        close = step >= EARLIEST_END and bool((residual.abs() <= tolerance).all())
+        good = residual.abs() <= tolerance if step >= EARLIEST_END else None
         det = torch.addcmul(one, slope, c)
         residual.addmm_(coupling, slope.mul_(residual).div_(det), alpha=-1)
-        A.addcdiv_(residual, det, value=-1)
-        if close:
-            return A.mul_(0.5)
-    return None
+        before, A = A, torch.addcdiv(A, residual, det, value=-1)
+        if good is not None and bool(good.all()):
+            return A.mul_(0.5), None
+        if step >= BOLD:  # a step across the bend at the origin may lead into a cycle
+            A.masked_fill_(before.mul_(A) < 0, 0)
+    return A.mul_(0.5), (~good).any(0).nonzero().squeeze(1)
 
 
 def _solve_in_turn(r: Tensor, coupling: Tensor, s: Tensor) -> Tensor:
     """The same equations, unit by unit from the last: monotone, so that none can fail."""
     a, h = r.clone(), torch.zeros_like(r)
     for k in reversed(range(len(r))):
-        torch.sub(r[k], torch.mv(h.T, coupling[k]), out=a[k])
-        a[k] = monotone_root(a[k], s[k])
+        a[k] = monotone_root(r[k] - torch.mv(h.T, coupling[k]), s[k])
         torch.tanh(a[k], out=h[k])
     return a
