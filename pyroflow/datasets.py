@@ -1,9 +1,8 @@
-"""Data to fit: the sine strip, and tables from files."""
+"""Data to fit: tables from files, and the synthetic sets of :mod:`pyroflow.synthetic`."""
 
 from __future__ import annotations
 
 import csv
-import math
 import zipfile
 from collections.abc import Sequence
 from os import PathLike
@@ -14,71 +13,28 @@ import torch
 from torch import Tensor
 
 from pyroflow.data_checks import check_shape, to_tensor
+from pyroflow.synthetic import (
+    SINE_ENTROPY,
+    ring,
+    ring_log_prob,
+    sine,
+    sine_log_prob,
+    two_moons,
+    two_moons_log_prob,
+)
 
-__all__ = ["SINE_ENTROPY", "read_table", "sine", "sine_log_prob"]
+__all__ = [
+    "SINE_ENTROPY",
+    "read_table",
+    "ring",
+    "ring_log_prob",
+    "sine",
+    "sine_log_prob",
+    "two_moons",
+    "two_moons_log_prob",
+]
 
 Columns = Sequence[int | str] | int | str | None
-
-_NOISE = 0.1
-_HALF_WIDTH = 3.0
-
-SINE_ENTROPY: float = math.log(2 * _HALF_WIDTH) + 0.5 * math.log(2 * math.pi * math.e * _NOISE**2)
-"""Differential entropy of :func:`sine`, 0.908113 nats: no model's mean loss can be lower."""
-
-
-def sine(n: int = 10_000, seed: int = 0) -> Tensor:
-    r"""Draws points around a sine curve: x2 ~ U(-3, 3), x1 = sin(x2) + N(0, 0.1²).
-
-    The draws come from a generator of their own, so the global random state stays as it is.
-
-    Args:
-        n: Number of points.
-        seed: Seed of the generator; equal seeds give equal points.
-
-    Returns:
-        Points of shape :math:`(n, 2)`, float32, x1 in column 0.
-
-    Raises:
-        ValueError: If ``n`` is not positive.
-
-    Example:
-        >>> from pyroflow.datasets import sine
-        >>> sine(500, seed=1).shape
-        torch.Size([500, 2])
-    """
-    if n < 1:
-        raise ValueError(f"sine: n expects a positive number of points, got {n}.")
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(n, generator=generator, dtype=torch.float32)
-    noise = torch.randn(n, generator=generator, dtype=torch.float32)
-    x2 = _HALF_WIDTH * (2 * uniform - 1)
-    return torch.stack([x2.sin() + _NOISE * noise, x2], dim=-1)
-
-
-def sine_log_prob(y: Tensor) -> Tensor:
-    r"""Exact log density of :func:`sine`, log p(y) = -log 6 + log N(y1 | sin y2, 0.1²).
-
-    Args:
-        y: Points of shape :math:`(*, 2)`.
-
-    Returns:
-        Log densities of shape :math:`(*,)`, minus infinity where :math:`|y_2| > 3`.
-
-    Raises:
-        ValueError: If the last dimension of ``y`` is not 2.
-
-    Example:
-        >>> from pyroflow.datasets import sine, sine_log_prob
-        >>> sine_log_prob(sine(500)).shape
-        torch.Size([500])
-    """
-    if y.shape[-1:] != (2,):
-        raise ValueError(f"sine_log_prob: y expects last dimension 2, got shape {tuple(y.shape)}.")
-    y1, y2 = y.unbind(-1)
-    residual = (y1 - y2.sin()) / _NOISE
-    constant = math.log(2 * _HALF_WIDTH * _NOISE) + 0.5 * math.log(2 * math.pi)
-    log_prob = -0.5 * residual.square() - constant
-    return log_prob.masked_fill(y2.abs() > _HALF_WIDTH, -math.inf)
 
 
 def read_table(path: str | PathLike[str], *, columns: Columns = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyro
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroflow.transforms import activations, stack_kernels
+from pyroflow.transforms import activations, chain_kernels, stack_kernels
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for each other
 
@@ -42,16 +42,16 @@ def float32() -> Iterator[None]:
 @pytest.fixture
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every pass that has roots to find, of the kernels or the general path."""
-    calls, pull, root = [], stack_kernels.pull, activations.monotone_root
+    calls = []
+    searching = {stack_kernels: "pull", chain_kernels: "pull", activations: "monotone_root"}
 
-    def counted_pull(y: Tensor, units: stack_kernels.Units) -> stack_kernels.Pass:
-        calls.append(y.numel())
-        return pull(y, units)
+    def counted(search: Callable) -> Callable:
+        def call(value: Tensor, other: object) -> object:
+            calls.append(value.numel())
+            return search(value, other)
 
-    def counted_root(r: Tensor, s: Tensor) -> Tensor:
-        calls.append(r.numel())
-        return root(r, s)
+        return call
 
-    monkeypatch.setattr(stack_kernels, "pull", counted_pull)
-    monkeypatch.setattr(activations, "monotone_root", counted_root)
+    for module, name in searching.items():
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return calls

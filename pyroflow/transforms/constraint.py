@@ -56,7 +56,7 @@ def constrain_rows(w: Tensor, u: Tensor) -> Rows | None:
 
     Whether one is cannot be seen on another device without waiting for it: None there as well.
     """
-    if w.device.type != "cpu" or not len(w):
+    if w.device.type != "cpu" or not w.numel():
         return None
     norm2, v = (w * w).sum(-1, keepdim=True), (w * u).sum(-1, keepdim=True)
     if not norm2.min().item() > math.sqrt(torch.finfo(w.dtype).tiny):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyroflow.transforms import stack_kernels as kernels
+from pyroflow.transforms import chain_kernels, stack_kernels
 from pyroflow.transforms.activations import TANH, Activation, Tanh
 from pyroflow.transforms.constraint import Rows, constrain, constrain_rows, row_gradients
 from pyroflow.transforms.coupled_tanh import solve_coupled_tanh
 from pyroflow.transforms.stack_kernels import Units
+
+Pass = stack_kernels.Pass | chain_kernels.Pass
 
 
 class Work(NamedTuple):
@@ -24,7 +27,7 @@ class Work(NamedTuple):
 
     log_det: Tensor
     a: Tensor | None = None
-    done: kernels.Pass | None = None
+    done: Pass | None = None
 
 
 def evaluate_stack(
@@ -48,8 +51,11 @@ def evaluate_stack(
     Returns:
         The image, shape (*B, D), and its work.
     """
-    if not (isinstance(activation, Tanh) and _shared(units) and _plain(z)):
+    kernels = _kernels_for(z, units) if isinstance(activation, Tanh) and _plain(z) else None
+    if kernels is None:
         return _general(z, units, inverse, known and known[1].a, activation)
+    if z.dim() > 2 and kernels is chain_kernels:
+        units = _flattened(units, z.dim() - 2)
     rows = constrain_rows(units.W.detach(), units.U.detach()) if units.s is None else None
     if units.s is None and rows is None:
         u_hat, s = constrain(units.W, units.U)
@@ -58,7 +64,7 @@ def evaluate_stack(
     found = known and known[1].done
     if found is not None:
         found = found._replace(image=known[0].detach().reshape(flat.shape))
-    call = _Call(units.size, inverse, rows, found)
+    call = _Call(kernels, units.size, inverse, rows, found)
     if torch.is_grad_enabled():
         image, log_det = _Stack.apply(flat, *units[:4], call)
     else:
@@ -97,8 +103,20 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _shared(units: Units) -> bool:
-    return units.W.dim() == units.U.dim() == 2 and units.b.dim() == 1
+def _kernels_for(z: Tensor, units: Units) -> ModuleType | None:
+    """Those for parameters that all points share, or for one set a point; else None."""
+    W, U, b = units[:3]
+    if W.dim() == U.dim() == 2 and b.dim() == 1:
+        return stack_kernels
+    batch = z.shape[:-1]
+    own = batch and W.shape[:-2] == U.shape[:-2] == b.shape[:-1] == batch
+    return chain_kernels if own and units.size == 1 else None
+
+
+def _flattened(units: Units, dims: int) -> Units:
+    """The units with their batch dimensions, one more than ``dims``, made one."""
+    parts = [None if t is None else t.flatten(0, dims) for t in units[:4]]
+    return Units(*parts, units.size)
 
 
 def _plain(z: Tensor) -> bool:
@@ -109,9 +127,10 @@ class _Call:
     """What a pass is to do, and what it found beside its results."""
 
     def __init__(
-        self, size: int, inverse: bool, rows: Rows | None, known: kernels.Pass | None
+        self, kernels: ModuleType, size: int, inverse: bool, rows: Rows | None, known: Pass | None
     ) -> None:
-        self.size, self.inverse, self.rows, self.done = size, inverse, rows, known
+        self.kernels, self.size, self.inverse, self.rows = kernels, size, inverse, rows
+        self.done = known
 
     def units(self, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None) -> Units:
         """The units with û in its place."""
@@ -120,10 +139,10 @@ class _Call:
             W, U if rows is None else rows.u_hat, b, s if rows is None else rows.s, self.size
         )
 
-    def run(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None) -> kernels.Pass:
+    def run(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None) -> Pass:
         """What the kernels find, or an earlier pass has found."""
         if self.done is None:
-            kernel = kernels.pull if self.inverse else kernels.push
+            kernel = self.kernels.pull if self.inverse else self.kernels.push
             self.done = kernel(z, self.units(W, U, b, s))
         return self.done
 
@@ -158,7 +177,7 @@ class _Stack(Function):
             return (*found, *[None] * (6 - len(found)))
         units = call.units(*parameters)
         W, U, _, _ = parameters
-        grad_z, grad_W, grad_U, grad_b, grad_s = kernels.gradients(
+        grad_z, grad_W, grad_U, grad_b, grad_s = call.kernels.gradients(
             z,
             units,
             call.done,

@@ -1,0 +1,1 @@
+"""What a planar stack costs: against other libraries, against bare arithmetic, and as it grows."""
