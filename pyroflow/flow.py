@@ -16,6 +16,7 @@ from pyroflow.checks import check_count
 from pyroflow.foreign import forget, modules_within
 from pyroflow.transforms import (
     Affine,
+    Bijection,
     ConditionalAffine,
     ConditionalPlanar,
     ConditionalRadial,
@@ -36,6 +37,9 @@ _LAYERS = (
     Sylvester,
     ConditionalSylvester,
 )
+
+# What keeps no cache that outlives a change of the parameters.
+_OURS = (Bijection, ConditionalAffine, *_LAYERS)
 
 
 class StandardNormal(nn.Module):
@@ -92,6 +96,7 @@ class Flow(nn.Module):
         self._inverted = [isinstance(t, _InverseTransform) for t in transforms]
         self._parts = [t.inv if isinstance(t, _InverseTransform) else t for t in transforms]
         self.parts = nn.ModuleList(m for t in self._parts for m in modules_within(t))
+        self._foreign = [t for t in self._parts if not isinstance(t, _OURS)]
         self._undecided = False
         self.fitted = False
 
@@ -118,7 +123,7 @@ class Flow(nn.Module):
         if context is not None and not self.conditional:
             raise ValueError("this flow has no conditional transform: call it without a context")
         base = self.base() if isinstance(self.base, nn.Module) else self.base
-        forget(self._parts)
+        forget(self._foreign)
         return dist.TransformedDistribution(base, self.transforms(context))
 
     def transforms(self, context: Tensor | None = None) -> list[Transform]:
@@ -155,7 +160,7 @@ class Flow(nn.Module):
         self._undecided, self.fitted = False, True
 
     def __getstate__(self) -> dict[str, Any]:
-        forget(self._parts)
+        forget(self._foreign)
         return self.__dict__.copy()
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ each parameter is read once, and each gradient written once. One unit a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pyroflow.transforms.monotone_root import monotone_root
 from pyroflow.transforms.stack_kernels import Units
+
+CACHED = 1 << 20  # numbers
 
 
 class Pass(NamedTuple):
@@ -29,25 +31,25 @@ class Pass(NamedTuple):
 def push(x: Tensor, units: Units) -> Pass:
     """Evaluate y and log |det dy/dx| at x, shape (N, D)."""
     z, A, H = _start(x, units)
-    scratch = torch.empty_like(z)
-    layers = zip(units.W.unbind(1), units.U.unbind(1), units.b.unbind(1), A, H, strict=True)
-    for w, u, b, a, h in layers:
-        torch.add(_dot(w, z, scratch), b, out=a)
-        torch.tanh(a, out=h)
-        z.addcmul_(u, h.unsqueeze(1))
+    for rows in _chunks(units.W):
+        part, scratch = z[rows], torch.empty_like(z[rows])
+        for w, u, b, a, h in _layers(rows, units[:3], (A, H)):
+            torch.add(_dot(w, part, scratch), b, out=a)
+            torch.tanh(a, out=h)
+            part.addcmul_(u, h.unsqueeze(1))
     return _finish(z, A, H, units)
 
 
 def pull(y: Tensor, units: Units) -> Pass:
     """Solve for x at y, shape (N, D); the log-determinant is that of the map x ↦ y."""
     z, A, H = _start(y, units)
-    scratch = torch.empty_like(z)
-    s = units.s.squeeze(2).unbind(1)
-    layers = zip(units.W.unbind(1), units.U.unbind(1), units.b.unbind(1), s, A, H, strict=True)
-    for w, u, b, s_k, a, h in reversed(list(layers)):
-        a.copy_(monotone_root(_dot(w, z, scratch).add_(b), s_k))
-        torch.tanh(a, out=h)
-        z.addcmul_(u, h.unsqueeze(1), value=-1)
+    s = units.s.squeeze(2)
+    for rows in _chunks(units.W):
+        part, scratch = z[rows], torch.empty_like(z[rows])
+        for w, u, b, s_k, a, h in reversed(_layers(rows, (*units[:3], s), (A, H))):
+            a.copy_(monotone_root(_dot(w, part, scratch).add_(b), s_k))
+            torch.tanh(a, out=h)
+            part.addcmul_(u, h.unsqueeze(1), value=-1)
     return _finish(z, A, H, units)
 
 
@@ -75,22 +77,23 @@ def gradients(
     factor = slope.div_(det) if inverse else slope
     grads = torch.empty_like(W), torch.empty_like(U)
     sign = -1 if inverse else 1
-    at, grad, scratch = done.image.clone(), grad_image.clone(), torch.empty_like(z)
-    C = torch.empty_like(h)
-    for k in _order(len(h), inverse):
-        w, u, h_k, c = W[:, k], U[:, k], h[k].unsqueeze(1), C[k]
-        torch.add(bend[k], _dot(u, grad, scratch), alpha=sign, out=c).mul_(factor[k])
-        if needs[1]:
-            at.addcmul_(u, h_k, value=-sign)  # where the layer's pass began
-            torch.mul(at, c.unsqueeze(1), out=grads[0][:, k])
-            torch.mul(grad, h_k, out=grads[1][:, k])
-        grad.addcmul_(w, c.unsqueeze(1))
+    all_at, grad_z, C = done.image.clone(), grad_image.clone(), torch.empty_like(h)
+    for rows in _chunks(W):
+        at, grad, scratch = all_at[rows], grad_z[rows], torch.empty_like(z[rows])
+        layers = _layers(rows, (W, U, *grads), (h, C, bend, factor))
+        for w, u, grad_w, grad_u, h_k, c, bend_k, factor_k in layers if inverse else layers[::-1]:
+            torch.add(bend_k, _dot(u, grad, scratch), alpha=sign, out=c).mul_(factor_k)
+            if needs[1]:
+                at.addcmul_(u, h_k.unsqueeze(1), value=-sign)  # where the layer's pass began
+                torch.mul(at, c.unsqueeze(1), out=grad_w)
+                torch.mul(grad, h_k.unsqueeze(1), out=grad_u)
+            grad.addcmul_(w, c.unsqueeze(1))
     if not needs[1]:
-        return grad, None, None, None, None
+        return grad_z, None, None, None, None
     if inverse:
         grads[1].neg_()
         grad_s.addcmul_(C, h, value=-1)
-    return grad, *grads, C.T.contiguous(), grad_s.T.unsqueeze(2)
+    return grad_z, *grads, C.T.contiguous(), grad_s.T.unsqueeze(2)
 
 
 def _start(z: Tensor, units: Units) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,9 +106,19 @@ def _dot(left: Tensor, right: Tensor, scratch: Tensor) -> Tensor:
     return torch.mul(left, right, out=scratch).sum(1)
 
 
-def _order(K: int, inverse: bool) -> Iterator[int]:
-    """Backwards through the pass: the inverse ended with the first layer."""
-    return iter(range(K)) if inverse else reversed(range(K))
+def _chunks(W: Tensor) -> Iterator[slice]:
+    """Rows in parts whose parameters stay in the cache from layer to layer."""
+    N, K, D = W.shape
+    size = max(1, CACHED // max(1, K * D))
+    return (slice(start, start + size) for start in range(0, N, size))
+
+
+def _layers(
+    rows: slice, given: Sequence[Tensor], found: Sequence[Tensor]
+) -> list[tuple[Tensor, ...]]:
+    """What belongs to each layer, of tensors (N, K, ...) as given and (K, N) as found."""
+    parts = [t[rows].unbind(1) for t in given] + [t[:, rows].unbind(0) for t in found]
+    return list(zip(*parts, strict=True))
 
 
 def _finish(z: Tensor, A: Tensor, h: Tensor, units: Units) -> Pass:

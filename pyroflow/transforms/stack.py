@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyroflow.transforms import chain_kernels, stack_kernels
+from pyroflow.transforms import chain_kernels, compiled, stack_kernels
 from pyroflow.transforms.activations import TANH, Activation, Tanh
 from pyroflow.transforms.constraint import Rows, constrain, constrain_rows, row_gradients
 from pyroflow.transforms.coupled_tanh import solve_coupled_tanh
@@ -54,6 +54,8 @@ def evaluate_stack(
     kernels = _kernels_for(z, units) if isinstance(activation, Tanh) and _plain(z) else None
     if kernels is None:
         return _general(z, units, inverse, known and known[1].a, activation)
+    if torch.compiler.is_compiling():
+        return _traced(z, units, inverse)
     if z.dim() > 2 and kernels is chain_kernels:
         units = _flattened(units, z.dim() - 2)
     rows = constrain_rows(units.W.detach(), units.U.detach()) if units.s is None else None
@@ -72,6 +74,18 @@ def evaluate_stack(
     if flat is not z:
         image, log_det = image.reshape(z.shape), log_det.reshape(z.shape[:-1])
     return image, Work(log_det, done=call.done)
+
+
+def _traced(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Work]:
+    """The kernels as one operator for ``torch.compile``."""
+    W, U, b, s, size = units
+    if s is None:
+        U, s = constrain(W, U)
+    if z.dim() > 2 and W.dim() > 2:
+        W, U, b, s, _ = _flattened(Units(W, U, b, s), z.dim() - 2)
+    flat = z.reshape(-1, z.shape[-1])
+    image, log_det, _, _ = compiled.stack(flat, W, U, b, s, size, inverse)
+    return image.reshape(z.shape), Work(log_det.reshape(z.shape[:-1]))
 
 
 def differentiable_gradients(
@@ -120,6 +134,8 @@ def _flattened(units: Units, dims: int) -> Units:
 
 
 def _plain(z: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return True
     return not transformed() and not torch.is_autocast_enabled(z.device.type)
 
 
