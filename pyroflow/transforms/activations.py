@@ -54,7 +54,7 @@ class LeakyReLU:
 
     def slope(self, a: Tensor) -> Tensor:
         """h'(a), 1 at the origin."""
-        return torch.where(a >= 0, 1.0, self.negative_slope).to(a.dtype)
+        return torch.where(a >= 0, torch.ones_like(a), self.negative_slope)
 
     def det(self, a: Tensor, s: Tensor) -> Tensor:
         """1 + (s − 1) h'(a) as a sum of positives."""

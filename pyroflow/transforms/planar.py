@@ -73,7 +73,7 @@ class ConditionedPlanar(Bijection):
 
     def _log_det(self, work: Work) -> Tensor:
         """Σ_k ln(t² + s(1 − t²)), equation 13 as a sum of positives (t = tanh a)."""
-        return work.log_det
+        return work.log_det.clone()
 
 
 class Planar(ConditionedPlanar, TransformModule):

@@ -136,7 +136,13 @@ def _flattened(units: Units, dims: int) -> Units:
 def _plain(z: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
-    return not transformed() and not torch.is_autocast_enabled(z.device.type)
+    known = z.dtype in (torch.float32, torch.float64) and not z.is_meta
+    return known and not transformed() and not torch.is_autocast_enabled(z.device.type)
+
+
+def _batched_by_autograd(grad: Tensor | None) -> bool:
+    """Whether ``is_grads_batched`` is at work, which has a mechanism of its own."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _Call:
@@ -176,18 +182,20 @@ class _Stack(Function):
         ctx: Any, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None, call: _Call
     ) -> tuple[Tensor, Tensor]:
         done = call.run(z, W, U, b, s)
-        ctx.save_for_backward(z, W, U, b, s)
+        image = done.image.detach()
+        ctx.save_for_backward(z, W, U, b, s, image)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return done.image.detach(), done.log_det.detach()
+        return image, done.log_det.detach()
 
     @staticmethod
     def backward(
         ctx: Any, grad_image: Tensor | None, grad_log_det: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        z, *parameters = ctx.saved_tensors
+        z, *parameters, image = ctx.saved_tensors
         call = ctx.call
-        if torch.is_grad_enabled() or transformed():
+        batched = any(_batched_by_autograd(t) for t in (grad_image, grad_log_det))
+        if torch.is_grad_enabled() or transformed() or batched:
             inputs = [t for t in (z, *parameters) if t is not None]
             found = differentiable_gradients(call.general, inputs, (grad_image, grad_log_det))
             return (*found, *[None] * (6 - len(found)))
@@ -196,7 +204,7 @@ class _Stack(Function):
         grad_z, grad_W, grad_U, grad_b, grad_s = call.kernels.gradients(
             z,
             units,
-            call.done,
+            call.done._replace(image=image),
             torch.zeros_like(z) if grad_image is None else grad_image,
             grad_log_det,
             inverse=call.inverse,

@@ -37,6 +37,8 @@ def orthonormal(frame: Tensor, orthogonal: Orthogonal) -> Tensor:
         Q, R = torch.linalg.qr(frame.mT)
         return (Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q).unsqueeze(-2)).mT
     M, tiny = frame.shape[-2], torch.finfo(frame.dtype).tiny
+    # A reflection does not depend on the length of v, and neither do derivatives on this scale.
+    frame = frame / frame.detach().abs().amax(-1, keepdim=True).clamp(min=tiny)
     products = frame @ frame.mT
     halves = (products.diagonal(dim1=-2, dim2=-1) / 2).clamp(min=tiny)
     middle = products.triu(1) + halves.diag_embed()
@@ -98,7 +100,7 @@ class ConditionedSylvester(Bijection):
 
     def _log_det(self, work: Work) -> Tensor:
         """Σ_i ln(1 + tanh'(a_i) r_ii r̃_ii), equation 14 of the paper, as a sum of positives."""
-        return work.log_det
+        return work.log_det.clone()
 
     def _units(self, frame: Tensor, R: Tensor, R_tilde: Tensor, b: Tensor) -> Units:
         """The layers as planar units: W = R̃ Qᵀ and Û = (Q R)ᵀ, so that G = R̃ R is triangular."""
