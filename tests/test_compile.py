@@ -13,7 +13,6 @@ from torch.distributions import Distribution
 import pyroflow as pf
 from pyroflow.transforms import compiled
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of itself
 
 
