@@ -12,10 +12,11 @@ from torch import Tensor
 import pyroflow as pf
 
 # From the identity start, u moves by about MOVE in norm up to this depth, and above it by
-# MOVE·sqrt(DEPTH / K). 300 steps on the sine data (D = 2) give at K = 32, over three seeds and both directions, a
-# median ‖û‖ of 0.33 to 0.41, rows of the strict upper triangle of G = WÛᵀ with norms of 1.5 to 3.3
-# (median) and 7 to 14 (largest), and a smallest s of 0.21 to 0.35; this gives 0.30, 2.5, 6.7 and
-# 0.15. At K = 128 a fit gives 0.11, 1.7, 9.4 and 0.43, and this 0.20, 2.6, 14 and 0.11.
+# MOVE·sqrt(DEPTH / K). 300 steps on the sine data (D = 2) give at K = 32, over three seeds and
+# both directions, a median ‖û‖ of 0.33 to 0.41, rows of the strict upper triangle of G = WÛᵀ with
+# norms of 1.5 to 3.3 (median) and 7 to 14 (largest), and a smallest s of 0.21 to 0.35; this gives
+# 0.30, 2.5, 6.7 and 0.15. At K = 128 a fit gives 0.11, 1.7, 9.4 and 0.43, and this 0.20, 2.6, 14
+# and 0.11.
 DEPTH, MOVE = 32, 0.35**0.5
 
 

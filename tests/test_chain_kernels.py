@@ -1,0 +1,52 @@
+"""Parameters of each point's own: the layers in a row against the general path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import given_planar
+
+from pyroflow.transforms import chain_kernels, stack
+from pyroflow.transforms.activations import TANH
+from pyroflow.transforms.constraint import constrain
+from pyroflow.transforms.stack_kernels import Units
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("cached", [1, 50, 10**6])
+@pytest.mark.parametrize(("N", "K", "D"), [(7, 4, 3), (5, 1, 2), (6, 6, 1), (3, 0, 2), (0, 2, 2)])
+def test_in_chunks_of_any_size(
+    N: int, K: int, D: int, cached: int, inverse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain_kernels, "CACHED", cached)
+    parts = given_planar(D, K, (N,), sd=1.5).parts
+    w, u, b = (parts[name].detach() for name in ("w", "u", "b"))
+    units = Units(w, *constrain(w, u)[:1], b, constrain(w, u)[1])
+    z, grad_image, grad_log_det = torch.randn(N, D), torch.randn(N, D), torch.randn(N)
+    done = (chain_kernels.pull if inverse else chain_kernels.push)(z, units)
+    leaves = [t.clone().requires_grad_() for t in (z, *units[:4])]
+    image, work = stack._general(leaves[0], Units(*leaves[1:]), inverse, None, TANH)
+    assert torch.allclose(done.image, image, atol=1e-9)
+    assert torch.allclose(done.log_det, work.log_det, atol=1e-9)
+    total = (image * grad_image).sum() + (work.log_det * grad_log_det).sum()
+    expected = torch.autograd.grad(total, leaves, materialize_grads=True, allow_unused=True)
+    found = chain_kernels.gradients(
+        z, units, done, grad_image, grad_log_det, inverse=inverse, needs=(True, True)
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert torch.allclose(one, other, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_only_the_gradients_that_are_wanted(inverse: bool) -> None:
+    parts = given_planar(3, 4, (5,)).parts
+    w, u, b = (parts[name].detach() for name in ("w", "u", "b"))
+    u_hat, s = constrain(w, u)
+    units, z = Units(w, u_hat, b, s), torch.randn(5, 3)
+    done = (chain_kernels.pull if inverse else chain_kernels.push)(z, units)
+    options = {"inverse": inverse, "needs": (True, False)}
+    grads = chain_kernels.gradients(z, units, done, z, None, **options)
+    every = chain_kernels.gradients(z, units, done, z, None, inverse=inverse, needs=(True, True))
+    assert torch.allclose(grads[0], every[0], atol=1e-13)
+    assert grads[1:] == (None, None, None, None)
