@@ -86,6 +86,8 @@ class Flow(nn.Module):
         transforms: Sequence[Transform | ConditionalTransform],
     ) -> None:
         super().__init__()
+        if isinstance(transforms, Transform | ConditionalTransform):
+            raise TypeError("transforms must be a sequence, got a single transform: write [t]")
         for t in transforms:
             if not isinstance(t, Transform | ConditionalTransform):
                 raise TypeError(f"transforms must hold transforms, got {type(t).__name__}")

@@ -115,3 +115,16 @@ def test_shapes_and_gradients() -> None:
     assert torch.equal(r, kept)
     assert (s == 0.3).all()
     assert monotone_root(torch.zeros(0, 3), torch.ones(3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("s", [1e4, 1e6, 1e8, 1e12, 1e16, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_tail_of_a_steep_unit(s: float, dtype: torch.dtype) -> None:
+    """Where r is near a huge s the root lies where tanh is flat, and Newton's steps are short."""
+    a = torch.cat([torch.linspace(0.1, 30, 400), torch.linspace(0.5, 1.5, 100) * s]).to(dtype)
+    slope = torch.tensor(s, dtype=dtype)
+    exact = a.double() + (slope.double() - 1) * a.double().tanh()
+    found = monotone_root(exact.to(dtype), slope).double()
+    again = found + (slope.double() - 1) * found.tanh()
+    assert found.isfinite().all()
+    assert ((again - exact).abs() <= 8 * torch.finfo(dtype).eps * (exact + found)).all()

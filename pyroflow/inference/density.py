@@ -17,7 +17,7 @@ from pyroflow.inference.loop import Loop
 from pyroflow.seeds import seeded
 
 # A network's weights want smaller and more steps, and are too many for L-BFGS.
-UNCONDITIONAL = {"steps": 500, "polish": 1000, "lr": 0.04}
+UNCONDITIONAL = {"steps": 1000, "polish": 1000, "lr": 0.04}
 CONDITIONAL = {"steps": 2000, "polish": 0, "lr": 0.005}
 POLISHED_ROWS = 20_000  # as many as keep an evaluation within tens of milliseconds
 
@@ -49,7 +49,7 @@ def fit_density(
         flow: the flow, trained in place.
         data: shape (N, D): tensor, NumPy array or nested list. Cast to the flow's dtype.
         context: shape (N, C), the contexts of a conditional flow.
-        steps: Adam's steps; by default 500, and 2000 for a conditional flow.
+        steps: Adam's steps; by default 1000, and 2000 for a conditional flow.
         polish: evaluations of the full likelihood for L-BFGS, on at most 20,000 rows; by default
             1000, and 0 for a conditional flow.
         batch_size: rows a step, drawn with replacement.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ class Bijection(Transform):
         """Return y = t(x) for x of shape (*B, D), and remember the pair."""
         parameters = self._map_parameters()
         self._check("x", x, parameters)
-        y, work = self._forward(x, parameters)
+        y, work = _precisely(self._forward, x, parameters)
         if torch.compiler.is_compiling():  # a compiler merges equal passes itself
             return y
         solved = self._solved
@@ -90,13 +91,14 @@ class Bijection(Transform):
         parameters = self._map_parameters()
         self._check("y", y, parameters)
         if torch.compiler.is_compiling():
-            return self._backward(y, parameters, None)[0]
+            return _precisely(self._backward, y, parameters, None)[0]
         made = self._made_from(y, y) or self._made_from(y, _origin(y))
         if made is not None and made.x.shape == y.shape:
             own = made.y is y and not (y.is_leaf and y.requires_grad)
             if (own and made.recorded) or not torch.is_grad_enabled():
                 return made.x
-        x, work = self._backward(y, parameters, made and (made.x, made.work))
+        known = made and (made.x, made.work)
+        x, work = _precisely(self._backward, y, parameters, known)
         if made is not None:
             _remember_origin(x, made.x)
         self._solved = self._pair(x, y, work, parameters)
@@ -110,7 +112,7 @@ class Bijection(Transform):
                 return self._log_det(pair.work)
         parameters = self._map_parameters()
         self._check("x", x, parameters)
-        return self._log_det(self._forward(x, parameters)[1])
+        return self._log_det(_precisely(self._forward, x, parameters)[1])
 
     def inverse_along_path(self, y: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """t⁻¹(y) and log |det dy/dx| as functions of y alone, the parameters held fixed.
@@ -130,7 +132,7 @@ class Bijection(Transform):
         self._check("y", y, parameters)
         fixed = tuple(t.detach() for t in parameters)
         made = None if torch.compiler.is_compiling() else self._made_from(y, origin)
-        x, work = self._backward(y, fixed, made and (made.x, made.work))
+        x, work = _precisely(self._backward, y, fixed, made and (made.x, made.work))
         return x, self._log_det(work), made.x if made else x
 
     def forward_shape(self, shape: Size) -> Size:
@@ -191,6 +193,15 @@ class Bijection(Transform):
                 f"{tuple(self._parameter_batch())}, which does not broadcast with {name} of "
                 f"shape {tuple(value.shape)}"
             ) from error
+
+
+def _precisely(evaluate: Callable, value: Tensor, *others: Any) -> tuple[Tensor, Any]:
+    """Evaluate in the value's own dtype: with fewer digits the two directions would not meet."""
+    device = value.device.type
+    if value.is_meta or not torch.is_autocast_enabled(device):
+        return evaluate(value, *others)
+    with torch.autocast(device, enabled=False):
+        return evaluate(value, *others)
 
 
 def _remember_origin(value: Tensor, origin: Tensor) -> None:

@@ -51,7 +51,7 @@ def stack_gradients(
     """The gradients in z and in the parameters."""
     shared = W.dim() == 2
     kernels, common = stack_kernels if shared else chain_kernels, (image, grad_log_det, h, pq)
-    done = kernels.Pass(*common, W @ U.T, torch.empty_like(h)) if shared else kernels.Pass(*common)
+    done = kernels.Pass(*common, W @ U.T) if shared else kernels.Pass(*common)
     units = Units(W, U, b, s, size)
     grads = kernels.gradients(
         z, units, done, grad_image, grad_log_det, inverse=inverse, needs=(True, True)

@@ -30,6 +30,10 @@ class Hypernet(nn.Module):
     ) -> None:
         super().__init__()
         check_count("context_dim", context_dim, 1)
+        if not isinstance(hidden_dims, Sequence) or isinstance(hidden_dims, str):
+            raise ValueError(
+                f"hidden_dims must be a sequence such as (64, 64), got {hidden_dims!r}"
+            )
         hidden_dims = [check_count("hidden_dims", size, 1) for size in hidden_dims]
         if not hidden_dims:
             raise ValueError("hidden_dims must name at least one hidden layer, got none")
@@ -56,6 +60,14 @@ class Hypernet(nn.Module):
         ]
 
     def _check(self, context: Tensor) -> None:
+        if not isinstance(context, Tensor):
+            raise TypeError(f"context must be a tensor, got {type(context).__name__}")
+        dtype = self.nn.layers[0].weight.dtype
+        if context.dtype != dtype:
+            raise ValueError(
+                f"context must be in the network's {dtype}, got {context.dtype}: convert it, as in "
+                f"context.to({dtype})"
+            )
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(
                 f"context must have last dimension {self.context_dim} (context_dim), "

@@ -71,9 +71,10 @@ def evaluate_stack(
         image, log_det = _Stack.apply(flat, *units[:4], call)
     else:
         image, log_det, *_ = call.run(flat, *units[:4])
+    done, call.done = call.done, None  # the graph keeps what it needs by itself
     if flat is not z:
         image, log_det = image.reshape(z.shape), log_det.reshape(z.shape[:-1])
-    return image, Work(log_det, done=call.done)
+    return image, Work(log_det, done=done)
 
 
 def _traced(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Work]:
@@ -136,8 +137,7 @@ def _flattened(units: Units, dims: int) -> Units:
 def _plain(z: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
-    known = z.dtype in (torch.float32, torch.float64) and not z.is_meta
-    return known and not transformed() and not torch.is_autocast_enabled(z.device.type)
+    return z.dtype in (torch.float32, torch.float64) and not transformed()
 
 
 def _batched_by_autograd(grad: Tensor | None) -> bool:
@@ -183,7 +183,8 @@ class _Stack(Function):
     ) -> tuple[Tensor, Tensor]:
         done = call.run(z, W, U, b, s)
         image = done.image.detach()
-        ctx.save_for_backward(z, W, U, b, s, image)
+        read = image if call.kernels is chain_kernels else None  # then nobody may edit it
+        ctx.save_for_backward(z, W, U, b, s, read, *done[2:])
         ctx.call = call
         ctx.set_materialize_grads(False)
         return image, done.log_det.detach()
@@ -192,7 +193,7 @@ class _Stack(Function):
     def backward(
         ctx: Any, grad_image: Tensor | None, grad_log_det: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        z, *parameters, image = ctx.saved_tensors
+        z, *parameters, image = ctx.saved_tensors[:6]
         call = ctx.call
         batched = any(_batched_by_autograd(t) for t in (grad_image, grad_log_det))
         if torch.is_grad_enabled() or transformed() or batched:
@@ -204,7 +205,7 @@ class _Stack(Function):
         grad_z, grad_W, grad_U, grad_b, grad_s = call.kernels.gradients(
             z,
             units,
-            call.done._replace(image=image),
+            call.kernels.Pass(image, grad_log_det, *ctx.saved_tensors[6:]),
             torch.zeros_like(z) if grad_image is None else grad_image,
             grad_log_det,
             inverse=call.inverse,

@@ -49,7 +49,7 @@ class Pass(NamedTuple):
     """What either direction finds at its N points.
 
     image (N, D); log |det dy/dx| (N); h = tanh(a) and pq (K, N), where pq = σ(2a) σ(−2a) is a
-    quarter of tanh'(a), to full relative precision; G = W Ûᵀ; ``spare`` (K, N) is scratch.
+    quarter of tanh'(a), to full relative precision; G = W Ûᵀ.
     """
 
     image: Tensor
@@ -57,7 +57,6 @@ class Pass(NamedTuple):
     h: Tensor
     pq: Tensor
     G: Tensor
-    spare: Tensor
 
 
 def push(x: Tensor, units: Units) -> Pass:
@@ -113,12 +112,12 @@ def gradients(
     ``needs`` says whether that of z, and whether those of the parameters, are wanted.
     """
     W, U, _, s, size = units
-    _, _, h, pq, G, spare = done
+    _, _, h, pq, G = done
     sign = -1 if inverse else 1
     C = torch.addmm(h, U, grad_image.T, beta=0, alpha=4 * sign)
     factor, grad_s = pq, None
     if inverse or grad_log_det is not None:
-        det = torch.mul(h, h, out=spare).addcmul_(pq, s, value=4)
+        det = torch.mul(h, h).addcmul_(pq, s, value=4)
         factor = torch.div(pq, det) if inverse else pq
         if grad_log_det is not None:
             E = torch.div(grad_log_det, det, out=det)
@@ -148,7 +147,7 @@ def _finish(z: Tensor, A: Tensor, P: Tensor, units: Units, G: Tensor, sign: int)
     pq = P.mul_(Q)
     det = torch.mul(h, h, out=Q).addcmul_(pq, units.s, value=4)
     image = torch.addmm(z, h.T, units.U, alpha=sign)
-    return Pass(image, det.log_().sum(0), h, pq, G, det)
+    return Pass(image, det.log_().sum(0), h, pq, G)
 
 
 def _earlier(G: Tensor, size: int) -> Tensor:

@@ -58,7 +58,8 @@ class ConditionedSylvester(Bijection):
         frame: what Q is made of, see :func:`orthonormal`; shape (*P, L, M, D).
         R, R_tilde: shape (*P, L, M, M); the upper triangles count.
         b: shape (*P, L, M).
-        orthogonal: "householder", "qr" or "triangular" (Qᵀ is the frame).
+        orthogonal: "householder", "qr", or "triangular": then the frame is Qᵀ itself, and its
+            rows must be orthonormal, which is not checked.
 
     Example:
         >>> import torch
@@ -110,8 +111,8 @@ class ConditionedSylvester(Bijection):
         Q_T = orthonormal(frame, self.orthogonal)
         W = R_tilde.triu() @ Q_T
         U = (R.triu(1) + bound.squeeze(-1).diag_embed()).mT @ Q_T
-        W, U, s = (t.reshape(*t.shape[:-3], -1, t.shape[-1]) for t in (W, U, s))
-        return Units(W, U, b.reshape(*b.shape[:-2], -1), s, max(M, 1))
+        W, U, s = (t.flatten(-3, -2) for t in (W, U, s))
+        return Units(W, U, b.flatten(-2), s, max(M, 1))
 
 
 class Sylvester(ConditionedSylvester, TransformModule):
