@@ -95,13 +95,23 @@ class Loop:
         with tqdm(**shown, disable=not self.progress) as bar:
             try:
                 while self.step < self.total and not self.stopped:
-                    (self._descend if self.step < self.steps else self._polish)()
+                    (self._descend if self._descending() else self._polish)()
                     self.seconds = time.perf_counter() - began
                     self._show(bar)
             finally:
                 self._save()
                 _copy(self.best, self.parameters)
         return self._result()
+
+    def _descending(self) -> bool:
+        """Whether Adam goes on.
+
+        At a high rate the held-out loss may rise for other reasons than overfitting: a fit that
+        can be polished is polished then, from its best state.
+        """
+        polishable = self.total > self.steps
+        enough = polishable and self.worse >= CLEARLY_WORSE
+        return self.step < self.steps and not enough and not self.polishing
 
     def _descend(self) -> None:
         """One step of Adam, or none where loss or gradient is not finite."""
@@ -129,7 +139,7 @@ class Loop:
             self._save()
         if self.skipped_in_a_row >= MAX_SKIPPED:
             self.stopped = f"loss or gradient not finite for {MAX_SKIPPED} steps in a row"
-        elif self.worse >= CLEARLY_WORSE:
+        elif self.worse >= CLEARLY_WORSE and self.total == self.steps:
             step, score = min(self.scores, key=lambda pair: pair[1])
             self.stopped = (
                 f"overfitting: held-out loss clearly above its {score:.4f} at step {step}"
