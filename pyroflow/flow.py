@@ -142,7 +142,7 @@ class Flow(nn.Module):
 
         Decides an open direction, draws the layers anew (so that a fit is reproducible
         from its own seed) and, given data, sets the outermost affine layer to their mean and
-        covariance. The layers are the identity here, so either direction continues the same
+        covariance. Pyroflow's layers are the identity here, so either direction continues the same
         distribution.
 
         Args:

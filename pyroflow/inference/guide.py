@@ -49,7 +49,7 @@ def fit_guide(
     of draws (in the last one where a plate subsamples the data, since the bound is then one of
     the part that was drawn). Parameters of the model, if it has any, are trained too.
 
-    A guide of :class:`~pyroflow.guides.AutoFlow` or :class:`~pyroflow.AutoPlanarFlow` follows path
+    A guide of :class:`~pyroflow.AutoFlow` or :class:`~pyroflow.AutoPlanarFlow` follows path
     derivatives, where all of its transforms are pyroflow's and run forwards. The first fifth of
     the steps goes to its affine layer alone, which moves and scales what the layers inside make
     of the base (at the identity a Gaussian), and then sets the units of the rest. After that

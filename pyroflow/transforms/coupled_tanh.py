@@ -65,7 +65,7 @@ def solve_coupled_tanh(
     if shared:
         r = r.reshape(len(r), math.prod(shape[1:]))
         solution = None if solution is None else solution.reshape(r.shape)
-    N, s = N if shared else _pad(N, r.dim() - 1, 2), _pad(s, r.dim() - 1, 1)
+    N, s = N if shared else pad(N, r.dim() - 1, 2), pad(s, r.dim() - 1, 1)
     return _CoupledTanh.apply(r, N, s, upper, solution, activation).reshape(shape)
 
 
@@ -204,7 +204,7 @@ def _outer(left: Tensor, right: Tensor, N: Tensor, upper: bool) -> Tensor:
     return _triangle((left.unsqueeze(1) * right).sum_to_size(N.shape), upper)
 
 
-def _pad(t: Tensor | None, batch_dims: int, at: int) -> Tensor | None:
+def pad(t: Tensor | None, batch_dims: int, at: int) -> Tensor | None:
     """Insert singleton batch dimensions after the first ``at``, for right-aligned broadcasting."""
     if t is None:
         return t
@@ -221,4 +221,4 @@ def _add_batch(size: int, in_dims: tuple, at: tuple, tensors: tuple) -> list[Ten
         moved.append(t)
     moved[0] = moved[0].expand(len(moved[0]), size, *moved[0].shape[2:])
     batch_dims = moved[0].dim() - 2
-    return [_pad(t, batch_dims, start + 1) for t, start in zip(moved, at, strict=True)]
+    return [pad(t, batch_dims, start + 1) for t, start in zip(moved, at, strict=True)]

@@ -14,6 +14,7 @@ from torch import Size, Tensor, nn
 from pyroflow.checks import check_count
 from pyroflow.transforms.bijection import Bijection
 from pyroflow.transforms.constraint import softplus
+from pyroflow.transforms.coupled_tanh import pad
 from pyroflow.transforms.hypernet import Hypernet
 
 INIT_WIDTH = 1.0  # α at the start: the reach of a layer, in standard deviations of the base
@@ -125,12 +126,7 @@ def _aligned(parameters: tuple[Tensor, ...], batch_dim: int) -> tuple[Tensor, Te
     x0, raw_alpha, beta = parameters
     alpha, s = constrain(raw_alpha, beta)
     x0 = x0.movedim((-2, -1), (0, 1))
-    return _pad(x0, 2, batch_dim), *(_pad(t.movedim(-1, 0), 1, batch_dim) for t in (alpha, s))
-
-
-def _pad(t: Tensor, lead: int, batch_dim: int) -> Tensor:
-    ones = (1,) * (batch_dim + lead - t.dim())
-    return t.reshape(t.shape[:lead] + ones + t.shape[lead:])
+    return pad(x0, batch_dim, 2), *(pad(t.movedim(-1, 0), batch_dim, 1) for t in (alpha, s))
 
 
 def _length(d: Tensor) -> Tensor:
