@@ -54,7 +54,7 @@ def evaluate_stack(
     kernels = _kernels_for(z, units) if isinstance(activation, Tanh) and _plain(z) else None
     if kernels is None:
         return _general(z, units, inverse, known and known[1].a, activation)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # neither records a Function
         return _traced(z, units, inverse)
     if z.dim() > 2 and kernels is chain_kernels:
         units = _flattened(units, z.dim() - 2)

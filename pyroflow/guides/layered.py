@@ -1,0 +1,228 @@
+"""Guides made of one stack of layers that can grow: planar and Sylvester."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_median
+from torch import Tensor
+from torch.distributions import Transform
+
+from pyroflow.checks import check_choice, check_count
+from pyroflow.flow import Flow
+from pyroflow.guides.autoguide import AutoFlow
+from pyroflow.transforms import Planar, Sylvester
+from pyroflow.transforms.affine import AffineKind
+from pyroflow.transforms.sylvester import KINDS, Orthogonal, orthonormal
+
+FIRST_LAYERS = 4  # of a guide that is to grow
+WIDEST = 32  # units of a Sylvester layer, where their number is not given
+
+Depth = int | Literal["auto"]
+Rotation = Orthogonal | Literal["random"]
+
+
+class _LayeredGuide(AutoFlow):
+    """A guide with K layers of one kind, which start at the identity."""
+
+    def __init__(self, model: Callable, num_layers: Depth, **options: object) -> None:
+        self.grows = num_layers == "auto"
+        self.num_layers = FIRST_LAYERS if self.grows else check_count("num_layers", num_layers, 0)
+        super().__init__(model, (), **options)
+
+    @property
+    def stack(self) -> Planar | Sylvester | None:
+        """The layers, if there are any."""
+        return self.flow.parts[0] if self.num_layers else None
+
+    def grow(self, num_layers: int) -> None:
+        """Add layers behind the ones there are; they start at the identity.
+
+        The distribution does not change. The parameters are new tensors: an optimiser has to be
+        told, or made anew.
+
+        Args:
+            num_layers: how many to add.
+
+        Raises:
+            ValueError: num_layers < 1.
+            RuntimeError: a guide that is not set up.
+        """
+        check_count("num_layers", num_layers, 1)
+        if self.prototype_trace is None:
+            raise RuntimeError("the guide has no layers yet: call setup(*args) before grow")
+        old, before = self.stack, self.flow
+        rest = before.transforms()[1 if old else 0 :]
+        self.num_layers += num_layers
+        grown = self._make_stack(torch.zeros_like(before.base.loc))
+        if old is not None:
+            _copy_layers(old, grown)
+        self.flow = Flow(before.base, [grown, *rest]).train(before.training)
+        self.flow.fitted = before.fitted
+
+    def _transforms(self, init_loc: Tensor) -> list[Transform]:
+        return [self._make_stack(init_loc)] if self.num_layers else []
+
+    def _make_stack(self, init_loc: Tensor) -> Planar | Sylvester:
+        """K layers at the identity, with the size, dtype and device of ``init_loc``."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def _copy_layers(old: Planar | Sylvester, grown: Planar | Sylvester) -> None:
+    """Make the first layers those of a smaller stack."""
+    theirs = dict(old.named_parameters()) | dict(old.named_buffers())
+    for name, value in (dict(grown.named_parameters()) | dict(grown.named_buffers())).items():
+        value[: len(theirs[name])] = theirs[name]
+        value.requires_grad_(theirs[name].requires_grad)
+
+
+class AutoPlanarFlow(_LayeredGuide):
+    """A planar flow as guide for any Pyro model with continuous latents.
+
+    :class:`AutoFlow` with K planar layers: they start at the identity, so the guide starts as the
+    Gaussian that ``init_loc_fn`` and ``init_scale`` say. With K = 0 it stays one and is, step by
+    step, Pyro's ``AutoDiagonalNormal`` (affine "diagonal") or ``AutoMultivariateNormal`` ("full").
+
+    Args:
+        model: a Pyro model. Discrete latents must be enumerated or blocked.
+        num_layers: K; "auto" starts with 4, and :func:`~pyroflow.fit_guide` adds more while the
+            bound gains by them.
+        affine: as in :class:`AutoFlow`, like the arguments that follow.
+        init_loc_fn: start of each site.
+        init_scale: standard deviation of each unconstrained latent at the start.
+        base_df: degrees of freedom of a Student-t base.
+
+    Attributes:
+        num_layers: the present K.
+        grows: whether it was "auto".
+        planar: after the first call, the :class:`~pyroflow.Planar` stack; None if K = 0.
+
+    Raises:
+        ValueError: num_layers < 0, and what :class:`AutoFlow` refuses.
+        RuntimeError: at the first call, a model without latents.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     return pyro.sample("scale", dist.LogNormal(0.0, 1.0).expand([3]).to_event(1))
+        >>> guide = AutoPlanarFlow(model, num_layers=4)
+        >>> guide()["scale"].shape, guide.median()["scale"].shape
+        (torch.Size([3]), torch.Size([3]))
+        >>> guide.grow(2)
+        >>> guide.planar.w.shape
+        torch.Size([6, 3])
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        num_layers: Depth = 16,
+        affine: AffineKind | None = "full",
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float = 0.1,
+        *,
+        base_df: float | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            num_layers,
+            affine=affine,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+            base_df=base_df,
+        )
+
+    @property
+    def planar(self) -> Planar | None:
+        """The planar stack, if there is one."""
+        return self.stack
+
+    def _make_stack(self, init_loc: Tensor) -> Planar:
+        return Planar(len(init_loc), self.num_layers).to(init_loc)
+
+
+class AutoSylvesterFlow(_LayeredGuide):
+    """A Sylvester flow as guide for any Pyro model with continuous latents.
+
+    :class:`AutoFlow` with L Sylvester layers of M units. They start at the identity, as in
+    :class:`AutoPlanarFlow`, and bend the base in M directions at once: worth their price where
+    many latents depend on each other, as in hierarchies and Gaussian processes.
+
+    References:
+        van den Berg, Hasenclever, Tomczak and Welling, Sylvester normalizing flows for
+        variational inference, 2018, https://arxiv.org/abs/1803.05649.
+
+    Args:
+        model: a Pyro model. Discrete latents must be enumerated or blocked.
+        num_units: M, from 1 to D; by default D, but no more than 32.
+        num_layers: L; "auto" as in :class:`AutoPlanarFlow`.
+        affine: as in :class:`AutoFlow`, like the arguments that follow.
+        init_loc_fn: start of each site.
+        init_scale: standard deviation of each unconstrained latent at the start.
+        orthogonal: the M orthonormal directions of each layer. "random" draws them once, as
+            rotations that are not trained: with full width nothing is out of reach, and a step
+            costs least. Else as in :class:`~pyroflow.Sylvester`, where "householder" and "qr" are
+            trained.
+        base_df: degrees of freedom of a Student-t base.
+
+    Attributes:
+        num_layers: the present L.
+        grows: whether it was "auto".
+        sylvester: after the first call, the :class:`~pyroflow.Sylvester` stack; None if L = 0.
+
+    Raises:
+        ValueError: num_units < 1, num_layers < 0, an unknown ``orthogonal``, and what
+            :class:`AutoFlow` refuses; at the first call, num_units > D.
+        RuntimeError: at the first call, a model without latents.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     return pyro.sample("scale", dist.LogNormal(0.0, 1.0).expand([3]).to_event(1))
+        >>> guide = AutoSylvesterFlow(model, num_layers=2).setup()
+        >>> guide()["scale"].shape, guide.sylvester.b.shape
+        (torch.Size([3]), torch.Size([2, 3]))
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        num_units: int | None = None,
+        num_layers: Depth = 8,
+        affine: AffineKind | None = "full",
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float = 0.1,
+        *,
+        orthogonal: Rotation = "random",
+        base_df: float | None = None,
+    ) -> None:
+        check_choice("orthogonal", orthogonal, ("random", *KINDS))
+        self.num_units = None if num_units is None else check_count("num_units", num_units, 1)
+        self.orthogonal = orthogonal
+        super().__init__(
+            model,
+            num_layers,
+            affine=affine,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+            base_df=base_df,
+        )
+
+    @property
+    def sylvester(self) -> Sylvester | None:
+        """The Sylvester stack, if there is one."""
+        return self.stack
+
+    def _make_stack(self, init_loc: Tensor) -> Sylvester:
+        D = len(init_loc)
+        random = self.orthogonal == "random"
+        kind = "triangular" if random else self.orthogonal
+        M = min(D, WIDEST) if self.num_units is None else self.num_units
+        stack = Sylvester(D, M, self.num_layers, kind).to(init_loc)
+        if random:  # drawn in float64, so that they are orthonormal to the last digit of any dtype
+            draws = torch.randn(stack.frame.shape, dtype=torch.float64)
+            stack.frame.copy_(orthonormal(draws, "householder"))
+        return stack
