@@ -1,0 +1,169 @@
+"""Files of flows and guides: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyroflow.flow import Flow
+from pyroflow.guides import AutoFlow
+from pyroflow.saving.description import UndescribedError
+from pyroflow.saving.flows import describe_flow, restore_flow
+from pyroflow.saving.guides import GUIDES, describe_guide, restore_guide
+from pyroflow.saving.model_check import check_model
+
+FORMAT = 1  # raised when an older pyroflow can no longer read what this one writes
+
+
+def save(obj: Flow | AutoFlow, path: str | os.PathLike) -> None:
+    """Write a flow or a guide to one file, which :func:`load` opens without running any code.
+
+    The file holds a plain description, the parameters and, for a guide, names, shapes, supports
+    and plates of its latents: neither the model nor its data. A bound of a support that depends
+    on data is a number in the file. An existing file is replaced at once, when the new one is
+    complete.
+
+    Args:
+        obj: a :class:`~pyroflow.Flow`, or a guide that was called once: an
+            :class:`~pyroflow.AutoFlow`, ``AutoPlanarFlow`` or ``AutoSylvesterFlow``.
+        path: of the file.
+
+    Raises:
+        TypeError: another object, or one with a base, transform or support that a file cannot
+            describe; the message names it and the way out.
+        ValueError: a guide that was never set up.
+        FileNotFoundError: a folder that does not exist.
+
+    Example:
+        >>> import os, tempfile
+        >>> from pyroflow import load, planar_flow, save
+        >>> path = os.path.join(tempfile.mkdtemp(), "flow.pt")
+        >>> save(planar_flow(2), path)
+        >>> load(path)().sample((3,)).shape
+        torch.Size([3, 2])
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path {path} is in a folder that does not exist: make it first")
+    content = {"pyroflow": version("pyroflow"), "format": FORMAT} | _described(obj)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(
+    path: str | os.PathLike,
+    model: Callable | None = None,
+    device: torch.device | str = "cpu",
+) -> Flow | AutoFlow:
+    """Read what :func:`save` wrote, with the dtype that it had.
+
+    A guide that is loaded without its model samples as before: ``guide()``, ``guide.median()``,
+    ``guide.quantiles(...)``, ``guide.log_prob(...)`` and Pyro's ``Predictive``.
+
+    Args:
+        path: of the file.
+        model: for a guide, to train on: the model that it was trained with, whose latents are
+            compared with the file, here if it takes no arguments, else at the first call with
+            its arguments outside ``torch.no_grad``.
+        device: where the tensors go, wherever they were when they were saved.
+
+    Returns:
+        The flow or the guide.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is not of :func:`save`, is damaged or of a later version; a model
+            with other latents, by site.
+        TypeError: a model that is not callable, or is given for a flow.
+        RuntimeError: a device that is not there.
+
+    Example:
+        >>> import os, pyro, pyro.distributions as dist, tempfile
+        >>> from pyroflow import AutoPlanarFlow, load, save
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> guide = AutoPlanarFlow(model)
+        >>> _ = guide(torch.tensor(2.0))
+        >>> path = os.path.join(tempfile.mkdtemp(), "guide.pt")
+        >>> save(guide, path)
+        >>> with pyro.plate("draws", 5):
+        ...     print(load(path)()["scale"].shape)
+        torch.Size([5])
+    """
+    if model is not None and not callable(model):
+        raise TypeError(f"model must be callable, got {type(model).__name__}")
+    path, device = Path(path), torch.empty(0, device=device).device  # fails on one that is not here
+    content = _read(path, device)
+    if content["kind"] == "flow" and model is not None:
+        raise TypeError(f"path {path} holds a flow, which takes no model: leave model out")
+    obj = _restored(content, path, model)
+    if model is not None:
+        check_model(obj, content["content"]["sites"])
+    return obj
+
+
+def _restored(content: dict[str, Any], path: Path, model: Callable | None) -> Flow | AutoFlow:
+    try:
+        if content["kind"] == "flow":
+            return restore_flow(content["content"])
+        return restore_guide(content["content"], model)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"path {path} is a damaged file of pyroflow: {error}") from error
+
+
+def _described(obj: Any) -> dict[str, Any]:
+    """The kind and the content, or an error that says what to do instead."""
+    try:
+        if type(obj) is Flow:
+            return {"kind": "flow", "content": describe_flow(obj)}
+        if type(obj) in GUIDES:
+            return {"kind": "guide", "content": describe_guide(obj)}
+    except UndescribedError as error:
+        raise TypeError(
+            f"obj holds {error}, which a file cannot describe without code. {_WAY_OUT}"
+        ) from error
+    names = ", ".join(guide.__name__ for guide in GUIDES)
+    raise TypeError(
+        f"obj must be a Flow or one of the guides {names}, got {type(obj).__name__}: a transform "
+        f"goes into a Flow first. {_WAY_OUT}"
+    )
+
+
+_WAY_OUT = (
+    "Else save the numbers alone, torch.save(obj.state_dict(), path), and load them into an object "
+    "that your code makes anew, obj.load_state_dict(torch.load(path))"
+)
+
+_FOREIGN = "is not a file of pyroflow.save; nothing in it was run"
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Any]:
+    """The content of a file, in a format that this version knows."""
+    if not path.exists():
+        raise FileNotFoundError(f"path {path} does not exist")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        of_pyroflow = content["kind"] in ("flow", "guide") and content["format"] > 0
+    except OSError:
+        raise
+    except Exception as error:  # other bytes may end in any of them
+        raise ValueError(f"path {path} {_FOREIGN}") from error
+    if not of_pyroflow:
+        raise ValueError(f"path {path} {_FOREIGN}")
+    if content["format"] > FORMAT:
+        raise ValueError(
+            f"path {path} has format {content['format']}, written by pyroflow "
+            f"{content['pyroflow']}; this is {version('pyroflow')}, which reads up to {FORMAT}: "
+            "install that version or a later one"
+        )
+    return content

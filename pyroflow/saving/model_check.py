@@ -1,0 +1,141 @@
+"""Whether a model has the latents of the guide in a file."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.poutine.messenger import unwrap
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyroflow.saving.recipes import DESCRIPTIONS
+from pyroflow.saving.sites import Description, describe_sites
+from pyroflow.seeds import seeded
+
+
+def init_anywhere(site: dict[str, Any]) -> Tensor:
+    """A start for a site of any distribution, for Pyro's ``InitMessenger``.
+
+    Pyro's own functions sample the distribution, which not every one can.
+    """
+    try:
+        return init_to_median(site)
+    except NotImplementedError:
+        to_support = biject_to(site["fn"].support)
+        return to_support(0.1 * torch.randn(to_support.inverse_shape(site["fn"].shape())))
+
+
+def check_model(guide: AutoContinuous, sites: list[Description]) -> None:
+    """Compare the guide's model with the sites of the file: now, or at the call that can run it.
+
+    Raises:
+        ValueError: now or at that call, with the site and the difference.
+    """
+    check = _Check(sites)
+    signature = _signature(guide.model)
+    if signature is not None and not signature.parameters:
+        check.compare(guide.model, (), {})
+    else:
+        guide.register_forward_pre_hook(check, with_kwargs=True)
+
+
+class _Check:
+    """A hook that compares model and file before a call of the guide, once.
+
+    It waits for a call that has the model's arguments and records gradients, as training does:
+    ``Predictive`` may leave out the data, which turns observations into latents.
+    """
+
+    def __init__(self, sites: list[Description]) -> None:
+        self.sites = sites
+
+    def __call__(self, guide: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        present = guide._model is not None and torch.is_grad_enabled()  # a pickle has no model
+        if present and _takes(guide.model, args, kwargs):
+            self.compare(guide.model, args, kwargs)
+            self._remove_from(guide)
+
+    def compare(self, model: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise ``ValueError`` with the first difference between file and model."""
+        first, again = (_sites_of(model, args, kwargs, seed) for seed in (0, 1))
+        for saved in self.sites:
+            name = saved["name"]
+            if name not in first:
+                _refuse(f"site {name!r} of the file is no latent of the model")
+            # Bounds that depend on another latent differ in every run. Pyro's guides take those
+            # of the run that set them up, and so does this one.
+            varies = first[name]["support"] != again[name]["support"]
+            for key in saved:
+                now, then = first[name][key], _comparable(saved[key])
+                if now != then and not (key == "support" and varies):
+                    _refuse(
+                        f"site {name!r} has {key.replace('_', ' ')} {_shown(key, then)} in the "
+                        f"file and {_shown(key, now)} now"
+                    )
+        added = first.keys() - {saved["name"] for saved in self.sites}
+        if added:
+            _refuse(f"the model has a latent {min(added)!r} that the file has not")
+
+    def _remove_from(self, guide: nn.Module) -> None:
+        hooks = guide._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is self]:
+            del hooks[key], guide._forward_pre_hooks_with_kwargs[key]
+
+
+def _refuse(difference: str) -> None:
+    raise ValueError(
+        f"model does not fit the guide in the file: {difference}. Give the model and the arguments "
+        "that the guide was trained with, or load it without a model to sample only"
+    )
+
+
+def _sites_of(
+    model: Callable, args: tuple, kwargs: dict[str, Any], seed: int
+) -> dict[str, Description]:
+    """The latents of a run of the model, as a file would describe them."""
+    probe = AutoContinuous(model)
+    with seeded(seed), torch.no_grad():
+        probe._setup_prototype(*args, **kwargs)
+    return {site["name"]: _comparable(site) for site in describe_sites(probe)}
+
+
+def _comparable(value: Any) -> Any:
+    """Plain data without tensors, which have no truth value when compared."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _comparable(member) for key, member in value.items()}
+    return [_comparable(member) for member in value] if isinstance(value, list) else value
+
+
+def _shown(key: str, value: Any) -> str:
+    if key == "support":
+        return str(DESCRIPTIONS.build(value))
+    if key == "plates":
+        shown = [f"{plate['name']}(size={plate['size']}, dim={plate['dim']})" for plate in value]
+        return ", ".join(shown) or "none"
+    return str(value)
+
+
+def _signature(model: Callable) -> inspect.Signature | None:
+    model = unwrap(model)
+    try:
+        return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):  # no function of Python's
+        return None
+
+
+def _takes(model: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether the model can be called so, as far as can be told."""
+    signature = _signature(model)
+    try:
+        if signature is not None:
+            signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
