@@ -67,8 +67,8 @@ class Problem:
             pairs = (self.traces() for _ in range(num_samples))
             return torch.stack([m.log_prob_sum() - g.log_prob_sum() for g, m in pairs])
         guide_trace, model_trace = self.traces(num_samples, self.plates)
-        log_p = _log_prob_by_particle(model_trace, self.plates)
-        return log_p - _log_prob_by_particle(guide_trace, self.plates)
+        log_p = log_prob_by_particle(model_trace, self.plates)
+        return log_p - log_prob_by_particle(guide_trace, self.plates)
 
     def _vectorizes(self, plates: int, single: Trace) -> bool:
         """Whether two draws at once get the log densities that they get one by one.
@@ -78,7 +78,7 @@ class Problem:
         """
         try:
             guide_trace, model_trace = self.traces(2, plates)
-            together = _log_prob_by_particle(model_trace, plates)
+            together = log_prob_by_particle(model_trace, plates)
         except (RuntimeError, ValueError, IndexError, NotImplementedError):
             return False
         apart = torch.stack([self._log_joint(guide_trace, model_trace, single, i) for i in (0, 1)])
@@ -96,7 +96,7 @@ class Problem:
         return conditioned.get_trace(*self.args, **self.kwargs).log_prob_sum()
 
 
-def _log_prob_by_particle(trace: Trace, plates: int) -> Tensor:
+def log_prob_by_particle(trace: Trace, plates: int) -> Tensor:
     """The log density of each draw of a vectorised trace, shape (S,)."""
     trace = prune_subsample_sites(trace)
     trace.compute_log_prob()

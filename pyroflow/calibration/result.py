@@ -1,0 +1,158 @@
+"""What simulated data sets say of a kind of guide, as tests, in words and as a figure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyroflow.checks import check_count
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FLIPS = 9999  # random reflections behind a p-value of symmetry
+
+
+@dataclass(repr=False)
+class Calibration:
+    """The result of :func:`calibrate`; tensors are in float64, by latent site.
+
+    Attributes:
+        probabilities: p = Pr_q(θ < θ₀), the part of the guide's draws below the value that made
+            the data, shape (M, *shape of the site).
+        symmetry_p_values: of the hypothesis that p and 1 − p are distributed alike, as they are
+            if the guide is right or wrong in width only; shape of the site.
+        dispersion_p_values: of the hypothesis that p spreads about ½ as a uniform variable does;
+            shape of the site.
+        ks_statistics: largest distance of the distribution functions of p and 1 − p.
+        verdicts: by site, in words.
+        level: the false alarm rate of all verdicts together.
+    """
+
+    probabilities: dict[str, Tensor]
+    symmetry_p_values: dict[str, Tensor]
+    dispersion_p_values: dict[str, Tensor]
+    ks_statistics: dict[str, Tensor]
+    verdicts: dict[str, str]
+    level: float
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether no site gave cause for doubt."""
+        return all(verdict.startswith("no sign") for verdict in self.verdicts.values())
+
+    @property
+    def num_simulations(self) -> int:
+        """M, the data sets."""
+        return len(next(iter(self.probabilities.values())))
+
+    def plot(self, *, bins: int = 10, figure: Figure | None = None) -> Figure:
+        """Histograms of the probabilities, one panel for each scalar.
+
+        A calibrated guide's bars stay in the grey band in 95 % of cases each. A slope is a bias,
+        a ∪ a guide that is too narrow, a ∩ one that is too wide.
+
+        Args:
+            bins: bars of a histogram.
+            figure: where to draw; a new figure by default.
+        """
+        from pyroflow import drawing
+
+        check_count("bins", bins, 2)
+        scalars = drawing.scalars_of(self.probabilities)
+        columns = min(4, len(scalars))
+        rows = -(-len(scalars) // columns)
+        size = (2.8 * columns, 2.3 * rows)
+        figure = figure or drawing.ShownFigure(figsize=size, layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+        expected = self.num_simulations / bins
+        half = 1.96 * math.sqrt(expected * (1 - 1 / bins))
+        for ax, (name, values) in zip(axes, scalars.items(), strict=False):
+            ax.axhspan(max(0.0, expected - half), expected + half, color="0.9")
+            ax.axhline(expected, color="0.6", linewidth=1)
+            ax.hist(values, bins=bins, range=(0, 1), color=drawing.COLOURS[1], rwidth=0.9)
+            ax.set(title=name, xlim=(0, 1), xlabel=r"$\Pr_q(\theta < \theta_0)$")
+        for ax in axes[len(scalars) :]:
+            ax.axis("off")
+        return figure
+
+    def __str__(self) -> str:
+        width = max(map(len, self.verdicts))
+        lines = [f"{name:<{width}}  {verdict}" for name, verdict in self.verdicts.items()]
+        return "\n".join([f"{self.num_simulations} simulated data sets", *lines])
+
+    __repr__ = __str__
+
+
+def summarise(probabilities: dict[str, Tensor], level: float) -> Calibration:
+    """The tests of every scalar, and what they say of each site.
+
+    Args:
+        probabilities: by site, shape (M, *shape of the site).
+        level: false alarm rate of all verdicts together.
+    """
+    symmetry = {name: symmetry_test(p) for name, p in probabilities.items()}
+    dispersion = {name: dispersion_test(p) for name, p in probabilities.items()}
+    share = level / (2 * sum(p_value.numel() for p_value in dispersion.values()))
+    return Calibration(
+        probabilities,
+        symmetry_p_values={name: p_value for name, (_, p_value) in symmetry.items()},
+        dispersion_p_values=dispersion,
+        ks_statistics={name: statistic for name, (statistic, _) in symmetry.items()},
+        verdicts={
+            name: _verdict(p, symmetry[name][1] <= share, dispersion[name] <= share)
+            for name, p in probabilities.items()
+        },
+        level=level,
+    )
+
+
+def symmetry_test(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether p and 1 − p are distributed alike: KS statistic and p-value of each scalar.
+
+    Args:
+        probabilities: shape (M, *shape).
+    """
+    # Signs and ranks of p − ½ are all that the distance between the two functions depends on.
+    flat = probabilities.reshape(len(probabilities), -1) - 0.5
+    num = len(flat)
+    signs = torch.cat([torch.ones(1, num), 2.0 * torch.randint(2, (FLIPS, num)) - 1])
+    statistics, p_values = [], []
+    for column in flat.unbind(1):
+        distances = column.abs().round(decimals=9)  # equal ones but for rounding
+        order = distances.argsort(descending=True)
+        group_ends = torch.cat([distances[order].diff() != 0, torch.ones(1, dtype=torch.bool)])
+        walks = (signs.to(column) * column.sign()[order]).cumsum(1)[:, group_ends].abs()
+        found = walks.amax(1) / num
+        statistics.append(found[0])
+        p_values.append((found >= found[0] - 1e-9).double().mean())
+    shape = probabilities.shape[1:]
+    return torch.stack(statistics).reshape(shape), torch.stack(p_values).reshape(shape)
+
+
+def dispersion_test(probabilities: Tensor) -> Tensor:
+    """Two-sided p-value of (p − ½)² having the mean of a uniform p, 1/12; its variance is 1/180."""
+    excess = ((probabilities - 0.5) ** 2).mean(0) - 1 / 12
+    z = excess * math.sqrt(180 * len(probabilities))
+    return torch.special.erfc(z.abs() / math.sqrt(2))
+
+
+def _verdict(probabilities: Tensor, biased: Tensor, dispersed: Tensor) -> str:
+    words = []
+    middle, spread = probabilities.mean(0), ((probabilities - 0.5) ** 2).mean(0)
+    signs = {
+        "biased, its draws lie too low": biased & (middle > 0.5),
+        "biased, its draws lie too high": biased & (middle <= 0.5),
+        # A bias alone moves p away from its middle, and so says nothing of the width.
+        "too narrow": dispersed & ~biased & (spread > 1 / 12),
+        "too wide": dispersed & ~biased & (spread <= 1 / 12),
+    }
+    for text, found in signs.items():
+        if found.any():
+            places = [str(tuple(index)) for index in found.nonzero().tolist()]
+            words.append(f"{text} at {', '.join(places)}" if probabilities.dim() > 1 else text)
+    return "; ".join(words) or "no sign of miscalibration"

@@ -1,0 +1,129 @@
+"""The draws behind a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroflow.checks import check_count
+from pyroflow.diagnostics.funnel import find_funnels
+from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
+from pyroflow.diagnostics.report import Report
+from pyroflow.diagnostics.verdict import judge, undecided
+from pyroflow.inference.draws import Draws, draw, inspect_in_full, join
+from pyroflow.seeds import seeded
+
+
+def diagnose(
+    model: Callable,
+    guide: Callable,
+    args: tuple = (),
+    kwargs: dict[str, Any] | None = None,
+    num_samples: int = 10_000,
+    seed: int | None = 0,
+    max_sets: int = 5,
+) -> Report:
+    """Say whether a guide can be trusted, from importance weights of its own draws.
+
+    One k-hat is noise: at 10,000 draws it strays by 0.1. As long as its interval holds the
+    threshold, and the weights are not nearly equal, another set of draws is taken and the k-hats
+    are averaged. The other numbers are of all draws together.
+
+    What the guide never draws, such as a mode that it misses, no weight can show:
+    :func:`~pyroflow.calibrate` can.
+
+    Args:
+        model: a Pyro model.
+        guide: a fitted guide for it, of any kind.
+        args: positional arguments of model and guide.
+        kwargs: keyword arguments of model and guide.
+        num_samples: draws of a set, at least 100.
+        seed: makes the report reproducible, without touching the global generator; None for other
+            draws each time.
+        max_sets: sets at most; one, where each draw takes a run of the model.
+
+    Raises:
+        ValueError: a model without latents or with discrete ones that the guide does not sample,
+            a guide that samples other sites than the model or a point only, a plate that
+            subsamples, a log density that is NaN or −inf for every draw; each names the site.
+            num_samples below 100, max_sets below 1.
+
+    References:
+        Yao, Vehtari, Simpson and Gelman, Yes, but Did It Work?: Evaluating Variational Inference,
+        2018, https://arxiv.org/abs/1802.02538, section 3.
+
+    Example:
+        >>> from pyroflow import AutoPlanarFlow
+        >>> from pyroflow.targets import toy_model
+        >>> report = diagnose(toy_model, AutoPlanarFlow(toy_model), num_samples=1000)
+        >>> report.level in ("good", "resample", "bad"), report.resample(50)["z"].shape
+        (True, torch.Size([50, 2]))
+    """
+    check_count("num_samples", num_samples, 100)
+    check_count("max_sets", max_sets, 1)
+    with seeded(seed):
+        problem = inspect_in_full(model, guide, args, kwargs)
+        sets = [draw(problem, num_samples)]
+        _check_draws(sets[0])
+        report = _report(sets)
+        while undecided(report) and len(sets) < max_sets and problem.plates is not None:
+            sets.append(draw(problem, num_samples))
+            report = _report(sets)
+    funnels = {} if report.level == "good" else find_funnels(problem, report.draws)
+    weights = report.draws.log_weights
+    failed = int((weights.isnan() | weights.isposinf()).sum())
+    judge(report, failed, funnels)
+    return report
+
+
+def _check_draws(draws: Draws) -> None:
+    for name, values in draws.sites.items():
+        if bool((values == values[0]).all()):
+            raise ValueError(
+                f"the guide has one point for site {name!r} and no distribution, so it has no "
+                "ELBO or weights: pass a guide with a density there, such as AutoPlanarFlow(model)"
+            )
+    if not draws.log_weights.isfinite().any():
+        worst = max(draws.nonfinite, key=draws.nonfinite.get)
+        raise ValueError(
+            f"the log density of site {worst!r} is NaN or infinite for all {len(draws)} draws: "
+            "mend the model there, or fit the guide first if its draws are far off"
+        )
+
+
+def _report(sets: list[Draws]) -> Report:
+    draws = join(sets)
+    raw, num = draws.log_weights, len(draws)
+    finite = raw[raw.isfinite()]
+    khats = [pareto_smooth(_weights(part))[2] for part in sets]
+    khat = sum(khats) / len(khats)
+    smoothed, log_sum, _ = pareto_smooth(_weights(draws))
+    ess = 1 / (2 * smoothed).exp().sum().item()
+    outside = bool(raw.isneginf().any())
+    return Report(
+        elbo=-math.inf if outside else finite.mean().item(),
+        elbo_se=math.nan if outside else (finite.std() / math.sqrt(len(finite))).item(),
+        log_evidence=log_sum - math.log(num),
+        log_evidence_se=math.sqrt(max(0.0, 1 / ess - 1 / num)),
+        ess=ess,
+        ess_fraction=ess / num,
+        khat=khat,
+        khat_interval=khat_interval(khat, len(sets[0]), len(sets)),
+        khat_threshold=khat_threshold(len(sets[0])),
+        num_samples=num,
+        num_sets=len(sets),
+        num_nonfinite=num - len(finite),
+        nonfinite_sites=draws.nonfinite,
+        draws=draws,
+        log_weights=smoothed,
+    )
+
+
+def _weights(draws: Draws) -> Tensor:
+    """The log weights with zero for those that are no positive finite number."""
+    raw = draws.log_weights
+    return raw.masked_fill(~raw.isfinite(), -torch.inf)

@@ -1,0 +1,113 @@
+"""What the draws of a guide say about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from pyroflow.checks import check_count
+from pyroflow.diagnostics.psis import systematic
+from pyroflow.inference.draws import Draws
+from pyroflow.seeds import seeded
+
+Level = Literal["good", "resample", "bad"]
+
+
+@dataclass(repr=False)
+class Report:
+    """The report of :func:`~pyroflow.diagnose`, in nats where it is a log density.
+
+    Attributes:
+        elbo: mean of log p − log q over the draws where it is a number; −inf if the guide left
+            the model's support.
+        elbo_se: its standard error; NaN where the ELBO is −inf.
+        log_evidence: log of the mean Pareto smoothed weight. Smoothing costs a bias that is
+            small against the error of the raw mean, which has no finite variance from k = 0.5
+            on, and neither of them sees what the guide never draws.
+        log_evidence_se: its standard error by the delta method; too small where ``level`` is
+            "bad".
+        ess: effective number of the draws, 1/Σw² of the smoothed weights.
+        ess_fraction: the same as a part of ``num_samples``.
+        khat: shape of the Pareto tail of the weights, a mean over the sets of draws; −inf if the
+            largest weights are equal.
+        khat_interval: 90 % interval of it.
+        khat_threshold: the k-hat up to which a set of draws is enough.
+        num_samples: draws in all, S.
+        num_sets: sets that they were drawn in.
+        num_nonfinite: draws whose weight is not a positive finite number; it was taken as zero.
+        nonfinite_sites: by site, the draws where its log density is not finite.
+        level: "good": the guide's draws can be used as they are; "resample": those of
+            :meth:`resample` can; "bad": neither.
+        verdict: the same in words, with the reason.
+        advice: what to try next, most promising first; empty where nothing is amiss.
+        draws: the draws themselves, with log p and log q.
+        log_weights: shape (S,), the smoothed log weights, which sum to one.
+    """
+
+    elbo: float
+    elbo_se: float
+    log_evidence: float
+    log_evidence_se: float
+    ess: float
+    ess_fraction: float
+    khat: float
+    khat_interval: tuple[float, float]
+    khat_threshold: float
+    num_samples: int
+    num_sets: int
+    num_nonfinite: int
+    nonfinite_sites: dict[str, int]
+    draws: Draws
+    log_weights: Tensor
+    level: Level = "bad"
+    verdict: str = ""
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def gap(self) -> float:
+        """Log evidence − ELBO, the estimated KL(q ‖ p) in nats."""
+        return self.log_evidence - self.elbo
+
+    def resample(self, num_samples: int, seed: int | None = None) -> dict[str, Tensor]:
+        """Posterior draws: the guide's, each as often as its Pareto smoothed weight says.
+
+        Systematic resampling, in random order. Draws repeat where the weights vary or
+        ``num_samples`` is more than the guide's own draws; averages are worth ``ess``
+        independent draws at most.
+
+        Args:
+            num_samples: n.
+            seed: makes them reproducible, without touching the global generator.
+
+        Returns:
+            By site name, a tensor of shape (n, *shape of the site).
+        """
+        check_count("num_samples", num_samples, 1)
+        with seeded(seed):
+            index = systematic(self.log_weights, num_samples)
+        return {
+            name: value[index.to(value.device)].clone() for name, value in self.draws.sites.items()
+        }
+
+    def __str__(self) -> str:
+        low, high = self.khat_interval
+        sets = f", mean of {self.num_sets} sets" if self.num_sets > 1 else ""
+        rows = {
+            "verdict": self.verdict,
+            "ELBO": f"{self.elbo:.3f} ± {self.elbo_se:.3f}",
+            "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",
+            "KL(q ‖ p)": f"{self.gap:.3f}, their difference",
+            "ESS": f"{self.ess:.0f} of {self.num_samples} draws ({self.ess_fraction:.1%})",
+            "k-hat": f"{self.khat:.2f} (90 % interval {low:.2f} to {high:.2f}{sets}), "
+            f"threshold {self.khat_threshold:.2f}",
+        }
+        if self.num_nonfinite:
+            sites = ", ".join(f"{name!r}: {n}" for name, n in self.nonfinite_sites.items())
+            rows["zero weight"] = f"{self.num_nonfinite} draws, not finite at {sites}"
+        for number, line in enumerate(self.advice):
+            rows["try next" if number == 0 else " " * number] = line
+        return "\n".join(f"{label:<13} {text}" for label, text in rows.items())
+
+    __repr__ = __str__
