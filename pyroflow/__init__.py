@@ -3,10 +3,16 @@
 from importlib.metadata import version
 
 from pyroflow import datasets, targets
+from pyroflow.arviz_export import to_arviz
+from pyroflow.calibration import Calibration, calibrate
+from pyroflow.diagnostics import Report, diagnose
 from pyroflow.flow import Flow
 from pyroflow.flows import planar_flow, radial_flow, sylvester_flow
-from pyroflow.guides import AutoFlow, AutoPlanarFlow
+from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
 from pyroflow.inference import Fit, fit_density, fit_energy, fit_guide, paper_annealing
+from pyroflow.inference.annealing import AdaptiveAnnealing
+from pyroflow.inference.stopping import StopRule
+from pyroflow.saving import load, save
 from pyroflow.transforms import (
     Affine,
     ConditionalAffine,
@@ -29,9 +35,13 @@ from pyroflow.transforms.helpers import (
 __version__ = version("pyroflow")
 
 __all__ = [
+    "AdaptiveAnnealing",
     "Affine",
+    "AmortizedPlanarGuide",
     "AutoFlow",
     "AutoPlanarFlow",
+    "AutoSylvesterFlow",
+    "Calibration",
     "ConditionalAffine",
     "ConditionalPlanar",
     "ConditionalRadial",
@@ -40,20 +50,27 @@ __all__ = [
     "Flow",
     "Planar",
     "Radial",
+    "Report",
+    "StopRule",
     "Sylvester",
+    "calibrate",
     "conditional_planar",
     "conditional_radial",
     "conditional_sylvester",
     "datasets",
+    "diagnose",
     "fit_density",
     "fit_energy",
     "fit_guide",
+    "load",
     "paper_annealing",
     "planar",
     "planar_flow",
     "radial",
     "radial_flow",
+    "save",
     "sylvester",
     "sylvester_flow",
     "targets",
+    "to_arviz",
 ]
