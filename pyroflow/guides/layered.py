@@ -162,10 +162,9 @@ class AutoSylvesterFlow(_LayeredGuide):
         affine: as in :class:`AutoFlow`, like the arguments that follow.
         init_loc_fn: start of each site.
         init_scale: standard deviation of each unconstrained latent at the start.
-        orthogonal: the M orthonormal directions of each layer. "random" draws them once, as
-            rotations that are not trained: with full width nothing is out of reach, and a step
-            costs least. Else as in :class:`~pyroflow.Sylvester`, where "householder" and "qr" are
-            trained.
+        orthogonal: how the M orthonormal directions of each layer are made, as in
+            :class:`~pyroflow.Sylvester`; or "random": rotations that are drawn once and not
+            trained, which costs less a step and takes more of them.
         base_df: degrees of freedom of a Student-t base.
 
     Attributes:
@@ -196,7 +195,7 @@ class AutoSylvesterFlow(_LayeredGuide):
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 0.1,
         *,
-        orthogonal: Rotation = "random",
+        orthogonal: Rotation = "householder",
         base_df: float | None = None,
     ) -> None:
         check_choice("orthogonal", orthogonal, ("random", *KINDS))

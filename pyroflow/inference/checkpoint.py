@@ -34,13 +34,8 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any
     Raises:
         ValueError: a file that is no checkpoint, or one of a fit with other settings.
     """
-    try:
-        state = torch.load(path, weights_only=True)
-        saved = state["settings"]
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"checkpoint {path} is not a checkpoint of a fit: name another file, or remove it"
-        ) from error
+    state = _read(path)
+    saved = state["settings"]
     differing = [name for name in settings if saved.get(name) != settings[name]]
     if differing:
         listed = ", ".join(f"{n}={saved.get(n)!r} (now {settings[n]!r})" for n in differing)
@@ -50,3 +45,23 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any
         )
     torch.set_rng_state(state["rng"])
     return state["loop"], state["optimizer"]
+
+
+def saved_settings(path: str | Path) -> dict[str, Any]:
+    """The settings of the fit that wrote a checkpoint.
+
+    Raises:
+        ValueError: a file that is no checkpoint.
+    """
+    return _read(Path(path))["settings"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, weights_only=True)
+        state["settings"]
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"checkpoint {path} is not a checkpoint of a fit: name another file, or remove it"
+        ) from error
+    return state

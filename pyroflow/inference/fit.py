@@ -24,6 +24,9 @@ class Fit:
         stopped: why the fit stopped, in words.
         seconds: wall-clock time.
         skipped: steps whose loss or gradient was not finite, and so left no trace.
+        rolled_back: how often, after twenty of those in a row, the fit went back to its best
+            state, to go on at half the rate.
+        skipped_particles: draws left out of a step because their log weight was not finite.
     """
 
     losses: list[float] = field(repr=False)
@@ -33,6 +36,8 @@ class Fit:
     stopped: str
     seconds: float
     skipped: int = 0
+    rolled_back: int = 0
+    skipped_particles: int = 0
 
 
 def check_options(**options: Any) -> None:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
-from torch import Tensor, nn
+from torch import nn
 
+from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
+from pyroflow.inference.annealing import AdaptiveAnnealing
 from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit, check_options
-from pyroflow.inference.loop import Loop
+from pyroflow.inference.flow_guide import PARTICLES, Annealing, FlowFit, refuse_nonfinite
+from pyroflow.inference.objectives import OBJECTIVES
+from pyroflow.inference.traced_guide import fit_by_traces, has_path
 from pyroflow.seeds import seeded
-from pyroflow.transforms import Bijection
 
-VECTORIZED = {"particles": 256, "scored": 1024}
-ONE_BY_ONE = {"particles": 16, "scored": 16}  # where each draw takes a run of the model
-GAUSSIAN_PART = 0.2  # of the steps
-ANNEALED_PART = 0.5  # of the rest
+TRIES = 3  # draws that a model may fail before it is refused
 
 
 def fit_guide(
@@ -32,37 +31,46 @@ def fit_guide(
     args: tuple = (),
     kwargs: dict[str, Any] | None = None,
     *,
-    steps: int = 3000,
+    steps: int | None = None,
     num_particles: int | None = None,
     lr: float = 0.03,
     seed: int | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
+    warm_start: bool = True,
+    objective: str = "elbo",
+    group_size: int = 2,
+    annealing: Annealing = None,
+    early_stop: bool = True,
 ) -> Fit:
     """Fit a guide to a model by maximising the evidence lower bound.
 
-    Pyro's ``Trace_ELBO`` with all particles in one vectorised run of the model, where two
-    vectorised draws get the log densities that they get one by one, and a run for each
-    particle elsewhere. Adam's learning rate warms up and decays to zero; the last quarter of
-    the iterates are averaged; the guide ends in the state with the best bound on a fixed set
-    of draws (in the last one where a plate subsamples the data, since the bound is then one of
-    the part that was drawn). Parameters of the model, if it has any, are trained too.
+    A guide of the :class:`~pyroflow.AutoFlow` family, and a model without parameters and
+    subsampled plates, is fitted to the model's log joint as a plain function, recorded once where
+    that is possible. The guide is first placed: its affine layer becomes the best Gaussian that
+    several ascents to the modes find, and the layers inside, still the identity, see a posterior
+    near N(0, I). Then all is trained by Adam along path derivatives; the rate is held until the
+    loss has stopped falling (:class:`~pyroflow.StopRule`) and falls to zero then, while the
+    iterates are averaged. The guide ends in the state with the best bound on a fixed set of
+    draws, the Gaussian among them. A guide that was trained before goes on from where it is.
 
-    A guide of :class:`~pyroflow.AutoFlow` or :class:`~pyroflow.AutoPlanarFlow` follows path
-    derivatives, where all of its transforms are pyroflow's and run forwards. The first fifth of
-    the steps goes to its affine layer alone, which moves and scales what the layers inside make
-    of the base (at the identity a Gaussian), and then sets the units of the rest. After that
-    the log joint's weight β rises from 0.1 to 1 over half of the steps left, while the entropy
-    keeps its own (equation 20 of Rezende & Mohamed 2015): the flow spreads before it settles.
+    Any other guide, and any other model, is fitted by Pyro's ``Trace_ELBO`` with all particles
+    in one vectorised run where two vectorised draws get the log densities that they get one by
+    one; a flow's affine layer is trained first, and parameters of the model are trained too.
+
+    References:
+        Roeder, Wu and Duvenaud, Sticking the landing, 2017, https://arxiv.org/abs/1703.09194;
+        Zhang, Carpenter, Gelman and Vehtari, Pathfinder, 2022, https://arxiv.org/abs/2108.03782.
 
     Args:
         model: a Pyro model.
         guide: a guide for it, such as :class:`~pyroflow.AutoPlanarFlow`; trained in place.
         args: positional arguments of model and guide.
         kwargs: keyword arguments of model and guide.
-        steps: optimiser steps.
-        num_particles: draws a step; by default 256, or 16 where they take a run each.
+        steps: the most optimiser steps; by default 4000, or 3000 where the model is traced.
+        num_particles: draws a step; by default 32. Where the model is traced 256, or 16 if they
+            take a run each.
         lr: highest learning rate.
         seed: makes the fit reproducible, without touching the global generator. A guide
             that was called before keeps the parameters it got then.
@@ -70,14 +78,24 @@ def fit_guide(
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
             needs a seed.
         device: where to move a guide that is a module; its arguments are the caller's.
+        warm_start: place the guide as said above; else its affine layer is trained first, from
+            the guide's own start.
+        objective: "elbo"; "iwae", the importance-weighted bound; or "dreg", the same with doubly
+            reparametrised gradients, which needs pyroflow's own layers.
+        group_size: draws behind each importance-weighted bound.
+        annealing: step ↦ β, the weight of the log joint, such as
+            :func:`~pyroflow.paper_annealing`, or an :class:`~pyroflow.AdaptiveAnnealing`. The
+            stop rule is off then.
+        early_stop: whether the stop rule may end the steps at the full rate.
 
     Returns:
-        The course of the fit; ``best_loss`` is −ELBO in nats.
+        The course of the fit; ``best_loss`` is −ELBO in nats, ``stopped`` says why it ended.
 
     Raises:
         ValueError: a latent site that is discrete or that the guide does not sample (naming the
-            site), a guide without parameters, an option out of range, a checkpoint of another
-            fit.
+            site), a model whose density is finite nowhere near the start (naming the sites), one
+            whose latents are not those that the guide was made for, a guide without parameters,
+            an option out of range, a checkpoint of another fit.
 
     Example:
         >>> from pyroflow import AutoPlanarFlow
@@ -87,106 +105,96 @@ def fit_guide(
         >>> sorted(guide.median())
         ['z']
     """
-    options = {"steps": steps, "lr": lr, "seed": seed, "checkpoint": checkpoint}
-    check_options(**options, num_particles=1 if num_particles is None else num_particles)
-    with seeded(seed), ExitStack() as contexts:
-        problem = Problem.inspect(model, guide, args, kwargs)
-        contexts.enter_context(_along_path(guide))
-        draws = ONE_BY_ONE if problem.plates is None else VECTORIZED
-        num_particles = num_particles or draws["particles"]
+    options = {"lr": lr, "seed": seed, "checkpoint": checkpoint}
+    check_options(steps=_or_one(steps), num_particles=_or_one(num_particles), **options)
+    _check_objective(objective, group_size, num_particles)
+    with seeded(seed):
+        _check_latents(model, guide, tuple(args), dict(kwargs or {}))
+        problem = _inspected(model, guide, args, kwargs)
         if isinstance(guide, nn.Module):
             guide.to(device)
-        loss, score = _objective(problem, num_particles, draws["scored"])
-        parameters = _parameters(loss)
-        settings = {"kind": "guide", "num_particles": num_particles, "seed": seed}
-        shared = {"lr": lr, "progress": progress, "settings": settings}
-        shared["keep_last"] = problem.subsampled
-        settings["log joint of a draw"] = _fingerprint(problem)
-        inner = _layers_inside(guide)
-        first = round(GAUSSIAN_PART * steps) if inner else 0
-        start = None
-        if first and not (checkpoint is not None and Path(checkpoint).exists()):
-            gaussian = [p for p in parameters if p not in inner]
-            label = "fit_guide, Gaussian"
-            options = {"steps": first, "label": label, **shared}
-            start = Loop(gaussian, lambda step: loss(1.0), score, **options).run()
-            guide.affine.absorb()
-        annealed = ANNEALED_PART * (steps - first)
-        loop = Loop(
-            parameters,
-            lambda step: loss(min(1.0, 0.1 + 0.9 * step / annealed) if first else 1.0),
-            score,
-            fixed=list(guide.buffers()) if isinstance(guide, nn.Module) else [],
-            before=start,
-            steps=steps - first,
-            label="fit_guide",
-            checkpoint=checkpoint,
-            **shared,
+        settings = {"kind": "guide", "seed": seed, "log joint of a draw": _fingerprint(problem)}
+        common = {
+            "steps": steps,
+            "num_particles": num_particles,
+            "annealing": annealing,
+            "checkpoint": checkpoint,
+            "settings": settings,
+            "lr": lr,
+            "progress": progress,
+        }
+        if isinstance(guide, AutoFlow) and not problem.subsampled and not _has_parameters(problem):
+            if objective == "dreg" and not has_path(guide):
+                raise ValueError(
+                    "objective='dreg' needs the path derivatives of pyroflow's own layers, and the "
+                    "guide has others: use objective='iwae'"
+                )
+            options = {"objective": objective, "group_size": group_size}
+            return FlowFit(
+                problem, warm_start=warm_start, early_stop=early_stop, **options, **common
+            ).run()
+        if objective == "dreg" or isinstance(annealing, AdaptiveAnnealing):
+            raise ValueError(
+                "objective='dreg' and AdaptiveAnnealing need a guide of the AutoFlow family, and a "
+                "model without parameters and subsampled plates: use objective='iwae' or 'elbo', "
+                "and a function of the step as annealing"
+            )
+        return fit_by_traces(problem, importance_weighted=objective == "iwae", **common)
+
+
+def _check_objective(objective: str, group_size: int, num_particles: int | None) -> None:
+    check_choice("objective", objective, OBJECTIVES)
+    check_count("group_size", group_size, 1)
+    if objective != "elbo" and (num_particles or PARTICLES) % group_size:
+        raise ValueError(
+            f"group_size must divide num_particles = {num_particles or PARTICLES}, got {group_size}"
         )
-        return loop.run()
+
+
+def _inspected(model: Callable, guide: Callable, args: tuple, kwargs: dict | None) -> Problem:
+    """``Problem.inspect``, which one bad draw may fail; NaN everywhere is said by site."""
+    for _ in range(TRIES):
+        try:
+            return Problem.inspect(model, guide, args, kwargs)
+        except ValueError as error:
+            failed = error
+    with pyro.validation_enabled(False):
+        try:
+            problem = Problem.inspect(model, guide, args, kwargs)
+        except ValueError:
+            raise failed from None
+    refuse_nonfinite(problem)
+    raise failed
+
+
+def _check_latents(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> None:
+    """Whether a guide that is set up was made for the latents that the model has now."""
+    if isinstance(guide, AutoFlow) and guide.prototype_trace is not None:
+        with _quietly():
+            guide.check_model(poutine.trace(model).get_trace(*args, **kwargs))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """For a run of the model to look at: one bad draw is no error, and nothing is recorded."""
+    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+        yield
+
+
+def _has_parameters(problem: Problem) -> bool:
+    """Whether the model itself has parameters to train."""
+    with _quietly(), poutine.trace(param_only=True) as captured:
+        poutine.trace(problem.model).get_trace(*problem.args, **problem.kwargs)
+    sites = captured.trace.nodes.values()
+    return any(site["value"].unconstrained().requires_grad for site in sites)
 
 
 def _fingerprint(problem: Problem) -> str:
     """What model and arguments have to say of a fixed draw, by which to know them again."""
-    with seeded(0), torch.no_grad(), poutine.block():
+    with seeded(0), _quietly():
         trace = poutine.trace(problem.model).get_trace(*problem.args, **problem.kwargs)
         return f"{trace.log_prob_sum().item():.6g}"
 
 
-def _objective(
-    problem: Problem, num_particles: int, scored: int
-) -> tuple[Callable[[float], Tensor], Callable[[], Tensor]]:
-    """The training loss as a function of β, and −(log p − log q) of a fixed set of draws."""
-    seed = int(torch.randint(2**31, ()))
-    if problem.plates is None:
-        elbo = Trace_ELBO(num_particles=num_particles)
-    else:
-        elbo = Trace_ELBO(
-            num_particles=num_particles, vectorize_particles=True, max_plate_nesting=problem.plates
-        )
-
-    # Bound, so that no name of the model's arguments meets one of Pyro's own.
-    model = partial(problem.model, *problem.args, **problem.kwargs)
-    guide = partial(problem.guide, *problem.args, **problem.kwargs)
-
-    def loss(beta: float) -> Tensor:
-        return elbo.differentiable_loss(poutine.scale(model, scale=beta), guide)
-
-    def score() -> Tensor:
-        with seeded(seed):
-            return -problem.log_weights(scored)
-
-    return loss, score
-
-
-def _layers_inside(guide: Callable) -> set[Tensor]:
-    """What is trained of the layers inside an affine one, which has to be placed before."""
-    if not isinstance(guide, AutoFlow) or guide.affine is None:
-        return set()
-    inside = [t for t in guide.flow.parts if t is not guide.affine]
-    return {p for t in inside for p in t.parameters() if p.requires_grad}
-
-
-@contextmanager
-def _along_path(guide: Callable) -> Iterator[None]:
-    """Train with path derivatives, where all of the guide's transforms have them."""
-    flow = isinstance(guide, AutoFlow)
-    if not flow or not all(isinstance(t, Bijection) for t in guide.get_transforms()):
-        yield
-        return
-    before, guide.path_derivative = guide.path_derivative, True
-    try:
-        yield
-    finally:
-        guide.path_derivative = before
-
-
-def _parameters(loss: Callable[[float], Tensor]) -> list[Tensor]:
-    """Every parameter that a run of model and guide meets, as Pyro's own SVI collects them."""
-    with torch.no_grad(), poutine.trace(param_only=True) as captured:
-        loss(1.0)
-    parameters = [site["value"].unconstrained() for site in captured.trace.nodes.values()]
-    parameters = [p for p in parameters if p.requires_grad]
-    if not parameters:
-        raise ValueError("guide has no parameters to train: pass one such as AutoPlanarFlow(model)")
-    return parameters
+def _or_one(count: int | None) -> int:
+    return 1 if count is None else count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.inference.checkpoint import read_checkpoint, write_checkpoint
+from pyroflow.inference.course import Course
 from pyroflow.inference.fit import Fit
+from pyroflow.inference.stopping import StopRule
 
 EVALUATIONS = 60  # scores taken in the course of Adam's steps
-AVERAGED = 0.25  # the last part of Adam's iterates, which is averaged
 CLEARLY_WORSE = 5  # evaluations in a row, each by three standard errors, that end a fit
-MAX_SKIPPED = 100  # steps in a row without a finite loss and gradient that end a fit
+ROLLED_BACK_AFTER = 20  # steps in a row without a finite loss and gradient
+MAX_SKIPPED = 100  # of those in a row that end a fit
 POLISH_ITERATIONS = 20  # of L-BFGS between two scores
 POLISH_PATIENCE = 250  # evaluations of the polish loss without a better score that end a fit
 
@@ -42,11 +44,16 @@ class Loop:
         polish_loss: () ↦ the exact training loss. Where the loss is a deterministic function
             of few parameters, L-BFGS gains what thousands of noisy steps do not.
         polish: evaluations of ``polish_loss``, about.
+        stop_rule: ends the steps at the full rate, see :class:`~pyroflow.inference.course.Course`.
+        evaluations: scores taken in the course of Adam's steps.
+        stateful: what else a checkpoint restores, by ``state_dict`` and ``load_state_dict``.
+        resume: whether to go on from a checkpoint that exists; else it is written over.
     """
 
     SAVED = (
         "step", "losses", "scores", "skipped", "skipped_in_a_row", "average", "averaged", "worse",
         "unimproved", "before", "best", "best_score", "seconds", "stopped", "polishing",
+        "rolled_back",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +73,10 @@ class Loop:
         keep_last: bool = False,
         polish_loss: Callable[[], Tensor] | None = None,
         polish: int = 0,
+        stop_rule: StopRule | None = None,
+        evaluations: int = EVALUATIONS,
+        stateful: Sequence[Any] = (),
+        resume: bool = True,
     ) -> None:
         self.parameters, self.fixed, self.loss, self.score = parameters, fixed, loss, score
         self.keep_last, self.polish_loss = keep_last, polish_loss
@@ -74,10 +85,12 @@ class Loop:
         self.settings["shapes"] = [list(t.shape) for t in [*parameters, *fixed]]
         self.label, self.progress = label, progress
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.parameters, lr=lr)
+        self.course, self.every = Course(steps, stop_rule), max(1, steps // evaluations)
+        self.stateful, self.resume = [self.course, *stateful], resume
+        self.optimizer: torch.optim.Optimizer = _adam(self.parameters, lr)
         self.before = None if before is None else asdict(before)
         self.step = self.skipped = self.skipped_in_a_row = self.averaged = 0
-        self.worse = self.unimproved = 0
+        self.worse = self.unimproved = self.rolled_back = 0
         self.losses: list[float] = []
         self.scores: list[tuple[int, float]] = []
         self.average: list[Tensor] = []
@@ -94,7 +107,7 @@ class Loop:
         shown = {"total": self.total, "initial": self.step, "desc": self.label}
         with tqdm(**shown, disable=not self.progress) as bar:
             try:
-                while self.step < self.total and not self.stopped:
+                while not self._ended():
                     (self._descend if self._descending() else self._polish)()
                     self.seconds = time.perf_counter() - began
                     self._show(bar)
@@ -111,12 +124,16 @@ class Loop:
         """
         polishable = self.total > self.steps
         enough = polishable and self.worse >= CLEARLY_WORSE
-        return self.step < self.steps and not enough and not self.polishing
+        return self.step < self.course.end and not enough and not self.polishing
+
+    def _ended(self) -> bool:
+        last = self.course.end if self.total == self.steps else self.total
+        return self.step >= last or bool(self.stopped)
 
     def _descend(self) -> None:
         """One step of Adam, or none where loss or gradient is not finite."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * _schedule(self.step, self.steps)
+            group["lr"] = self.lr * self.course.rate(self.step) * 0.5**self.rolled_back
         self.optimizer.zero_grad()
         loss = self.loss(self.step)
         loss.backward()
@@ -124,16 +141,26 @@ class Loop:
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
             self.optimizer.step()
+            torch.autograd.graph.increment_version(self.parameters)  # fused Adam does not
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.losses.append(loss.item() if finite else math.nan)
+        self.course.update(self.step, self.losses[-1])
         self.step += 1
+        if self.skipped_in_a_row and self.skipped_in_a_row % ROLLED_BACK_AFTER == 0:
+            self._roll_back()
         self._watch()
 
+    def _roll_back(self) -> None:
+        """Go back to the best state, with a fresh optimiser at half the rate."""
+        _copy(self.best, self.parameters)
+        self.optimizer = _adam(self.parameters, self.lr)
+        self.rolled_back += 1
+
     def _watch(self) -> None:
-        if self.step > (1 - AVERAGED) * self.steps:
+        if self.course.averages(self.step):
             self._add_to_average()
-        if self.step % max(1, self.steps // EVALUATIONS) == 0 or self.step == self.steps:
+        if self.step % self.every == 0 or self.step == self.course.end:
             self._evaluate()
         if self.step % max(1, self.steps // 10) == 0:
             self._save()
@@ -200,6 +227,7 @@ class Loop:
 
     def _result(self) -> Fit:
         nothing = {"losses": [], "scores": [], "steps": 0, "seconds": 0.0, "skipped": 0}
+        nothing["rolled_back"] = 0
         before = self.before or nothing
         steps = before["steps"] + self.step
         return Fit(
@@ -207,23 +235,27 @@ class Loop:
             scores=before["scores"] + [(before["steps"] + t, score) for t, score in self.scores],
             best_loss=self.best_score.mean().item(),
             steps=steps,
-            stopped=self.stopped or f"all {steps} steps done",
+            stopped=self.stopped or self.course.reason or f"all {steps} steps done",
             seconds=before["seconds"] + self.seconds,
             skipped=before["skipped"] + self.skipped,
+            rolled_back=before["rolled_back"] + self.rolled_back,
         )
 
     def _save(self) -> None:
         if self.checkpoint is not None:
             loop = {name: getattr(self, name) for name in self.SAVED}
+            loop["states"] = [part.state_dict() for part in self.stateful]
             loop["tensors"] = [t.detach() for t in [*self.parameters, *self.fixed]]
             write_checkpoint(self.checkpoint, self.settings, loop, self.optimizer.state_dict())
 
     def _resume(self) -> None:
-        if self.checkpoint is None or not self.checkpoint.exists():
+        if self.checkpoint is None or not self.resume or not self.checkpoint.exists():
             return
         loop, optimizer = read_checkpoint(self.checkpoint, self.settings)
         for name in self.SAVED:
             setattr(self, name, loop[name])
+        for part, state in zip(self.stateful, loop["states"], strict=True):
+            part.load_state_dict(state)
         _copy(loop["tensors"], [*self.parameters, *self.fixed])
         if self.polishing:
             self.optimizer = _lbfgs(self.parameters)
@@ -236,10 +268,10 @@ def _copy(values: list[Tensor], targets: list[Tensor]) -> None:
         target.copy_(value)
 
 
-def _schedule(step: int, steps: int) -> float:
-    """Warm-up over the first thirtieth, and a cosine from 1 to 0."""
-    warmup = min(1.0, (step + 1) / max(1, steps // 30))
-    return warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+def _adam(parameters: list[Tensor], lr: float) -> torch.optim.Adam:
+    """Adam, fused where all parameters allow it: a third of the time."""
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.Adam(parameters, lr=lr, fused=fused)
 
 
 def _lbfgs(parameters: list[Tensor]) -> torch.optim.LBFGS:

@@ -144,7 +144,7 @@ class Affine(ConditionedAffine, TransformModule):
         """
         sd = y.double().std(0)
         if self.diagonal:
-            self._start_from(y.mean(0), sd)
+            self.start_from(y.mean(0), sd)
             return
         correlation = torch.corrcoef(y.double().T).reshape(len(sd), len(sd))
         factor, failed = torch.linalg.cholesky_ex(correlation)
@@ -154,14 +154,15 @@ class Affine(ConditionedAffine, TransformModule):
                 f"{y.shape[1]} columns with a singular covariance: drop the columns that follow "
                 "from others, bring more rows, or use affine='diagonal'"
             )
-        self._start_from(y.mean(0), sd.unsqueeze(-1) * factor)
+        self.start_from(y.mean(0), sd.unsqueeze(-1) * factor)
 
     def absorb(self) -> None:
         """Make the present location and scale the units; the map stays as it is."""
-        self._start_from(*(t.clone() for t in self.loc_and_scale()))
+        self.start_from(*(t.clone() for t in self.loc_and_scale()))
 
     @torch.no_grad()
-    def _start_from(self, loc: Tensor, scale: Tensor) -> None:
+    def start_from(self, loc: Tensor, scale: Tensor) -> None:
+        """Set location (D,) and scale: the lower triangle (D, D), or the diagonal (D,)."""
         self.centre.copy_(loc)
         self.unit.copy_(scale)
         self.offset.zero_()

@@ -1,0 +1,238 @@
+"""A flow guide fitted to the log joint of its model: the fast way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyroflow.guides import AutoFlow
+from pyroflow.inference.annealing import AdaptiveAnnealing
+from pyroflow.inference.checkpoint import saved_settings
+from pyroflow.inference.draws import draw
+from pyroflow.inference.elbo import Problem
+from pyroflow.inference.fit import Fit
+from pyroflow.inference.log_joint import LogJoint
+from pyroflow.inference.loop import Loop
+from pyroflow.inference.objectives import bound_loss
+from pyroflow.inference.stopping import StopRule
+from pyroflow.inference.traced_guide import GAUSSIAN_PART, has_path, layers_inside
+from pyroflow.inference.warm_start import Gaussian, best_gaussian
+from pyroflow.seeds import seeded
+
+STEPS, PARTICLES = 4000, 32
+SCORED = 2048  # draws on which states are compared
+EVALUATIONS = 25  # of those scores
+WINDOW = 800  # steps that the loss must have been flat; the noise of a bound hides slow gains
+WIDEST_WARM_START = 256  # latents, beyond which the Hessians cost more than they save
+MOMENT_DRAWS = 4096
+LEAST_GAIN = 0.02  # nats, that more layers must have brought
+DEEPEST = 64
+
+Annealing = Callable[[int], float] | AdaptiveAnnealing | None
+
+
+class FlowFit:
+    """The fit of one guide; see :func:`~pyroflow.fit_guide` for the options."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        steps: int | None,
+        num_particles: int | None,
+        objective: str,
+        group_size: int,
+        annealing: Annealing,
+        warm_start: bool,
+        early_stop: bool,
+        checkpoint: str | Path | None,
+        settings: dict[str, Any],
+        **shared: Any,
+    ) -> None:
+        self.problem, self.guide = problem, problem.guide
+        self.num_particles = num_particles or PARTICLES
+        self.objective, self.group_size, self.annealing = objective, group_size, annealing
+        self.warm_start, self.steps = warm_start, steps or STEPS
+        self.spent = 0  # of the steps, on the affine layer alone
+        self.early_stop = early_stop and annealing is None
+        self.checkpoint, self.shared = checkpoint, shared
+        self.resumes = checkpoint is not None and Path(checkpoint).exists()
+        self.settings = settings | {"objective": objective, "group_size": group_size}
+        self.settings |= {"num_particles": self.num_particles, "early_stop": self.early_stop}
+        self.settings["steps in all"] = self.steps
+        self.path = objective != "iwae" and has_path(self.guide)
+        self.skipped = torch.zeros((), dtype=torch.long)
+        self.log_joint = LogJoint(problem, self.guide, self.num_particles)
+
+    def run(self) -> Fit:
+        """Place the guide, train it, and grow it if it is to grow."""
+        untouched, before = _untouched(self.guide), None
+        self.scored_seed = int(torch.randint(2**31, ()))
+        if self.resumes:
+            saved = saved_settings(self.checkpoint)
+            self.spent = self.steps - saved.get("steps", self.steps)
+            self._grow_to(saved.get("num_layers"))
+        elif untouched:
+            before = self._place()
+        fit, gain = self._train(before, resume=True)
+        while self._may_grow() and gain >= LEAST_GAIN:
+            self.guide.grow(self.guide.num_layers)
+            fit, gain = self._train(fit, resume=False)
+        return replace(fit, skipped_particles=int(self.skipped))
+
+    def _place(self) -> Fit | None:
+        """Set the affine layer to the best Gaussian, found without training or with it."""
+        guide = self.guide
+        if guide.affine is None:
+            return None
+        if self.warm_start and guide.latent_dim <= WIDEST_WARM_START:
+            found = best_gaussian(self.log_joint, guide._init_loc())
+            if found is None:
+                refuse_nonfinite(self.problem)
+                raise ValueError(
+                    "the gradient of the model's log density is not finite where the guide starts "
+                    "nor near it: look for operations without a derivative there, or let the "
+                    "guide start elsewhere by init_loc_fn"
+                )
+            place(guide, found)
+            return None
+        inner = layers_inside(guide)
+        if not inner:
+            return None
+        gaussian = [p for p in guide.affine.parameters() if p.requires_grad]
+        self.spent = max(1, round(GAUSSIAN_PART * self.steps))
+        options = {"steps": self.spent, "settings": self.settings}
+        options |= {"label": "fit_guide, Gaussian", **self.shared}
+        fit = self._run(Loop(gaussian, lambda step: self._loss(1.0), self._score, **options))
+        guide.affine.absorb()
+        return fit
+
+    def _train(self, before: Fit | None, *, resume: bool) -> tuple[Fit, float]:
+        """Train all parameters; return the fit, and by how much it bettered the one before."""
+        guide = self.guide
+        settings = self.settings | {"num_layers": getattr(guide, "num_layers", None)}
+        adaptive = isinstance(self.annealing, AdaptiveAnnealing)
+        loop = Loop(
+            [p for p in guide.parameters() if p.requires_grad],
+            lambda step: self._loss(self._beta(step)),
+            self._score,
+            fixed=[*guide.buffers(), self.skipped],
+            before=before,
+            steps=self.steps - self.spent,
+            label="fit_guide",
+            checkpoint=self.checkpoint,
+            settings=settings,
+            stop_rule=StopRule(window=WINDOW) if self.early_stop else None,
+            evaluations=EVALUATIONS,
+            stateful=[self.annealing] if adaptive else [],
+            resume=resume,
+            **self.shared,
+        )
+        fit = self._run(loop)
+        return fit, loop.before["best_loss"] - fit.best_loss if loop.before else math.inf
+
+    def _run(self, loop: Loop) -> Fit:
+        # Validation of every distribution would cost as much as the rest of a step.
+        with pyro.validation_enabled(False), _path_derivative(self.guide, self.path):
+            return loop.run()
+
+    def _beta(self, step: int) -> float:
+        if isinstance(self.annealing, AdaptiveAnnealing):
+            return self.annealing.beta
+        return 1.0 if self.annealing is None else self.annealing(step)
+
+    def _loss(self, beta: float) -> Tensor:
+        q = self.guide.get_posterior()
+        z = q.rsample((self.num_particles,))
+        log_p = self.log_joint(z)
+        if isinstance(self.annealing, AdaptiveAnnealing):
+            self.annealing.update(log_p)
+        log_weights = beta * log_p - q.log_prob(z)
+        self.skipped += int((~log_weights.isfinite()).sum())
+        return bound_loss(log_weights, self.objective, self.group_size)
+
+    def _score(self) -> Tensor:
+        """−(log p − log q) of fixed draws; those without a finite one count as the worst."""
+        with seeded(self.scored_seed):
+            q = self.guide.get_posterior()
+            z = q.sample((SCORED,))
+        score = q.log_prob(z) - self.log_joint.values(z)
+        finite = score.isfinite()
+        worst = score[finite].max() if bool(finite.any()) else score.new_tensor(torch.inf)
+        return torch.where(finite, score, worst)
+
+    def _may_grow(self) -> bool:
+        return getattr(self.guide, "grows", False) and self.guide.num_layers < DEEPEST
+
+    def _grow_to(self, num_layers: int | None) -> None:
+        """A fit that is resumed may have grown before it was cut off."""
+        if getattr(self.guide, "grows", False) and num_layers > self.guide.num_layers:
+            self.guide.grow(num_layers - self.guide.num_layers)
+
+
+def refuse_nonfinite(problem: Problem) -> None:
+    """Say at which sites the density of 32 draws is never finite, if that is so.
+
+    Raises:
+        ValueError: it is so.
+    """
+    with seeded(0), pyro.validation_enabled(False):
+        draws = draw(problem, 32)
+    if not bool(draws.log_weights.isfinite().any()):
+        sites = ", ".join(repr(name) for name in draws.nonfinite) or "its sites together"
+        raise ValueError(
+            "the model's log density is not finite where the guide starts nor near it: look at "
+            f"{sites}. Mend the model or its data there, or let the guide start elsewhere by "
+            "init_loc_fn"
+        )
+
+
+@torch.no_grad()
+def place(guide: AutoFlow, gaussian: Gaussian) -> None:
+    """Set the affine layer so that the guide has the Gaussian's mean and covariance.
+
+    Layers that are not the identity at the start are made up for by their moments.
+    """
+    loc, scale, affine = gaussian.loc, gaussian.scale, guide.affine
+    if affine.diagonal:  # the optimum without correlations has the precision's diagonal
+        scale = (torch.cholesky_inverse(scale).diagonal()).rsqrt()
+    with seeded(0):
+        base = guide.get_base_dist().sample((MOMENT_DRAWS,))
+    x = base
+    for t in guide.get_transforms()[:-1]:
+        x = t(x)
+    if layers_inside(guide) and not torch.allclose(x, base, atol=1e-5):
+        factor = torch.linalg.cholesky(torch.cov(x.T).reshape(len(loc), len(loc)))
+        if affine.diagonal:
+            scale = scale / x.std(0)
+            loc = loc - scale * x.mean(0)
+        else:
+            scale = torch.linalg.solve_triangular(factor, scale, upper=False, left=False)
+            loc = loc - scale @ x.mean(0)
+    affine.start_from(loc, scale)
+
+
+def _untouched(guide: AutoFlow) -> bool:
+    """Whether the affine layer, if there is one, is still where the guide's set-up put it."""
+    if guide.affine is None:
+        return True
+    offset, _, *lower = guide.affine.trained()
+    placed = bool(guide.affine.centre.any())
+    return not placed and torch.equal(offset, guide._init_loc()) and not any(t.any() for t in lower)
+
+
+@contextmanager
+def _path_derivative(guide: AutoFlow, wanted: bool):  # noqa: ANN202
+    before, guide.path_derivative = guide.path_derivative, wanted
+    try:
+        yield
+    finally:
+        guide.path_derivative = before
