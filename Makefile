@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint slow notebooks bench clean
+.PHONY: demo test lint slow notebooks bench posteriordb clean
 
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	$(BIN)/pyroflow demo
@@ -25,6 +25,10 @@ notebooks: $(INSTALLED)  ## Run the notebooks in full and store their outputs.
 
 bench: $(VENV)/bench-installed $(JAX_VENV)/installed  ## Speed beside other libraries; ten minutes of a quiet machine.
 	cd tests && ../$(BIN)/python -m benchmarks.speed run --jax-python ../$(JAX_VENV)/bin/python
+
+posteriordb: $(INSTALLED)  ## Ten posteriors, ours beside rivals and NUTS, with resume; an hour. PYROFLOW_POSTERIORDB says where the data are.
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.posteriordb run --threads 1
+	cd tests && ../$(BIN)/python -m benchmarks.posteriordb table
 
 clean:
 	rm -rf $(VENV) $(JAX_VENV)

@@ -57,7 +57,11 @@ def scale_pairs(problem: Problem, draws: Draws) -> dict[str, list[str]]:
             grads = torch.autograd.grad(
                 scale.sum(), list(leaves.values()), allow_unused=True, retain_graph=True
             )
-            used = [other for other, g in zip(leaves, grads, strict=True) if g is not None]
+            used = [
+                other
+                for other, g in zip(leaves, grads, strict=True)
+                if g is not None and bool(g.any())
+            ]
             pairs[name] = [other for other in used if other != name]
     return {name: others for name, others in pairs.items() if others}
 

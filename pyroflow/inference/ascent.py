@@ -83,7 +83,8 @@ def rescale(log_joint: LogJoint, z: Tensor, scale: Tensor) -> tuple[Tensor, Tens
     forward, backward = gradients[:, 1:].chunk(2, 1)
     curvature = (backward - forward) @ scale / (2 * step)
     curvature = (curvature + curvature.mT) / 2
-    finite = curvature.flatten(1).isfinite().all(1)[:, None, None]
+    largest = torch.finfo(z.dtype).max ** 0.5  # beyond it the eigenvalues do not converge
+    finite = (curvature.abs() < largest).flatten(1).all(1)[:, None, None]
     values, vectors = torch.linalg.eigh(curvature.where(finite, torch.eye(dim).to(z)))
     values = values.abs().clamp(min=FLATTEST)
     return gradients[:, 0], scale @ (vectors / values.sqrt().unsqueeze(-2)) @ vectors.mT

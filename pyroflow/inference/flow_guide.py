@@ -27,7 +27,7 @@ from pyroflow.inference.traced_guide import GAUSSIAN_PART, has_path, layers_insi
 from pyroflow.inference.warm_start import Gaussian, best_gaussian
 from pyroflow.seeds import seeded
 
-STEPS, PARTICLES = 4000, 32
+STEPS, PARTICLES = 3000, 128
 SCORED = 2048  # draws on which states are compared
 EVALUATIONS = 25  # of those scores
 WINDOW = 800  # steps that the loss must have been flat; the noise of a bound hides slow gains
@@ -95,15 +95,10 @@ class FlowFit:
             return None
         if self.warm_start and guide.latent_dim <= WIDEST_WARM_START:
             found = best_gaussian(self.log_joint, guide._init_loc())
-            if found is None:
-                refuse_nonfinite(self.problem)
-                raise ValueError(
-                    "the gradient of the model's log density is not finite where the guide starts "
-                    "nor near it: look for operations without a derivative there, or let the "
-                    "guide start elsewhere by init_loc_fn"
-                )
-            place(guide, found)
-            return None
+            if found is not None:
+                place(guide, found)
+                return None
+            refuse_nonfinite(self.problem)
         inner = layers_inside(guide)
         if not inner:
             return None
@@ -199,7 +194,8 @@ def refuse_nonfinite(problem: Problem) -> None:
 def place(guide: AutoFlow, gaussian: Gaussian) -> None:
     """Set the affine layer so that the guide has the Gaussian's mean and covariance.
 
-    Layers that are not the identity at the start are made up for by their moments.
+    Layers that are not the identity at the start are made up for by their moments; a Student-t
+    base keeps its wider tails around the Gaussian.
     """
     loc, scale, affine = gaussian.loc, gaussian.scale, guide.affine
     if affine.diagonal:  # the optimum without correlations has the precision's diagonal

@@ -50,8 +50,8 @@ def fit_guide(
     subsampled plates, is fitted to the model's log joint as a plain function, recorded once where
     that is possible. The guide is first placed: its affine layer becomes the best Gaussian that
     several ascents to the modes find, and the layers inside, still the identity, see a posterior
-    near N(0, I). Then all is trained by Adam along path derivatives; the rate is held until the
-    loss has stopped falling (:class:`~pyroflow.StopRule`) and falls to zero then, while the
+    near N(0, I). Then all is trained by Adam along path derivatives; the rate falls along a cosine,
+    and in a hurry once the loss has stopped falling (:class:`~pyroflow.StopRule`), while the last
     iterates are averaged. The guide ends in the state with the best bound on a fixed set of
     draws, the Gaussian among them. A guide that was trained before goes on from where it is.
 
@@ -68,8 +68,8 @@ def fit_guide(
         guide: a guide for it, such as :class:`~pyroflow.AutoPlanarFlow`; trained in place.
         args: positional arguments of model and guide.
         kwargs: keyword arguments of model and guide.
-        steps: the most optimiser steps; by default 4000, or 3000 where the model is traced.
-        num_particles: draws a step; by default 32. Where the model is traced 256, or 16 if they
+        steps: the most optimiser steps; by default 3000.
+        num_particles: draws a step; by default 128; by way of Pyro's traces 256, or 16 if they
             take a run each.
         lr: highest learning rate.
         seed: makes the fit reproducible, without touching the global generator. A guide
@@ -86,7 +86,7 @@ def fit_guide(
         annealing: step ↦ β, the weight of the log joint, such as
             :func:`~pyroflow.paper_annealing`, or an :class:`~pyroflow.AdaptiveAnnealing`. The
             stop rule is off then.
-        early_stop: whether the stop rule may end the steps at the full rate.
+        early_stop: whether the stop rule may hurry the end.
 
     Returns:
         The course of the fit; ``best_loss`` is −ELBO in nats, ``stopped`` says why it ended.

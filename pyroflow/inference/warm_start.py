@@ -20,6 +20,7 @@ BEST = 3  # Gaussians that are moved towards the optimum
 ROUNDS = (6, 20)  # of those moves, for each and for the best of them
 MOVED_BY = 256  # draws behind a move
 TESTED_BY = 512  # draws on which they are compared
+LARGEST = 1e12  # magnitude of a location that is still one
 
 
 class Gaussian(NamedTuple):
@@ -40,7 +41,8 @@ def best_gaussian(log_joint: LogJoint, start: Tensor) -> Gaussian | None:
     a mode for it: the points on the way there count alike.
 
     Returns:
-        The Gaussian, or None if the log joint is finite at no start.
+        The Gaussian; None if there is no sound one, because the log joint is finite at no start,
+        or grows without end.
     """
     starts = _starts(log_joint, start)
     if starts is None:
@@ -54,6 +56,8 @@ def best_gaussian(log_joint: LogJoint, start: Tensor) -> Gaussian | None:
     test = _antithetic(TESTED_BY, start)
     found = [_moved_on(log_joint, g, ROUNDS[0], test) for g in found]
     best = _moved_on(log_joint, max(found, key=lambda g: g.bound), ROUNDS[1], test)
+    if not (math.isfinite(best.bound) and bool(best.loc.abs().max() < LARGEST)):
+        return None
     return best._replace(scale=_lower(best.scale))
 
 
@@ -93,10 +97,20 @@ def _along(points: Points) -> list[tuple[Tensor, Tensor]]:
 
 
 def _scored(log_joint: LogJoint, loc: Tensor, scale: Tensor, noise: Tensor) -> Gaussian:
-    """The Gaussian with its bound on fixed draws; −∞ where it is not finite."""
+    """The Gaussian with its bound on fixed draws; −∞ where half of them have no finite weight.
+
+    A draw without one counts as the worst of the others: a guide cannot keep clear of the edge
+    of a support that the model does not declare.
+    """
     value, _ = log_joint.values_and_gradients(loc + noise @ scale.mT)
     log_q = -noise.square().sum(-1) / 2 - len(loc) / 2 * math.log(2 * math.pi)
-    bound = (value - log_q).mean().item() + torch.linalg.slogdet(scale).logabsdet.item()
+    log_weights = value - log_q
+    finite = log_weights.isfinite()
+    if int(finite.sum()) <= len(noise) // 2:
+        return Gaussian(loc, scale, -math.inf)
+    worst = log_weights[finite].min()
+    mean = torch.where(finite, log_weights, worst).mean().item()
+    bound = mean + torch.linalg.slogdet(scale).logabsdet.item()
     return Gaussian(loc, scale, bound if math.isfinite(bound) else -math.inf)
 
 

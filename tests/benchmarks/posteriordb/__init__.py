@@ -1,0 +1,1 @@
+"""Ten posteriors with reference draws, as Pyro models, and how far guides end from them."""

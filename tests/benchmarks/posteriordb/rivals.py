@@ -1,0 +1,101 @@
+"""What Pyro has: its guides fitted by its SVI for a given time, and NUTS."""
+
+from __future__ import annotations
+
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pyro
+from pyro.distributions.transforms import iterated, planar
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalizingFlow,
+)
+from pyro.optim import ClippedAdam
+
+from pyroflow.inference.elbo import Problem
+
+from .judge import moments
+from .models import Posterior
+
+GUIDES: dict[str, Callable] = {
+    "AutoNormal": AutoNormal,
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "AutoIAFNormal": AutoIAFNormal,
+    "16 planar": partial(AutoNormalizingFlow, init_transform_fn=partial(iterated, 16, planar)),
+}
+PARTICLES, LR, DECAY = 32, 0.01, 0.1  # the rate falls to DECAY times LR over the fit
+PROBE = 10  # steps by which the number of steps in the given time is estimated
+
+
+def svi(posterior: Posterior, guide: Callable, steps: int) -> Iterator[float]:
+    """Pyro's SVI with vectorised particles, as its tutorials say; yield the loss of each step."""
+    problem = Problem.inspect(posterior.model, guide, posterior.args, None)
+    elbo = Trace_ELBO(
+        num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=problem.plates
+    )
+    optimizer = ClippedAdam({"lr": LR, "lrd": DECAY ** (1 / steps)})
+    steps_of = SVI(posterior.model, guide, optimizer, elbo)
+    while True:
+        yield steps_of.step(*posterior.args)
+
+
+def fit_rival(posterior: Posterior, name: str, seconds: float) -> tuple[Callable, dict[str, Any]]:
+    """One of Pyro's guides after so many seconds of SVI, its set-up included.
+
+    The probe, which sets the pace of the decay, is on a guide of its own and costs the rival no
+    time; Pyro's validation is off, which is faster.
+    """
+    with pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of NaN, which ends the fit
+        with pyro.get_param_store().scope():
+            probe = svi(posterior, GUIDES[name](posterior.model), steps=PROBE)
+            next(probe)
+            start = time.perf_counter()
+            for _ in range(PROBE):
+                next(probe)
+            steps = max(PROBE, round(seconds * PROBE / (time.perf_counter() - start)))
+        start, taken, loss = time.perf_counter(), 0, 0.0
+        guide = GUIDES[name](posterior.model)
+        fit = svi(posterior, guide, steps)
+        while loss == loss and time.perf_counter() - start < seconds:
+            loss, taken = next(fit), taken + 1
+    record = {"budget": seconds, "seconds": time.perf_counter() - start, "steps": taken}
+    return guide, record if loss == loss else record | {"error": f"NaN at step {taken}"}
+
+
+def nuts(posterior: Posterior, warmup: int, num_samples: int, limit: float) -> dict[str, Any]:
+    """Pyro's NUTS, one chain, jit-compiled: its seconds and errors."""
+    kernel = NUTS(posterior.model, jit_compile=True, ignore_jit_warnings=True)
+    mcmc = MCMC(kernel, num_samples, warmup, disable_progbar=True)
+    start = time.perf_counter()
+    with at_most(limit), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of its jit
+        mcmc.run(*posterior.args)
+    seconds = time.perf_counter() - start
+    errors = moments(posterior, posterior.columns(mcmc.get_samples()))
+    return {"seconds": seconds, "draws": num_samples, **errors}
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """End what takes longer by a ``TimeoutError``; in the main thread only."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"stopped after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

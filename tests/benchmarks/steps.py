@@ -1,0 +1,76 @@
+"""Steps per second of fit_guide beside Pyro's SVI, on eight schools with eight particles.
+
+``python tests/benchmarks/steps.py`` writes ``notebooks/results/steps.json``: medians over rounds in
+which all contenders take turns, and the ratios of their times to ours.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pyro
+import torch
+from pyro.distributions.transforms import iterated, planar
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal, AutoNormalizingFlow
+
+import pyroflow as pf
+from pyroflow.targets import eight_schools_noncentered as model
+
+PARTICLES, STEPS, ROUNDS = 8, 200, 7
+OUT = Path(__file__).parents[2] / "notebooks" / "results" / "steps.json"
+
+
+def ours() -> float:
+    """Seconds a step of the training loop, its scores of the bound among them."""
+    guide = pf.AutoPlanarFlow(model, 16)
+    options = {"num_particles": PARTICLES, "early_stop": False, "progress": False, "seed": 0}
+    return pf.fit_guide(model, guide, steps=STEPS, **options).seconds / STEPS
+
+
+def svi(make: Callable) -> float:
+    """Seconds a step of Pyro's SVI, after some to warm up."""
+    elbo = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(model, make(model), pyro.optim.Adam({"lr": 1e-3}), elbo)
+    for _ in range(10):
+        svi.step()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        svi.step()
+    return (time.perf_counter() - start) / STEPS
+
+
+def main() -> None:
+    """Time all, print and write."""
+    chain = partial(AutoNormalizingFlow, init_transform_fn=partial(iterated, 16, planar))
+    contenders = {"pyroflow": ours, "AutoNormal": partial(svi, AutoNormal)}
+    contenders["16 planar"] = partial(svi, chain)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, contender in contenders.items():
+            pyro.clear_param_store()
+            times[name].append(contender())
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    found = {"milliseconds a step": {name: round(1e3 * t, 3) for name, t in medians.items()}}
+    found["times ours"] = {name: round(t / medians["pyroflow"], 2) for name, t in medians.items()}
+    ratios = {
+        n: sorted(t / o for t, o in zip(v, times["pyroflow"], strict=True))
+        for n, v in times.items()
+    }
+    found["quartiles"] = {n: [round(r[1], 2), round(r[-2], 2)] for n, r in ratios.items()}
+    found |= {
+        "particles": PARTICLES,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    OUT.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
