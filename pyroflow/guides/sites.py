@@ -13,7 +13,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
 from torch.distributions import biject_to, register_kl
-from torch.distributions.constraints import Constraint
+from torch.distributions.constraints import Constraint, independent, real_vector
 
 Site = dict[str, Any]
 
@@ -200,6 +200,7 @@ def check_structure(sites: Iterable[Site], model_trace: Trace) -> None:
     Raises:
         ValueError: a latent site that is new, gone or of another shape, by name.
     """
+    sites = list(sites)
     then = {site["name"]: site["value"].shape for site in sites}
     now = {
         name: site["fn"].batch_shape + site["fn"].event_shape
@@ -226,6 +227,21 @@ def check_structure(sites: Iterable[Site], model_trace: Trace) -> None:
                 f"site {name!r} has shape {tuple(now[name])} in the model, and had "
                 f"{tuple(then[name])} when the guide was set up. {way_out}"
             )
+    for site in sites:
+        before, after = (_kind(s["fn"]) for s in (site, model_trace.nodes[site["name"]]))
+        if before != after:
+            raise ValueError(
+                f"site {site['name']!r} has support {after} in the model, and had {before} when "
+                f"the guide was set up. {way_out}"
+            )
+
+
+def _kind(fn: dist.TorchDistribution) -> str:
+    """The type of a support, apart from its bounds and batches."""
+    support = fn.support
+    while isinstance(support, independent):
+        support = support.base_constraint
+    return "real" if support is real_vector else type(support).__name__.strip("_").lower()
 
 
 def _is_continuous_latent(site: Site) -> bool:

@@ -15,13 +15,17 @@ def write_checkpoint(
     settings: dict[str, Any],
     loop: dict[str, Any],
     optimizer: dict[str, Any],
+    rng: torch.Tensor | None = None,
 ) -> None:
-    """Write the state of a fit beside ``path``, then move it there."""
+    """Write the state of a fit beside ``path``, then move it there.
+
+    ``rng`` is the generator's state at the start of a step that was cut off.
+    """
     state = {
         "settings": settings,
         "loop": loop,
         "optimizer": optimizer,
-        "rng": torch.get_rng_state(),
+        "rng": torch.get_rng_state() if rng is None else rng,
     }
     partial = path.with_name(path.name + ".partial")
     torch.save(state, partial)
@@ -36,6 +40,17 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any
     """
     state = _read(path)
     saved = state["settings"]
+    check_settings(path, saved, settings)
+    torch.set_rng_state(state["rng"])
+    return state["loop"], state["optimizer"]
+
+
+def check_settings(path: str | Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Compare the settings of a fit with those that a checkpoint has.
+
+    Raises:
+        ValueError: they differ.
+    """
     differing = [name for name in settings if saved.get(name) != settings[name]]
     if differing:
         listed = ", ".join(f"{n}={saved.get(n)!r} (now {settings[n]!r})" for n in differing)
@@ -43,8 +58,6 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any
             f"checkpoint {path} is of a fit with {listed}: repeat those settings to resume it, or "
             "name another file to start anew"
         )
-    torch.set_rng_state(state["rng"])
-    return state["loop"], state["optimizer"]
 
 
 def saved_settings(path: str | Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Problem:
     kwargs: dict[str, Any] = field(default_factory=dict)
     plates: int | None = None
     subsampled: bool = False
+    latent: bool = True
 
     @classmethod
     def inspect(
@@ -45,6 +46,8 @@ class Problem:
         with torch.no_grad(), poutine.block():
             guide_trace, model_trace = problem.traces()
             _check_covered(guide_trace, model_trace)
+            free = prune_subsample_sites(model_trace).stochastic_nodes
+            problem.latent = len(free) > 0
             sites = model_trace.nodes.values()
             problem.subsampled = any(_draws_subsample(site) for site in sites)
             plates = _plate_depth(guide_trace, model_trace)

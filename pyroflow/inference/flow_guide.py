@@ -15,15 +15,20 @@ from torch import Tensor
 
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.annealing import AdaptiveAnnealing
-from pyroflow.inference.checkpoint import saved_settings
+from pyroflow.inference.checkpoint import check_settings, saved_settings
 from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
-from pyroflow.inference.fit import Fit
+from pyroflow.inference.fit import Fit, trainable
 from pyroflow.inference.log_joint import LogJoint
 from pyroflow.inference.loop import Loop
 from pyroflow.inference.objectives import bound_loss
 from pyroflow.inference.stopping import StopRule
-from pyroflow.inference.traced_guide import GAUSSIAN_PART, has_path, layers_inside
+from pyroflow.inference.traced_guide import (
+    GAUSSIAN_PART,
+    ONE_BY_ONE,
+    has_path,
+    layers_inside,
+)
 from pyroflow.inference.warm_start import Gaussian, best_gaussian
 from pyroflow.seeds import seeded
 
@@ -55,10 +60,18 @@ class FlowFit:
         early_stop: bool,
         checkpoint: str | Path | None,
         settings: dict[str, Any],
+        seed: int | None,
         **shared: Any,
     ) -> None:
         self.problem, self.guide = problem, problem.guide
-        self.num_particles = num_particles or PARTICLES
+        self.log_joint = LogJoint(problem, self.guide, num_particles or PARTICLES)
+        costly = self.log_joint.one_by_one
+        if costly and num_particles is None:
+            self.log_joint.num = ONE_BY_ONE["particles"]
+        self.num_particles = self.log_joint.num
+        self.scored = ONE_BY_ONE["scored"] if costly else SCORED // group_size * group_size
+        self.evaluations = 10 if costly else EVALUATIONS
+        warm_start = warm_start and not costly
         self.objective, self.group_size, self.annealing = objective, group_size, annealing
         self.warm_start, self.steps = warm_start, steps or STEPS
         self.spent = 0  # of the steps, on the affine layer alone
@@ -70,21 +83,28 @@ class FlowFit:
         self.settings["steps in all"] = self.steps
         self.path = objective != "iwae" and has_path(self.guide)
         self.skipped = torch.zeros((), dtype=torch.long)
-        self.log_joint = LogJoint(problem, self.guide, self.num_particles)
+        self.scored_seed = int(torch.randint(2**31, ())) if seed is None else seed
+        used = isinstance(annealing, AdaptiveAnnealing) and annealing.steps > 0
+        if used and not self.resumes:
+            raise ValueError(
+                "annealing is an AdaptiveAnnealing that another fit has used, and is at its end: "
+                "pass a new one"
+            )
 
     def run(self) -> Fit:
         """Place the guide, train it, and grow it if it is to grow."""
         untouched, before = _untouched(self.guide), None
-        self.scored_seed = int(torch.randint(2**31, ()))
         if self.resumes:
             saved = saved_settings(self.checkpoint)
+            check_settings(self.checkpoint, saved, self.settings)
             self.spent = self.steps - saved.get("steps", self.steps)
             self._grow_to(saved.get("num_layers"))
         elif untouched:
             before = self._place()
         fit, gain = self._train(before, resume=True)
         while self._may_grow() and gain >= LEAST_GAIN:
-            self.guide.grow(self.guide.num_layers)
+            self.annealing = None  # the flow has found its modes
+            self.guide.grow(min(self.guide.num_layers, DEEPEST - self.guide.num_layers))
             fit, gain = self._train(fit, resume=False)
         return replace(fit, skipped_particles=int(self.skipped))
 
@@ -116,8 +136,8 @@ class FlowFit:
         settings = self.settings | {"num_layers": getattr(guide, "num_layers", None)}
         adaptive = isinstance(self.annealing, AdaptiveAnnealing)
         loop = Loop(
-            [p for p in guide.parameters() if p.requires_grad],
-            lambda step: self._loss(self._beta(step)),
+            trainable(guide),
+            lambda step: self._loss(self._beta(step), adapt=adaptive),
             self._score,
             fixed=[*guide.buffers(), self.skipped],
             before=before,
@@ -126,7 +146,7 @@ class FlowFit:
             checkpoint=self.checkpoint,
             settings=settings,
             stop_rule=StopRule(window=WINDOW) if self.early_stop else None,
-            evaluations=EVALUATIONS,
+            evaluations=self.evaluations,
             stateful=[self.annealing] if adaptive else [],
             resume=resume,
             **self.shared,
@@ -144,32 +164,35 @@ class FlowFit:
             return self.annealing.beta
         return 1.0 if self.annealing is None else self.annealing(step)
 
-    def _loss(self, beta: float) -> Tensor:
+    def _loss(self, beta: float, *, adapt: bool = False) -> Tensor:
         q = self.guide.get_posterior()
         z = q.rsample((self.num_particles,))
         log_p = self.log_joint(z)
-        if isinstance(self.annealing, AdaptiveAnnealing):
+        if adapt:
             self.annealing.update(log_p)
         log_weights = beta * log_p - q.log_prob(z)
         self.skipped += int((~log_weights.isfinite()).sum())
         return bound_loss(log_weights, self.objective, self.group_size)
 
     def _score(self) -> Tensor:
-        """−(log p − log q) of fixed draws; those without a finite one count as the worst."""
+        """The loss on fixed draws; those without a finite weight count as the worst."""
         with seeded(self.scored_seed):
             q = self.guide.get_posterior()
-            z = q.sample((SCORED,))
+            z = q.sample((self.scored,))
         score = q.log_prob(z) - self.log_joint.values(z)
         finite = score.isfinite()
         worst = score[finite].max() if bool(finite.any()) else score.new_tensor(torch.inf)
-        return torch.where(finite, score, worst)
+        score = torch.where(finite, score, worst)
+        if self.objective == "elbo":
+            return score
+        return math.log(self.group_size) - (-score).reshape(-1, self.group_size).logsumexp(1)
 
     def _may_grow(self) -> bool:
         return getattr(self.guide, "grows", False) and self.guide.num_layers < DEEPEST
 
     def _grow_to(self, num_layers: int | None) -> None:
         """A fit that is resumed may have grown before it was cut off."""
-        if getattr(self.guide, "grows", False) and num_layers > self.guide.num_layers:
+        if getattr(self.guide, "grows", False) and (num_layers or 0) > self.guide.num_layers:
             self.guide.grow(num_layers - self.guide.num_layers)
 
 

@@ -68,7 +68,8 @@ def fit_guide(
         guide: a guide for it, such as :class:`~pyroflow.AutoPlanarFlow`; trained in place.
         args: positional arguments of model and guide.
         kwargs: keyword arguments of model and guide.
-        steps: the most optimiser steps; by default 3000.
+        steps: the most optimiser steps; by default 3000. A guide that grows takes them anew at
+            each depth, and is annealed at the first.
         num_particles: draws a step; by default 128; by way of Pyro's traces 256, or 16 if they
             take a run each.
         lr: highest learning rate.
@@ -78,8 +79,8 @@ def fit_guide(
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
             needs a seed.
         device: where to move a guide that is a module; its arguments are the caller's.
-        warm_start: place the guide as said above; else its affine layer is trained first, from
-            the guide's own start.
+        warm_start: place the guide as said above; else, and where each draw takes a run of the
+            model, its affine layer is trained first, from the guide's own start.
         objective: "elbo"; "iwae", the importance-weighted bound; or "dreg", the same with doubly
             reparametrised gradients, which needs pyroflow's own layers.
         group_size: draws behind each importance-weighted bound.
@@ -89,7 +90,8 @@ def fit_guide(
         early_stop: whether the stop rule may hurry the end.
 
     Returns:
-        The course of the fit; ``best_loss`` is −ELBO in nats, ``stopped`` says why it ended.
+        The course of the fit; ``best_loss`` is the negative bound that was the objective, in nats,
+        and ``stopped`` says why it ended.
 
     Raises:
         ValueError: a latent site that is discrete or that the guide does not sample (naming the
@@ -111,6 +113,10 @@ def fit_guide(
     with seeded(seed):
         _check_latents(model, guide, tuple(args), dict(kwargs or {}))
         problem = _inspected(model, guide, args, kwargs)
+        if not problem.latent:
+            raise ValueError(
+                "the model has no latent sites to infer: every sample site is observed"
+            )
         if isinstance(guide, nn.Module):
             guide.to(device)
         settings = {"kind": "guide", "seed": seed, "log joint of a draw": _fingerprint(problem)}
@@ -131,7 +137,12 @@ def fit_guide(
                 )
             options = {"objective": objective, "group_size": group_size}
             return FlowFit(
-                problem, warm_start=warm_start, early_stop=early_stop, **options, **common
+                problem,
+                warm_start=warm_start,
+                early_stop=early_stop,
+                seed=seed,
+                **options,
+                **common,
             ).run()
         if objective == "dreg" or isinstance(annealing, AdaptiveAnnealing):
             raise ValueError(

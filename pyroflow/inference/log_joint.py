@@ -48,6 +48,11 @@ class LogJoint:
         self._graph = self._record()
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether each point takes a run of the model."""
+        return self._batched == self._one_by_one
+
+    @property
     def traced(self) -> bool:
         """Whether value and gradient come from a recorded graph."""
         return self._graph is not None
@@ -113,7 +118,20 @@ class LogJoint:
         }
         run = poutine.trace(poutine.condition(model, data=values)).get_trace
         with poutine.block():
-            return prune_subsample_sites(run(*self.problem.args, **self.problem.kwargs))
+            trace = prune_subsample_sites(run(*self.problem.args, **self.problem.kwargs))
+        self._check_latents(trace, values)
+        return trace
+
+    def _check_latents(self, trace: poutine.Trace, values: dict[str, Tensor]) -> None:
+        """A latent of some runs only would be drawn from its prior, and nothing would say so."""
+        free = [name for name, _ in trace.iter_stochastic_nodes()]
+        changed = free + [name for name in values if name not in trace.nodes]
+        if changed:
+            raise ValueError(
+                f"site {changed[0]!r} is a latent in some runs of the model only: the guide needs "
+                "the same latents in every run. Let the model sample all of them each time, and "
+                "mask or weigh what does not count"
+            )
 
     def _log_jacobian(self, z: Tensor) -> Tensor:
         """Log |det ∂θ/∂z|, shape (*B) for z (*B, D)."""
@@ -130,7 +148,7 @@ class LogJoint:
 
     def _record(self) -> Gradient | None:
         """The graph of value and gradient at N points, if there is one that can be relied on."""
-        if self._batched == self._one_by_one:
+        if self.one_by_one:
             return None
         first, second = (self._spread_points(self.num, seed) for seed in (1, 2))
         try:

@@ -97,6 +97,7 @@ class Loop:
         self.best: list[Tensor] = []
         self.best_score = torch.tensor(math.inf)
         self.seconds, self.stopped, self.polishing = 0.0, "", False
+        self.rng: Tensor | None = None
 
     def run(self) -> Fit:
         """Take the steps that are left; the parameters end in their best state, come what may."""
@@ -108,6 +109,7 @@ class Loop:
         with tqdm(**shown, disable=not self.progress) as bar:
             try:
                 while not self._ended():
+                    self.rng = torch.get_rng_state()
                     (self._descend if self._descending() else self._polish)()
                     self.seconds = time.perf_counter() - began
                     self._show(bar)
@@ -146,7 +148,7 @@ class Loop:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.losses.append(loss.item() if finite else math.nan)
         self.course.update(self.step, self.losses[-1])
-        self.step += 1
+        self.step, self.rng = self.step + 1, None
         if self.skipped_in_a_row and self.skipped_in_a_row % ROLLED_BACK_AFTER == 0:
             self._roll_back()
         self._watch()
@@ -210,6 +212,7 @@ class Loop:
         candidate = self.average or current
         _copy(candidate, self.parameters)
         score = self.score().double().cpu()
+        score = torch.where(score.isnan(), torch.inf, score)
         _copy(current, self.parameters)
         self.scores.append((self.step, score.mean().item()))
         if not self.best or self.keep_last or score.mean() < self.best_score.mean():
@@ -246,7 +249,8 @@ class Loop:
             loop = {name: getattr(self, name) for name in self.SAVED}
             loop["states"] = [part.state_dict() for part in self.stateful]
             loop["tensors"] = [t.detach() for t in [*self.parameters, *self.fixed]]
-            write_checkpoint(self.checkpoint, self.settings, loop, self.optimizer.state_dict())
+            state = self.optimizer.state_dict()
+            write_checkpoint(self.checkpoint, self.settings, loop, state, self.rng)
 
     def _resume(self) -> None:
         if self.checkpoint is None or not self.resume or not self.checkpoint.exists():

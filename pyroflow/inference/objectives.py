@@ -11,13 +11,13 @@ OBJECTIVES = ("elbo", "iwae", "dreg")
 
 
 def bound_loss(log_weights: Tensor, objective: str, group_size: int) -> Tensor:
-    """The negative bound of S log weights log p − log q, or a surrogate with its gradient.
+    """The negative bound of S log weights log p − log q.
 
     Weights that are not finite are left out; with none left the loss is NaN. "elbo" is their
     mean. "iwae" is the importance-weighted bound, log of the mean weight of each group, averaged
     over the groups. "dreg" has its doubly reparametrised gradient, where the log weights are
     differentiated along the path of the draws alone: Σ w² ∇ log w with the weights w
-    normalised in each group, the value of which means nothing.
+    normalised in each group, and the same value.
 
     References:
         Burda, Grosse and Salakhutdinov, Importance weighted autoencoders, 2016, equation 8,
@@ -38,7 +38,9 @@ def bound_loss(log_weights: Tensor, objective: str, group_size: int) -> Tensor:
         return -log_weights[finite].mean()
     grouped = log_weights.masked_fill(~finite, -torch.inf).reshape(-1, group_size)
     grouped = grouped[finite.reshape(-1, group_size).any(1)]
+    bound = -(grouped.logsumexp(1) - math.log(group_size)).mean()
     if objective == "iwae":
-        return -(grouped.logsumexp(1) - math.log(group_size)).mean()
+        return bound
     weights = grouped.detach().softmax(1)
-    return -(weights.square() * grouped.masked_fill(weights == 0, 0.0)).sum(1).mean()
+    surrogate = -(weights.square() * grouped.masked_fill(weights == 0, 0.0)).sum(1).mean()
+    return bound.detach() + surrogate - surrogate.detach()

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO
@@ -59,7 +60,7 @@ def fit_by_traces(
             gaussian = [p for p in parameters if p not in inner]
             label = "fit_guide, Gaussian"
             options = {"steps": first, "label": label, **shared}
-            start = Loop(gaussian, lambda step: loss(1.0), score, **options).run()
+            start = _run(Loop(gaussian, lambda step: loss(1.0), score, **options))
             guide.affine.absorb()
         annealed = ANNEALED_PART * (steps - first)
         if annealing is None:
@@ -75,6 +76,12 @@ def fit_by_traces(
             checkpoint=checkpoint,
             **shared,
         )
+        return _run(loop)
+
+
+def _run(loop: Loop) -> Fit:
+    """Without validation, so that a draw with a density of NaN costs its step and not the fit."""
+    with pyro.validation_enabled(False):
         return loop.run()
 
 
