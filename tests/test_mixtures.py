@@ -150,7 +150,7 @@ def test_parameters_inside_a_plain_container_are_registered() -> None:
     assert torch.allclose(log_prob(flow, DATA), log_prob(plain, DATA))
 
 
-GUIDE_OPTIONS = {"steps": 120, "lr": 0.05, "num_particles": 16, "seed": 0, "progress": False}
+GUIDE_OPTIONS = {"steps": 300, "lr": 0.05, "num_particles": 64, "seed": 0, "progress": False}
 
 
 def sine_model() -> None:

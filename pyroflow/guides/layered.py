@@ -218,7 +218,8 @@ class AutoSylvesterFlow(_LayeredGuide):
     def _make_stack(self, init_loc: Tensor) -> Sylvester:
         D = len(init_loc)
         random = self.orthogonal == "random"
-        kind = "triangular" if random else self.orthogonal
+        # In one dimension there is nothing to rotate, and a frame would have no gradient.
+        kind = "triangular" if random or D == 1 else self.orthogonal
         M = min(D, WIDEST) if self.num_units is None else self.num_units
         stack = Sylvester(D, M, self.num_layers, kind).to(init_loc)
         if random:  # drawn in float64, so that they are orthonormal to the last digit of any dtype

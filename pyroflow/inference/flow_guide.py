@@ -67,9 +67,9 @@ class FlowFit:
         self.log_joint = LogJoint(problem, self.guide, num_particles or PARTICLES)
         costly = self.log_joint.one_by_one
         if costly and num_particles is None:
-            self.log_joint.num = ONE_BY_ONE["particles"]
+            self.log_joint.num = _in_groups(ONE_BY_ONE["particles"], group_size)
         self.num_particles = self.log_joint.num
-        self.scored = ONE_BY_ONE["scored"] if costly else SCORED // group_size * group_size
+        self.scored = _in_groups(ONE_BY_ONE["scored"] if costly else SCORED, group_size)
         self.evaluations = 10 if costly else EVALUATIONS
         warm_start = warm_start and not costly
         self.objective, self.group_size, self.annealing = objective, group_size, annealing
@@ -211,6 +211,10 @@ def refuse_nonfinite(problem: Problem) -> None:
             f"{sites}. Mend the model or its data there, or let the guide start elsewhere by "
             "init_loc_fn"
         )
+
+
+def _in_groups(num: int, group_size: int) -> int:
+    return max(1, num // group_size) * group_size
 
 
 @torch.no_grad()
