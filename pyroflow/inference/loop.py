@@ -44,7 +44,7 @@ class Loop:
         polish_loss: () ↦ the exact training loss. Where the loss is a deterministic function
             of few parameters, L-BFGS gains what thousands of noisy steps do not.
         polish: evaluations of ``polish_loss``, about.
-        stop_rule: ends the steps at the full rate, see :class:`~pyroflow.inference.course.Course`.
+        stop_rule: hurries the fall of the rate, see :class:`~pyroflow.inference.course.Course`.
         evaluations: scores taken in the course of Adam's steps.
         stateful: what else a checkpoint restores, by ``state_dict`` and ``load_state_dict``.
         resume: whether to go on from a checkpoint that exists; else it is written over.
