@@ -8,14 +8,11 @@ from typing import Annotated
 
 import typer
 
+from pyroflow.experiments.reproduce import EXPERIMENTS, experiment
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Planar normalizing flows for Pyro."
 )
-
-
-@app.callback()
-def _commands() -> None:
-    """Keep ``demo`` a subcommand while it is the only one."""
 
 
 @app.command()
@@ -46,3 +43,41 @@ def demo(
         raise typer.Exit(130) from None
     typer.echo("\n" + experiment.table(report))
     typer.echo(f"figures and report.json are in {out}")
+
+
+@app.command(
+    help="Repeat an experiment of Rezende & Mohamed 2015; a rerun goes on where it was.\n\n"
+    + "\n\n".join(f"{name}: {what}" for name, what in EXPERIMENTS.items())
+)
+def reproduce(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(EXPERIMENTS)}.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of NAME.json, the figures and checkpoints/.")
+    ] = Path("notebooks/results"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A short run whose numbers mean nothing.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds 0, 1, ...; by default as in README.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data files.")] = None,
+    only: Annotated[str, typer.Option(help='Runs to do: "planar K=8,NICE", parts of keys.')] = "",
+) -> None:
+    """Repeat an experiment of the paper."""
+    from pyroflow.experiments.results import Options
+
+    if name not in EXPERIMENTS:
+        raise typer.BadParameter(f"NAME must be one of {', '.join(EXPERIMENTS)}; got {name!r}")
+    parts = tuple(part.strip() for part in only.split(",") if part.strip())
+    options = Options(out=out, quick=quick, seeds=seeds, data=data, only=parts)
+    module = experiment(name)
+    try:
+        report = module.run(options)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; what was finished is in {out}, and a rerun goes on from there")
+        raise typer.Exit(130) from None
+    if report is not None:
+        typer.echo("\n" + module.table(report))
+        typer.echo(f"numbers and figures are in {out}")

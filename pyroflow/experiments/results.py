@@ -1,0 +1,150 @@
+"""What the experiments share: options, a JSON file that is added to, figures, a header."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``pyroflow reproduce`` hands to an experiment.
+
+    Attributes:
+        out: folder of NAME.json, of the figures and of ``checkpoints/``.
+        quick: a short run, to see that everything works; its numbers mean nothing.
+        seeds: how many seeds, 0, 1, ...; None for the experiment's own number.
+        data: folder of the data files, for the experiments that read some.
+        only: parts of the keys of the runs to do; all of them if there are none.
+        progress: show progress bars.
+    """
+
+    out: Path
+    quick: bool = False
+    seeds: int | None = None
+    data: Path | None = None
+    only: tuple[str, ...] = ()
+    progress: bool = True
+
+    def chosen(self, keys: Iterable[str]) -> list[str]:
+        """The keys of runs that ``only`` asks for.
+
+        Raises:
+            ValueError: a part that no key has.
+        """
+        keys = list(keys)
+        for part in self.only:
+            if not any(part in key for key in keys):
+                raise ValueError(f"--only {part!r} is part of no run; there are {keys}")
+        return [key for key in keys if not self.only or any(part in key for part in self.only)]
+
+
+class Results:
+    """The JSON file of an experiment: a header, and finished runs by key.
+
+    A run is written as soon as it is finished, in one move, so that an interrupted experiment
+    keeps what it has and goes on from there. Processes that do different runs may share a file.
+
+    Args:
+        path: the file; read if it exists.
+        settings: what the runs depend on, in terms that JSON has.
+
+    Attributes:
+        runs: finished runs by key; changed through :meth:`add` alone.
+
+    Raises:
+        ValueError: the file is of other settings, or no file of results at all.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "figure.json")
+        >>> Results(path, {"quick": True}).add("K=2", {"kl": 0.25})
+        >>> Results(path, {"quick": True}).runs
+        {'K=2': {'kl': 0.25}}
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.summary: dict[str, Any] = {}
+        self.runs: dict[str, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._read()
+
+    def add(self, key: str, run: Mapping[str, Any]) -> None:
+        """Keep a finished run, and write the file."""
+        with FileLock(self.path.with_name(self.path.name + ".lock.partial")):
+            self._read()
+            self.runs[key] = json.loads(json.dumps(run))
+            self._write()
+
+    def write(self, **summary: Any) -> None:
+        """Write the file, with ``summary`` beside the runs."""
+        with FileLock(self.path.with_name(self.path.name + ".lock.partial")):
+            self._read()
+            self.summary |= summary
+            self._write()
+
+    def _write(self) -> None:
+        report = {"settings": self.settings, **header(), **self.summary, "runs": self.runs}
+        write_json(self.path, report)
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        try:
+            report = json.loads(self.path.read_text())
+            saved, self.runs = report["settings"], report["runs"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} is no file of results: name another --out, or remove it"
+            ) from error
+        known = {"settings", "runs", *header()}
+        self.summary = {name: value for name, value in report.items() if name not in known}
+        differing = [k for k in {**saved, **self.settings} if saved.get(k) != self.settings.get(k)]
+        if differing:
+            listed = ", ".join(
+                f"{k}={saved.get(k)!r} (now {self.settings.get(k)!r})" for k in sorted(differing)
+            )
+            raise ValueError(
+                f"{self.path} is of a run with {listed}: name another --out to start anew"
+            )
+
+
+def header() -> dict[str, Any]:
+    """Versions and machine, for the head of every file of results."""
+    return {
+        "versions": {name: version(name) for name in ("pyroflow", "torch", "pyro-ppl")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, small enough to keep beside the code."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def checkpoint_folder(options: Options, name: str) -> Path:
+    """The folder of an experiment's checkpoints, made if need be; not for version control."""
+    folder = options.out / "checkpoints" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
