@@ -52,7 +52,7 @@ def planar_flow(
             what the first fit does most: "data_to_base" for :func:`~pyroflow.fit_density`,
             "base_to_data" for :func:`~pyroflow.fit_energy`; until then "data_to_base".
         affine: "full" (lower-triangular scale), "diagonal", or None for no affine layer.
-        hidden_dims: sizes of the context network's hidden layers.
+        hidden_dims: sizes of the context network's hidden layers; () for a linear map.
         nonlinearity: "tanh" or "leaky_relu", as in :class:`~pyroflow.Planar`.
         negative_slope: of the leaky ReLU, in (0, 1).
 
@@ -104,7 +104,7 @@ def radial_flow(
             "data_to_base" or "auto", which decides as in :func:`planar_flow`. Both ways are in
             closed form.
         affine: "full" (lower-triangular scale), "diagonal", or None for no affine layer.
-        hidden_dims: sizes of the context network's hidden layers.
+        hidden_dims: sizes of the context network's hidden layers; () for a linear map.
 
     Returns:
         The flow; ``flow()``, or ``flow(context)``, is a distribution over (*, D).
@@ -155,7 +155,7 @@ def sylvester_flow(
         direction: which way the layers run in closed form: "base_to_data" (as in the paper),
             "data_to_base" or "auto", which decides as in :func:`planar_flow`.
         affine: "full" (lower-triangular scale), "diagonal", or None for no affine layer.
-        hidden_dims: sizes of the context network's hidden layers.
+        hidden_dims: sizes of the context network's hidden layers; () for a linear map.
 
     Returns:
         The flow; ``flow()``, or ``flow(context)``, is a distribution over (*, D).

@@ -43,7 +43,7 @@ def _within(attribute: str, arguments: Arguments) -> Arguments:
         else lambda t, at=at: at(getattr(t, attribute))
         for name, at in arguments.items()
     }
-    return inner | {"context_dim": "nn.context_dim", "hidden_dims": "nn.nn.hidden_dims"}
+    return inner | {"context_dim": "nn.context_dim", "hidden_dims": "nn.hidden_dims"}
 
 
 def _flow(base: Any, transforms: list, order: list[int]) -> Flow:

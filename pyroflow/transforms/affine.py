@@ -196,7 +196,7 @@ class ConditionalAffine(ConditionalTransformModule):
         input_dim: D.
         context_dim: C; ``condition`` takes a context of shape (*B, C).
         kind: "full" or "diagonal".
-        hidden_dims: sizes of the network's hidden layers.
+        hidden_dims: sizes of the network's hidden layers; () for a linear map.
 
     Raises:
         ValueError: a size below 1, or an unknown kind.

@@ -50,7 +50,7 @@ def conditional_planar(
         input_dim: D.
         context_dim: C.
         num_layers: K.
-        hidden_dims: sizes of the network's hidden layers.
+        hidden_dims: sizes of the network's hidden layers; () for a linear map.
 
     Raises:
         ValueError: a size that is too small.
@@ -97,7 +97,7 @@ def conditional_radial(
         input_dim: D.
         context_dim: C.
         num_layers: K.
-        hidden_dims: sizes of the network's hidden layers.
+        hidden_dims: sizes of the network's hidden layers; () for a linear map.
 
     Raises:
         ValueError: a size that is too small.
@@ -157,7 +157,7 @@ def conditional_sylvester(
         num_units: M, from 1 to D.
         num_layers: L.
         orthogonal: "householder", "qr" or "triangular", as in :class:`~pyroflow.Sylvester`.
-        hidden_dims: sizes of the network's hidden layers.
+        hidden_dims: sizes of the network's hidden layers; () for a linear map.
 
     Raises:
         ValueError: a size out of range, or an unknown ``orthogonal``.

@@ -21,7 +21,7 @@ class Hypernet(nn.Module):
 
     Args:
         context_dim: C.
-        hidden_dims: sizes of the hidden layers, at least one.
+        hidden_dims: sizes of the hidden layers; () for a single linear map.
         shapes: the shapes of the parameters.
     """
 
@@ -35,24 +35,24 @@ class Hypernet(nn.Module):
                 f"hidden_dims must be a sequence such as (64, 64), got {hidden_dims!r}"
             )
         hidden_dims = [check_count("hidden_dims", size, 1) for size in hidden_dims]
-        if not hidden_dims:
-            raise ValueError("hidden_dims must name at least one hidden layer, got none")
-        self.context_dim, self.shapes = context_dim, [torch.Size(shape) for shape in shapes]
-        sizes = [math.prod(shape) for shape in self.shapes]
+        self.context_dim, self.hidden_dims = context_dim, hidden_dims
+        self.shapes = [torch.Size(shape) for shape in shapes]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
         with warnings.catch_warnings():  # K = 0 layers need no outputs, and torch warns of none
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-            self.nn = DenseNN(context_dim, hidden_dims, sizes, nonlinearity=nn.SiLU())
+            self.nn = _network(context_dim, hidden_dims, sum(self.sizes))
         self.reset_output()
 
     def reset_output(self) -> None:
         """Set the last layer to zero, so that the parameters are the start values."""
-        nn.init.zeros_(self.nn.layers[-1].weight)
-        nn.init.zeros_(self.nn.layers[-1].bias)
+        last = self.nn if isinstance(self.nn, nn.Linear) else self.nn.layers[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, context: Tensor, start: Sequence[Tensor]) -> list[Tensor]:
         """Start values plus the network's output at context (*B, C), shapes (*B, ...)."""
         self._check(context)
-        outputs = self.nn(context)
+        outputs = self.nn(context).split(self.sizes, dim=-1)
         batch = context.shape[:-1]
         return [
             value + output.reshape(batch + shape)
@@ -62,7 +62,7 @@ class Hypernet(nn.Module):
     def _check(self, context: Tensor) -> None:
         if not isinstance(context, Tensor):
             raise TypeError(f"context must be a tensor, got {type(context).__name__}")
-        dtype = self.nn.layers[0].weight.dtype
+        dtype = next(self.nn.parameters()).dtype
         if context.dtype != dtype:
             raise ValueError(
                 f"context must be in the network's {dtype}, got {context.dtype}: convert it, as in "
@@ -73,3 +73,9 @@ class Hypernet(nn.Module):
                 f"context must have last dimension {self.context_dim} (context_dim), "
                 f"got shape {tuple(context.shape)}"
             )
+
+
+def _network(context_dim: int, hidden_dims: Sequence[int], outputs: int) -> nn.Module:
+    if not hidden_dims:
+        return nn.Linear(context_dim, outputs)
+    return DenseNN(context_dim, hidden_dims, [outputs], nonlinearity=nn.SiLU())

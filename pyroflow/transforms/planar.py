@@ -159,7 +159,7 @@ class ConditionalPlanar(ConditionalTransformModule):
         input_dim: D.
         context_dim: C; ``condition`` takes a context of shape (*B, C).
         num_layers: K.
-        hidden_dims: sizes of the network's hidden layers.
+        hidden_dims: sizes of the network's hidden layers; () for a linear map.
         nonlinearity: "tanh" or "leaky_relu".
         negative_slope: of the leaky ReLU, in (0, 1).
 

@@ -216,7 +216,7 @@ class ConditionalRadial(ConditionalTransformModule):
         input_dim: D.
         context_dim: C; ``condition`` takes a context of shape (*B, C).
         num_layers: K.
-        hidden_dims: sizes of the network's hidden layers.
+        hidden_dims: sizes of the network's hidden layers; () for a linear map.
 
     Raises:
         ValueError: a size that is too small, or a context whose last dimension is not C.

@@ -220,7 +220,7 @@ class ConditionalSylvester(ConditionalTransformModule):
         num_units: M, from 1 to D.
         num_layers: L.
         orthogonal: "householder", "qr" or "triangular", as in :class:`Sylvester`.
-        hidden_dims: sizes of the network's hidden layers.
+        hidden_dims: sizes of the network's hidden layers; () for a linear map.
 
     Raises:
         ValueError: a size out of range, or a context whose last dimension is not C.
