@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +26,8 @@ class Options:
         quick: a short run, to see that everything works; its numbers mean nothing.
         seeds: how many seeds, 0, 1, ...; None for the experiment's own number.
         data: folder of the data files, for the experiments that read some.
-        only: parts of the keys of the runs to do; all of them if there are none.
+        only: parts of the keys of the runs to do; all of them if there are none. A part that ends
+            in a digit ends a number: "K=1" is no part of "K=10".
         progress: show progress bars.
     """
 
@@ -44,9 +46,15 @@ class Options:
         """
         keys = list(keys)
         for part in self.only:
-            if not any(part in key for key in keys):
+            if not any(_is_part(part, key) for key in keys):
                 raise ValueError(f"--only {part!r} is part of no run; there are {keys}")
-        return [key for key in keys if not self.only or any(part in key for part in self.only)]
+        parts = self.only or ("",)
+        return [key for key in keys if any(_is_part(part, key) for part in parts)]
+
+
+def _is_part(part: str, key: str) -> bool:
+    number_ends = r"(?!\d)" if part[-1:].isdigit() else ""
+    return re.search(re.escape(part) + number_ends, key) is not None
 
 
 class Results:
@@ -91,7 +99,7 @@ class Results:
         """Write the file, with ``summary`` beside the runs."""
         with FileLock(self.path.with_name(self.path.name + ".lock.partial")):
             self._read()
-            self.summary |= summary
+            self.summary |= json.loads(json.dumps(summary))
             self._write()
 
     def _write(self) -> None:
@@ -103,7 +111,7 @@ class Results:
             return
         try:
             report = json.loads(self.path.read_text())
-            saved, self.runs = report["settings"], report["runs"]
+            saved, self.runs = dict(report["settings"]), dict(report["runs"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.path} is no file of results: name another --out, or remove it"
