@@ -41,6 +41,10 @@ def test_bound_is_above_minus_log_z_on_the_papers_energies() -> None:
         assert fit.best_loss < -target.log_normalizer + 2.5
 
 
+def constant(z: Tensor) -> Tensor:
+    return 50.0 + 0 * z[:, 0]
+
+
 def test_paper_annealing_weighs_the_energy_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [pf.paper_annealing(t) for t in (0, 5000, 9900, 20_000)] == [0.01, 0.51, 1.0, 1.0]
     losses = {}
@@ -48,7 +52,8 @@ def test_paper_annealing_weighs_the_energy_alone(monkeypatch: pytest.MonkeyPatch
         Loop, "run", lambda self: losses.update({t: self.loss(t) for t in (0, 9900)})
     )
     flow = pf.planar_flow(2, 0, affine=None)
-    pf.fit_energy(flow, lambda z: 50.0 + 0 * z[:, 0], annealing=pf.paper_annealing, progress=False)
+    with pytest.warns(UserWarning, match="does not rise along coordinate 0, 1"):
+        pf.fit_energy(flow, constant, annealing=pf.paper_annealing, progress=False)
     entropy = math.log(2 * math.pi * math.e)
     assert losses[0].item() == pytest.approx(0.01 * 50 - entropy, abs=0.3)
     assert losses[9900].item() == pytest.approx(50 - entropy, abs=0.3)
@@ -98,6 +103,48 @@ def test_checkpoint_of_another_energy_is_refused(tmp_path: Path) -> None:
 def test_conditional_flow_is_refused() -> None:
     with pytest.raises(ValueError, match="unconditional"):
         pf.fit_energy(pf.planar_flow(2, 1, context_dim=1), gaussian_energy, progress=False)
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_energies_without_containment_are_refused(number: int) -> None:
+    target = pf.targets.energy(number, containment=None)
+    with pytest.raises(ValueError, match=r"finite integral.*containment=8\.0"):
+        pf.fit_energy(pf.planar_flow(2, 1), target, progress=False)
+    fit = pf.fit_energy(pf.planar_flow(2, 1), pf.targets.energy(number), steps=1, progress=False)
+    assert fit.steps == 1
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_energies_that_hide_that_they_are_improper_are_warned_of(number: int) -> None:
+    bare = pf.targets.energy(number, containment=None)
+    with pytest.warns(UserWarning, match=r"does not rise along coordinate 0 \(of 0 to 1\)"):
+        pf.fit_energy(pf.planar_flow(2, 1), lambda z: bare(z), steps=1, progress=False)
+
+
+def funnel(z: Tensor) -> Tensor:
+    return z[:, 0].square() / 18 + 0.5 * (z[:, 1].square() * (-z[:, 0]).exp() + z[:, 0])
+
+
+def uncomputable(z: Tensor) -> Tensor:
+    factor = torch.linalg.cholesky(torch.diag_embed(40 - z.abs()))
+    return z.square().sum(-1) + factor.sum((-1, -2))
+
+
+PROPER = {
+    "Cauchy": lambda z: (1 + z.square()).log().sum(-1),
+    "Student-t, half a degree": lambda z: 1.25 * (1 + z.square().sum(-1) / 0.5).log(),
+    "banana": lambda z: (z[:, 1] - z[:, 0].square()).square() + z[:, 0].square() / 2,
+    "funnel": funnel,
+    "Laplace": lambda z: 0.01 * z.abs().sum(-1),
+    "far from the origin": lambda z: (z - 50).square().sum(-1) / 2,
+    "bare U1": pf.targets.energy(1, containment=None),
+    "no numbers far out": uncomputable,
+}
+
+
+@pytest.mark.parametrize("case", PROPER)
+def test_proper_energies_are_not_warned_of(case: str) -> None:
+    pf.fit_energy(pf.planar_flow(2, 1), PROPER[case], steps=1, seed=0, progress=False)
 
 
 @pytest.mark.slow

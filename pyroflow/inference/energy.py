@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from pyroflow.seeds import seeded
 
 STEPS_AT_FULL_WEIGHT = 5000  # the default number of steps after annealing has ended
 SCORED_DRAWS = 4096
+RISE = 2.3  # nats that an energy must gain far out: half of what the heaviest proper tail gains
 
 
 def paper_annealing(step: int) -> float:
@@ -49,7 +53,8 @@ def fit_energy(
     Args:
         flow: the flow, trained in place.
         energy: U, a map (N, D) → (N,). exp(−U) must have a finite integral, or F has no minimum
-            and mass leaks away where U is flat.
+            and mass leaks away where U is flat: an energy that stays flat along an axis is
+            warned of.
         annealing: step ↦ β_t in [0, 1], reaching 1, such as :func:`paper_annealing`.
         steps: optimiser steps; by default 5000 more than annealing needs.
         num_particles: draws a step.
@@ -64,8 +69,9 @@ def fit_energy(
         The course of the fit; ``best_loss`` is F in nats, at least −ln Z.
 
     Raises:
-        ValueError: a conditional flow, an energy of the wrong shape, an annealing that is not 1
-            at the last step, an option out of range, a checkpoint of another fit.
+        ValueError: a conditional flow, an energy of the wrong shape or with an infinite
+            ``log_normalizer``, an annealing that is not 1 at the last step, an option out of
+            range, a checkpoint of another fit.
 
     Example:
         >>> from pyroflow import planar_flow
@@ -81,11 +87,13 @@ def fit_energy(
         raise TypeError(f"flow must be a pyroflow.Flow, got {type(flow).__name__}")
     if flow.conditional:
         raise ValueError("flow must be unconditional: an energy has no context")
+    _check_proper(energy)
     flow.to(device)
     beta = (lambda step: 1.0) if annealing is None else annealing
     settings = {"kind": "energy", "num_particles": num_particles, "seed": seed}
     with seeded(seed):
         settings["energy"] = _check_energy(flow, energy)
+        _warn_of_flat_axes(flow, energy)
         settings["annealing"] = [beta(t) for t in range(0, steps, max(1, steps // 7))]
         flow.place("base_to_data")
         settings["flow"] = flow.get_extra_state()
@@ -152,3 +160,45 @@ def _check_energy(flow: Flow, energy: Callable) -> list[float]:
             "torch operations on z itself, without detach or NumPy"
         )
     return [float(f"{v:.5g}") for v in value.tolist()]
+
+
+def _check_proper(energy: Callable) -> None:
+    """Refuse an energy that knows that exp(−U) has no finite integral."""
+    known = getattr(energy, "log_normalizer", None)
+    if isinstance(known, Real) and known == math.inf:
+        raise ValueError(
+            f"energy must have a finite integral of exp(−U), {energy!r} has an infinite one: the "
+            "bound has no minimum, and mass leaks away where U is flat. Contain it, as "
+            "targets.energy(k) does by default (containment=8.0)"
+        )
+
+
+def _warn_of_flat_axes(flow: Flow, energy: Callable) -> None:
+    """Warn where U does not rise along an axis, far out."""
+    axes = torch.eye(flow.input_dim).to(trainable(flow)[0])
+    try:
+        flat = [
+            i for i, axis in enumerate(axes) if min(_rise(energy, s * axis) for s in (1, -1)) < RISE
+        ]
+    except (ValueError, RuntimeError):  # an energy need not be computable that far out
+        return
+    if flat:
+        warnings.warn(
+            f"energy does not rise along coordinate {', '.join(map(str, flat))} (of 0 to "
+            f"{flow.input_dim - 1}) from 100 to 1,000,000: exp(−U) can then hardly have a finite "
+            "integral, and mass leaks away without end. Contain it: add a term that rises outside "
+            "the region of interest, such as 8 * (z.abs() - 4).relu().square().sum(-1)",
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def _rise(energy: Callable, direction: Tensor) -> float:
+    """The rise of U along a ray from about 1,000 to about 100,000.
+
+    Along an axis a proper density falls faster than 1/r, heavy tails included, and then U gains
+    more than ln 100 = 4.6 here. Medians over many radii are what waves do not disturb.
+    """
+    radii = torch.logspace(2, 6, 128).to(direction)
+    near, far = energy(radii.unsqueeze(-1) * direction).double().view(2, 64).median(-1).values
+    return (far - near).item()

@@ -1,0 +1,116 @@
+"""The pictures of figure 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyroflow.drawing import COLOURS
+from pyroflow.targets import energy
+
+WINDOW = 4.0
+PIXELS = 140
+COLUMNS = [f"{kind} K={K}" for kind in ("planar", "NICE orthogonal") for K in (2, 8, 32)]
+STYLES = {"planar": "o-", "NICE permutation": "s--", "NICE orthogonal": "^:"}
+
+Panels = dict[str, tuple[Tensor, float]]
+
+
+def keep_density(log_prob: Callable[[Tensor], Tensor], folder: Path, key: str) -> None:
+    """Save what a panel shows of a run."""
+    torch.save(_density(log_prob), _density_file(folder, key))
+
+
+def best_densities(runs: dict[str, dict[str, Any]], folder: Path) -> Panels:
+    """By cell, such as "U1 planar K=2", the density of its best run and its KL.
+
+    Nothing, where a run's density is missing: the folder is not kept with the code.
+    """
+    best: dict[str, str] = {}
+    for key, found in runs.items():
+        cell = key.split(" seed=")[0]
+        if cell not in best or found["kl"] < runs[best[cell]]["kl"]:
+            best[cell] = key
+    files = {cell: _density_file(folder, key) for cell, key in best.items()}
+    if not all(path.exists() for path in files.values()):
+        return {}
+    return {c: (torch.load(path), runs[best[c]]["kl"]) for c, path in files.items()}
+
+
+def densities(panels: Panels) -> Figure:
+    """The exact densities, and the best fit of each flow and length, an energy a row."""
+    columns = ["exact", *COLUMNS]
+    figure = Figure(figsize=(1.75 * len(columns), 7.9), layout="compressed")
+    grid = figure.subplots(4, len(columns))
+    for number, row in enumerate(grid, start=1):
+        shown = {"exact": (_exact(number), None)} | {
+            column: panels.get(f"U{number} {column}", (None, None)) for column in COLUMNS
+        }
+        for ax, (column, (density, kl)) in zip(row, shown.items(), strict=True):
+            _panel(ax, density, kl)
+            if number == 1:
+                ax.set_title(column.replace(" K=", "\nK = "), fontsize=9)
+        row[0].set_ylabel(f"$U_{number}$")
+    return figure
+
+
+def lengths(
+    summary: dict[str, dict[str, Any]], floors: dict[str, float], limits: dict[str, float]
+) -> Figure:
+    """KL against the flow length, an energy a panel: medians, ranges and the floor of NICE."""
+    figure = Figure(figsize=(13, 3.9), layout="compressed")
+    for ax, (name, floor) in zip(figure.subplots(1, 4, sharey=True), floors.items(), strict=True):
+        for colour, (kind, style) in zip(COLOURS, STYLES.items(), strict=False):
+            _curve(ax, summary, f"{name} {kind}", style, color=colour, label=kind)
+        ax.axhline(floor, color="0.4", linewidth=1, label="floor of NICE")
+        ax.set(xscale="log", yscale="log", xlabel="flow length K")
+        ax.set_title(f"$U_{name[1:]}$: KL = F + {-limits[name]:.3f}", fontsize=10)
+        ax.set_xlim(1.6, 40)
+        ax.set_xticks([2, 8, 32], ["2", "8", "32"])
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("KL(q‖p), nats")
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def _curve(ax: Axes, summary: dict[str, dict], name: str, style: str, **options: Any) -> None:
+    found = [(K, summary[f"{name} K={K}"]) for K in (2, 8, 32) if f"{name} K={K}" in summary]
+    x = [K for K, _ in found]
+    low, middle, high = ([cell[k] for _, cell in found] for k in ("low", "median", "high"))
+    ax.plot(x, middle, style, markersize=4, **options)
+    ax.fill_between(x, low, high, color=options["color"], alpha=0.15, linewidth=0)
+
+
+def _panel(ax: Axes, density: Tensor | None, kl: float | None) -> None:
+    ax.set(xticks=[], yticks=[])
+    if density is None:
+        ax.set_axis_off()
+        return
+    ax.imshow(density.numpy(), origin="lower", cmap="magma", vmin=0.0)
+    if kl is not None:
+        ax.set_xlabel(f"KL {kl:.3f}", fontsize=8, labelpad=2)
+
+
+def _exact(number: int) -> Tensor:
+    target = energy(number)
+    return _density(lambda z: -target(z))
+
+
+@torch.no_grad()
+def _density(log_prob: Callable[[Tensor], Tensor]) -> Tensor:
+    """What log_prob is the log of, at the centres of cells, row i being the i-th z2."""
+    places = WINDOW * ((torch.arange(PIXELS, dtype=torch.float64) + 0.5) / PIXELS * 2 - 1)
+    points = torch.cartesian_prod(places, places).flip(-1)
+    return log_prob(points).exp().view(PIXELS, PIXELS).float()
+
+
+def _density_file(folder: Path, key: str) -> Path:
+    return folder / f"{key} density.pt"
