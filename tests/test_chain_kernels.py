@@ -50,3 +50,27 @@ def test_only_the_gradients_that_are_wanted(inverse: bool) -> None:
     every = chain_kernels.gradients(z, units, done, z, None, inverse=inverse, needs=(True, True))
     assert torch.allclose(grads[0], every[0], atol=1e-13)
     assert grads[1:] == (None, None, None, None)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("batch", [(1, 4), (1, 1, 4), (1, 2, 4)])
+def test_serve_a_batch_with_a_dimension_of_one_sample(
+    batch: tuple, inverse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tuple(size for size in batch if size > 1)
+    parts = given_planar(3, 5, own, sd=1.5).parts
+    leaves = [parts[name].detach().requires_grad_() for name in ("w", "u", "b")]
+    z = torch.randn(*batch, 3)
+
+    def grads_at(z: torch.Tensor) -> tuple:
+        units = Units(*leaves, None)
+        image, work = stack.evaluate_stack(z, units, inverse=inverse)
+        assert image.shape == z.shape
+        assert work.log_det.shape == z.shape[:-1]
+        total = image.square().sum() + work.log_det.sin().sum()
+        return image, *torch.autograd.grad(total, leaves)
+
+    expected = grads_at(z.reshape(*own, 3))
+    monkeypatch.setattr(stack, "_general", None)
+    for found, right in zip(grads_at(z), expected, strict=True):
+        assert torch.allclose(found.reshape(right.shape), right, atol=1e-12)

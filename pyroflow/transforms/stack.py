@@ -56,8 +56,8 @@ def evaluate_stack(
         return _general(z, units, inverse, known and known[1].a, activation)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # neither records a Function
         return _traced(z, units, inverse)
-    if z.dim() > 2 and kernels is chain_kernels:
-        units = _flattened(units, z.dim() - 2)
+    if kernels is chain_kernels:
+        units = _flattened(units)
     rows = constrain_rows(units.W.detach(), units.U.detach()) if units.s is None else None
     if units.s is None and rows is None:
         u_hat, s = constrain(units.W, units.U)
@@ -82,8 +82,8 @@ def _traced(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Work]:
     W, U, b, s, size = units
     if s is None:
         U, s = constrain(W, U)
-    if z.dim() > 2 and W.dim() > 2:
-        W, U, b, s, _ = _flattened(Units(W, U, b, s), z.dim() - 2)
+    if W.dim() > 2:
+        W, U, b, s, _ = _flattened(Units(W, U, b, s))
     flat = z.reshape(-1, z.shape[-1])
     image, log_det, _, _ = compiled.stack(flat, W, U, b, s, size, inverse)
     return image.reshape(z.shape), Work(log_det.reshape(z.shape[:-1]))
@@ -123,14 +123,17 @@ def _kernels_for(z: Tensor, units: Units) -> ModuleType | None:
     W, U, b = units[:3]
     if W.dim() == U.dim() == 2 and b.dim() == 1:
         return stack_kernels
-    batch = z.shape[:-1]
-    own = batch and W.shape[:-2] == U.shape[:-2] == b.shape[:-1] == batch
-    return chain_kernels if own and units.size == 1 else None
+    own = W.shape[:-2]
+    extra = z.dim() - W.dim() + 1  # batch dimensions of z alone, such as one of samples
+    fits = own and extra >= 0 and z.shape[:-1] == (1,) * extra + own
+    fits = fits and U.shape[:-2] == b.shape[:-1] == own
+    return chain_kernels if fits and units.size == 1 else None
 
 
-def _flattened(units: Units, dims: int) -> Units:
-    """The units with their batch dimensions, one more than ``dims``, made one."""
-    parts = [None if t is None else t.flatten(0, dims) for t in units[:4]]
+def _flattened(units: Units) -> Units:
+    """The units with their batch dimensions made one."""
+    last = units.W.dim() - 3
+    parts = [None if t is None else t.flatten(0, last) for t in units[:4]]
     return Units(*parts, units.size)
 
 
