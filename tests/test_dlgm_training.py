@@ -1,0 +1,265 @@
+"""Training the deep latent Gaussian model: schedule, batches, checkpoints, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyroflow.experiments import dlgm_training
+from pyroflow.experiments.dlgm import DLGM, Terms
+from pyroflow.experiments.dlgm_training import Schedule, train
+from pyroflow.experiments.processes import Processes
+from pyroflow.seeds import seeded
+from pyroflow.transforms import ConditionalPlanar
+
+LENGTHS = {"warm_up": 3, "cool_down": 5, "annealing": 4, "batch_size": 10}
+SCHEDULE = Schedule(12, lr=0.01, flow_lr=0.02, **LENGTHS)
+IMAGES = (torch.rand(35, 6, generator=torch.Generator().manual_seed(5)) < 0.5).to(torch.uint8)
+
+
+def small(seed: int = 0) -> DLGM:
+    with seeded(seed):
+        flow = ConditionalPlanar(2, 8, 3, hidden_dims=())
+        return DLGM(6, [flow], latent_dim=2, hidden_dim=8)
+
+
+def trained(schedule: Schedule = SCHEDULE, seed: int = 0, **options: object) -> DLGM:
+    dlgm = small()
+    train(dlgm, IMAGES, schedule, seed=seed, progress=False, **options)
+    return dlgm
+
+
+def parameters(dlgm: DLGM) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in dlgm.parameters()])
+
+
+# the schedule
+
+
+def test_beta_is_equation_20() -> None:
+    """β_t = min(1, 0.01 + t/10000), for the paper's 10,000 updates of annealing."""
+    schedule = Schedule(500_000, lr=1e-5, flow_lr=1e-5, annealing=10_000)
+    steps = (0, 1, 500, 9_899, 9_900, 499_999)
+    expected = [0.01, 0.0101, 0.06, 0.9999, 1.0, 1.0]
+    assert [schedule.beta(t) for t in steps] == pytest.approx(expected, abs=1e-12)
+
+
+def test_rates_rise_stay_and_fall() -> None:
+    schedule = Schedule(100, lr=1.0, flow_lr=1.0, warm_up=10, cool_down=20)
+    found = [schedule.rate(t) for t in (0, 4, 9, 50, 80, 90, 99)]
+    assert found == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.05])
+
+
+@pytest.mark.parametrize(
+    "name", ["updates", "warm_up", "cool_down", "annealing", "batch_size", "lr", "flow_lr"]
+)
+def test_a_schedule_wants_positive_numbers(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        Schedule(**{"updates": 5, "lr": 1.0, "flow_lr": 1.0} | {name: 0})
+
+
+def test_the_flow_has_a_rate_of_its_own() -> None:
+    """Adam's first step is of the size of the rate, whatever the gradient."""
+    dlgm = small()
+    with torch.no_grad():
+        for p in dlgm.parts.parameters():  # at the identity, some have no gradient
+            p.add_(torch.randn_like(p))
+    before = copy.deepcopy(dlgm)
+    lengths = LENGTHS | {"warm_up": 1, "cool_down": 1}
+    train(dlgm, IMAGES, Schedule(1, lr=0.01, flow_lr=0.0001, **lengths), progress=False)
+    pairs = zip(before.named_parameters(), dlgm.parameters(), strict=True)
+    for (name, old), new in pairs:
+        rate = 0.0001 if name.startswith("parts") else 0.01
+        assert (new - old).abs().max().item() == pytest.approx(rate, rel=0.01), name
+
+
+# what an update does
+
+
+def test_training_lowers_the_bound() -> None:
+    images = (torch.rand(200, 6) < torch.linspace(0.05, 0.95, 6)).to(torch.uint8)
+    images[:, 3:] = images[:, :3]
+    dlgm = small()
+    before = dlgm(images.double(), 50).bound().mean().item()
+    done = train(dlgm, images, Schedule(500, lr=0.01, flow_lr=0.005), progress=False)
+    after = dlgm(images.double(), 50).bound().mean().item()
+    assert after < 0.8 * before
+    assert (done.updates, done.skipped) == (500, 0)
+    assert done.seconds > 0
+
+
+def test_every_update_has_its_beta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the loss; the number that is shown has β = 1."""
+    betas: list[float] = []
+    bound = Terms.bound
+
+    def noted(terms: Terms, beta: float = 1.0) -> Tensor:
+        betas.append(beta)
+        return bound(terms, beta)
+
+    monkeypatch.setattr(Terms, "bound", noted)
+    trained()
+    assert betas[::2] == [0.01, 0.26, 0.51, 0.76, *[1.0] * 8]
+    assert betas[1::2] == [1.0] * 12
+
+
+def test_every_image_once_an_epoch() -> None:
+    """All but the rest of 5 that no batch of 10 takes, in another order each time."""
+    numbers = torch.arange(35)[:, None]
+    batches = dlgm_training._batches(numbers, 10, 0, Processes())(0)
+    epochs = [torch.cat([next(batches) for _ in range(3)]).flatten().tolist() for _ in range(2)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == 30
+    assert epochs[0] != epochs[1]
+
+
+def test_processes_share_a_batch() -> None:
+    numbers = torch.arange(40)[:, None]
+    shares = [dlgm_training._batches(numbers, 10, 0, Processes(r, 2))(0) for r in range(2)]
+    epoch = [torch.cat([next(share) for _ in range(4)]).flatten() for share in shares]
+    assert epoch[0].shape == epoch[1].shape == (20,)
+    assert torch.equal(torch.cat(epoch).sort().values, torch.arange(40))
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 7])
+def test_batches_go_on_where_they_were(done: int) -> None:
+    numbers = torch.arange(35)[:, None]
+    unbroken = dlgm_training._batches(numbers, 10, 0, Processes())(0)
+    for _ in range(done):
+        next(unbroken)
+    resumed = dlgm_training._batches(numbers, 10, 0, Processes())(done)
+    for _ in range(4):
+        assert torch.equal(next(unbroken), next(resumed))
+
+
+def test_processes_and_updates_have_noise_of_their_own() -> None:
+    parts = product(range(3), range(4), range(50))  # seed, rank, update
+    assert len({dlgm_training._noise_seed(*part) for part in parts}) == 600
+
+
+def test_seeds_differ_and_repeat() -> None:
+    first, again, other = (parameters(trained(seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 1e-4
+
+
+def test_training_leaves_the_callers_generator() -> None:
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    trained()
+    assert torch.equal(torch.rand(3), expected)
+
+
+# checkpoints
+
+
+@pytest.mark.parametrize("stopped", [4, 8])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path, stopped: int) -> None:
+    """To the last bit, whichever update the interruption came after."""
+    checkpoint = tmp_path / "run.pt"
+    broken, count = small(), 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > stopped + 1:
+            raise KeyboardInterrupt
+
+    broken.encoder.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, IMAGES, SCHEDULE, checkpoint=checkpoint, every=4, progress=False)
+    kept = torch.load(checkpoint, weights_only=True)["state"]
+    assert kept["updates"] == stopped
+    resumed = small(seed=9)
+    done = train(resumed, IMAGES, SCHEDULE, checkpoint=checkpoint, every=4, progress=False)
+    assert torch.equal(parameters(resumed), parameters(trained()))
+    assert done.updates == 12
+    assert done.seconds > kept["seconds"]
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_a_finished_run_is_read_and_not_repeated(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.pt"
+    first = trained(checkpoint=checkpoint)
+    again = small(seed=9)
+    done = train(again, IMAGES, SCHEDULE, checkpoint=checkpoint, progress=False)
+    assert done.updates == 12
+    assert torch.equal(parameters(again), parameters(first))
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.pt"
+    trained(checkpoint=checkpoint)
+    longer = Schedule(13, lr=0.01, flow_lr=0.02, **LENGTHS)
+    for schedule, seed in ((longer, 0), (SCHEDULE, 1)):
+        with pytest.raises(ValueError, match=r"run\.pt is a checkpoint of .*remove it or name"):
+            trained(schedule, seed, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no checkpoint", None])
+def test_a_damaged_checkpoint_is_refused_and_kept(tmp_path: Path, damage: bytes | None) -> None:
+    checkpoint = tmp_path / "run.pt"
+    trained(checkpoint=checkpoint)
+    whole = checkpoint.read_bytes()
+    damaged = whole[: len(whole) // 2] if damage is None else damage
+    checkpoint.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"run\.pt .*remove it"):
+        trained(checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == damaged
+
+
+def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.pt"
+    trained(checkpoint=checkpoint)
+    other = DLGM(6, latent_dim=3, hidden_dim=8)
+    with pytest.raises(ValueError, match=r"run\.pt .*another model"):
+        train(other, IMAGES, SCHEDULE, checkpoint=checkpoint, progress=False)
+
+
+# what is refused, and what is lived through
+
+
+def test_an_update_without_a_finite_gradient_is_left_out() -> None:
+    images = IMAGES.double()
+    images[7] = math.nan
+    dlgm = small()
+    done = train(dlgm, images, SCHEDULE, progress=False)
+    assert 0 < done.skipped < 12
+    assert parameters(dlgm).isfinite().all()
+    assert math.isfinite(done.free_energy)
+
+
+def test_a_run_that_never_moves_is_given_up() -> None:
+    dlgm, schedule = small(), Schedule(200, lr=0.01, flow_lr=0.02, **LENGTHS)
+    before = copy.deepcopy(dlgm)
+    with pytest.raises(
+        FloatingPointError, match="no finite gradient in 100 updates up to 99; lower"
+    ):
+        train(dlgm, torch.full((35, 6), math.nan), schedule, progress=False)
+    assert torch.equal(parameters(dlgm), parameters(before))
+
+
+def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: norms.append(total(self)))
+
+    def total(adam: torch.optim.Optimizer) -> float:
+        grads = [p.grad for group in adam.param_groups for p in group["params"]]
+        return torch.cat([g.flatten() for g in grads]).norm().item()
+
+    trained(Schedule(3, lr=0.01, flow_lr=0.01, max_norm=0.5, batch_size=10, annealing=1))
+    assert norms == pytest.approx([0.5] * 3, rel=1e-4)
+
+
+def test_batches_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size 10 cannot be shared by 3 processes"):
+        trained(processes=Processes(0, 3))
+    with pytest.raises(ValueError, match="images must be at least batch_size 10, got 9"):
+        train(small(), IMAGES[:9], SCHEDULE, progress=False)
