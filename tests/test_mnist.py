@@ -1,0 +1,214 @@
+"""Figure 4 and Table 2: the command from files to figure, and what the runs depend on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_cases import write_mnist
+from typer.testing import CliRunner
+
+from pyroflow import cli, datasets
+from pyroflow.experiments import dlgm_study, mnist, mnist_drawing, sylvester
+from pyroflow.experiments.dlgm_training import Schedule
+from pyroflow.experiments.results import Options
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+FLOWS = ("planar K=0", "planar K=10", "NICE K=10")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mnist(tmp_path_factory.mktemp("data"), 1000, 100)
+
+
+def quick(out: Path, data: Path | None, *only: str, module: Any = mnist) -> dict[str, Any]:
+    return module.run(Options(out=out, quick=True, data=data, only=only, progress=False))
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("out")
+    torch.set_default_dtype(torch.float32)
+    report = quick(out, data, *FLOWS)
+    torch.set_default_dtype(torch.float64)
+    return out, report
+
+
+def test_a_run_scores_every_flow_that_is_asked_for(short: tuple[Path, dict[str, Any]]) -> None:
+    out, report = short
+    assert list(report["runs"]) == [f"{flow} seed=0" for flow in FLOWS]
+    for found in report["runs"].values():
+        assert (found["images"], found["samples"], found["updates"]) == (100, 10, 50)
+        assert (found["skipped_updates"], found["processes"]) == (0, 1)
+        assert found["nll"] < found["free_energy"] < 784 * math.log(2)
+        assert found["kl"] == pytest.approx(found["free_energy"] - found["nll"])
+        assert 0 < found["nll_se"] < found["nll"]
+        assert found["seconds"] > 0
+    assert (out / "mnist.png").stat().st_size > 10_000
+
+
+def test_all_lengths_have_the_same_networks(short: tuple[Path, dict[str, Any]]) -> None:
+    """What K layers add: planar (400 + 1) · 81 a layer, and their own start; NICE is global."""
+    parameters = [run["parameters"] for run in short[1]["runs"].values()]
+    networks = 4 * 400 * (784 + 1) + 80 * 401 + 4 * 400 * 41 + 784 * 401
+    assert parameters[0] == networks
+    assert parameters[1] - networks == 10 * (400 + 2) * 81
+    assert parameters[2] > networks
+    model = mnist.model(torch.zeros(784), mnist.nice(10))
+    assert parameters[2] - networks == sum(p.numel() for p in model.parts.parameters())
+
+
+def test_a_rerun_trains_nothing_and_draws_again(
+    short: tuple[Path, dict[str, Any]], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, report = short
+    monkeypatch.setattr(dlgm_study, "train", None)
+    (out / "mnist.png").unlink()
+    assert quick(out, data, *FLOWS) == report
+    assert (out / "mnist.png").exists()
+
+
+def test_a_lost_file_of_results_is_made_again_from_the_checkpoints(
+    short: tuple[Path, dict[str, Any]], data: Path
+) -> None:
+    out, report = short
+    whole = (out / "mnist.json").read_text()
+    (out / "mnist.json").unlink()
+    again = quick(out, data, FLOWS[1])["runs"]["planar K=10 seed=0"]
+    (out / "mnist.json").write_text(whole)
+    was = report["runs"]["planar K=10 seed=0"]
+    for name in ("free_energy", "nll", "updates", "seconds"):
+        assert again[name] == was[name], name
+
+
+def test_networks_start_alike_whatever_the_flow(data: Path) -> None:
+    study = mnist.study("mnist", {}, Options(out=data, quick=True, data=data))
+    starts = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def no_training(dlgm: Any, *_: Any, **__: Any) -> None:
+            starts.append(dlgm.encoder.linear.weight.clone())
+            raise InterruptedError
+
+        patch.setattr(dlgm_study, "train", no_training)
+        for flow in (list, lambda: mnist.planar(10), lambda: mnist.nice(10)):
+            named = dlgm_study.Study(**vars(study) | {"flows": {"flow": flow}})
+            with pytest.raises(InterruptedError):
+                dlgm_study.run_study(named, Options(out=data / "out", progress=False))
+    assert len(starts) == 3
+    assert torch.equal(starts[0], starts[1])
+    assert torch.equal(starts[0], starts[2])
+
+
+def test_images_are_drawn_once_and_not_cut_at_a_threshold(data: Path) -> None:
+    """Larochelle & Murray's way: each pixel by its grey, from a fixed seed."""
+    options = Options(out=data, data=data)
+    study, again = (mnist.study("mnist", {}, options) for _ in range(2))
+    grey = datasets.mnist(data).train_images
+    assert torch.equal(study.training, again.training)
+    assert study.training.unique().tolist() == [0, 1]
+    threshold = grey > 127
+    assert (study.training.bool() != threshold).float().mean() > 0.02
+    assert study.training.float().mean() == pytest.approx((grey / 255.0).mean().item(), rel=0.02)
+    assert not torch.equal(study.training[:100], study.test)
+
+
+def test_the_real_run_is_the_papers_but_for_its_schedule() -> None:
+    assert (mnist.LATENT, mnist.HIDDEN, mnist.SAMPLES) == (40, 400, 200)
+    assert mnist.LENGTHS == (10, 20, 40, 80)
+    assert mnist.SCHEDULE.batch_size == 100
+    assert mnist.SCHEDULE.updates < 500_000
+
+
+def test_pixels_start_at_their_mean() -> None:
+    mean = torch.linspace(0, 1, 784)
+    model = mnist.model(mean, [])
+    start = model.outputs.bias.detach().sigmoid()
+    torch.testing.assert_close(start, mean.clamp(1e-3, 1 - 1e-3))
+    assert torch.equal(model.centre, mean)
+
+
+@pytest.mark.parametrize("name", ["mnist", "sylvester"])
+def test_the_command_asks_for_data(tmp_path: Path, name: str) -> None:
+    command = ["reproduce", name, "--quick", "--out", str(tmp_path)]
+    assert CliRunner().invoke(cli.app, command).exit_code == 2
+    nothing = CliRunner().invoke(cli.app, [*command, "--data", str(tmp_path)])
+    assert nothing.exit_code == 2
+    assert "train-images" in nothing.output
+    assert not (tmp_path / f"{name}.json").exists()
+
+
+def test_another_schedule_is_another_file(
+    short: tuple[Path, dict[str, Any]], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mnist, "Schedule", lambda *_, **__: Schedule(60, lr=1e-3, flow_lr=1e-3))
+    with pytest.raises(ValueError, match=r"mnist\.json is of a run with schedule="):
+        quick(short[0], data, *FLOWS)
+
+
+# Sylvester
+
+
+def test_sylvester_goes_on_from_the_planar_checkpoint(tmp_path: Path, data: Path) -> None:
+    """Equal K·M, equal budget; the planar flow of mnist is not trained twice."""
+    assert sylvester.UNITS * sylvester.LAYERS == 40
+    planar = quick(tmp_path, data, "planar K=40")["runs"]["planar K=40 seed=0"]
+    report = quick(tmp_path, data, "planar", "qr", module=sylvester)
+    assert list(report["runs"]) == ["planar K=40 seed=0", "qr M=8 L=5 seed=0"]
+    same = report["runs"]["planar K=40 seed=0"]
+    assert (same["nll"], same["seconds"]) == (planar["nll"], planar["seconds"])
+    found = report["runs"]["qr M=8 L=5 seed=0"]
+    assert found["updates"] == same["updates"]
+    assert found["nll"] < found["free_energy"] < 784 * math.log(2)
+    assert (tmp_path / "sylvester.png").stat().st_size > 5_000
+    lines = sylvester.table(report).splitlines()
+    assert lines[1].split()[-3:] == ["86.06", "/", "81.91"]
+    assert lines[2].split()[-3:] == ["83.32", "/", "80.22"]
+    assert f"{found['nll']:.2f}" in lines[2]
+
+
+@pytest.mark.parametrize("kind", sylvester.KINDS)
+def test_sylvester_flows_start_near_the_identity(kind: str) -> None:
+    """Rotations stay, but the density is hardly another."""
+    (flow,) = sylvester.sylvester(kind)
+    z = torch.randn(100, 40)
+    layers = flow.condition(torch.randn(100, 400) / 20)
+    assert layers.log_abs_det_jacobian(z, layers(z)).abs().max() < 2
+
+
+# the figure and the table
+
+
+def runs_of(values: dict[str, float]) -> dict[str, dict[str, float]]:
+    return {
+        key: {"free_energy": v + 5, "kl": 5.0, "nll": v, "nll_se": 0.1} for key, v in values.items()
+    }
+
+
+def test_curves_are_means_over_seeds_and_share_their_start() -> None:
+    runs = runs_of({"planar K=0 seed=0": 90.0, "planar K=0 seed=1": 92.0, "NICE K=10 seed=0": 89.0})
+    assert mnist_drawing.curves(runs, "NICE", "nll") == {0: 91.0, 10: 89.0}
+    assert mnist_drawing.curves(runs, "planar", "free_energy") == {0: 96.0}
+
+
+def test_the_table_has_the_papers_numbers() -> None:
+    runs = runs_of({"planar K=0 seed=0": 90.0, "planar K=80 seed=0": 86.0})
+    lines = [line.split() for line in mnist.table({"runs": runs}).splitlines()]
+    assert lines[5:7] == [
+        ["planar", "nll", "90.00", "86.00"],
+        ["the", "paper", "89.90", "87.50", "86.50", "85.70", "85.10"],
+    ]
+    assert lines[12] == ["the", "paper", "89.90", "88.60", "87.90", "87.30", "87.20"]
+
+
+def test_the_figure_has_ours_and_theirs() -> None:
+    figure = mnist_drawing.draw(runs_of({"planar K=0 seed=0": 90.0, "NICE K=20 seed=0": 88.0}))
+    nll = figure.axes[2]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in nll.lines}
+    assert drawn["NICE, pyroflow"] == [90.0, 88.0]
+    assert drawn["planar, the paper"] == [89.9, 87.5, 86.5, 85.7, 85.1]
