@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint slow notebooks bench posteriordb clean
+.PHONY: demo test lint slow notebooks bench posteriordb paper clean
 
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	$(BIN)/pyroflow demo
@@ -29,6 +29,13 @@ bench: $(VENV)/bench-installed $(JAX_VENV)/installed  ## Speed beside other libr
 posteriordb: $(INSTALLED)  ## Ten posteriors, ours beside rivals and NUTS, with resume; an hour. PYROFLOW_POSTERIORDB says where the data are.
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.posteriordb run --threads 1
 	cd tests && ../$(BIN)/python -m benchmarks.posteriordb table
+
+paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MNIST is the folder of the four files.
+	OMP_NUM_THREADS=1 $(BIN)/pyroflow reproduce figure1
+	OMP_NUM_THREADS=1 $(BIN)/pyroflow reproduce figure3
+	$(BIN)/pyroflow reproduce mnist --data $(PYROFLOW_MNIST)
+	$(BIN)/pyroflow reproduce sylvester --data $(PYROFLOW_MNIST)
+	$(BIN)/python tests/benchmarks/mnist_speed.py
 
 clean:
 	rm -rf $(VENV) $(JAX_VENV)

@@ -24,7 +24,7 @@ LENGTHS = (10, 20, 40, 80)
 NICE_HIDDEN = 40  # units of each coupling
 SAMPLES = 200  # for −ln p(x), as in the paper
 TRAIN_SEED, TEST_SEED = 0, 1  # of the binarisation, drawn once
-SCHEDULE = Schedule(16_000, lr=2e-3, flow_lr=5e-4)
+SCHEDULE = Schedule(40_000, lr=2e-3, flow_lr=5e-4, cool_down=27_000)
 
 
 def run(options: Options) -> dict[str, Any] | None:
