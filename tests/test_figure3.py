@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,16 +81,32 @@ def test_runs_are_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert two[key]["kl"] == found["kl"]
 
 
-def test_densities_are_drawn_only_where_all_are_there(short: tuple[Path, dict]) -> None:
+def test_panels_show_the_best_runs(short: tuple[Path, dict]) -> None:
     out, report = short
-    folder = out / "checkpoints" / "figure3"
-    found = figure3_drawing.best_densities(report["runs"], folder)
-    assert set(found) == set(ONLY)
-    density, kl = found[ONLY[0]]
-    assert kl == report["summary"][ONLY[0]]["low"]
-    cell = (2 * figure3_drawing.WINDOW / figure3_drawing.PIXELS) ** 2
-    assert 0.5 < density.sum() * cell < 1.01
-    assert figure3_drawing.best_densities(report["runs"], folder / "elsewhere") == {}
+    best = figure3_drawing.shown(report["runs"])
+    assert set(best) == {"U2 planar K=2", "U1 NICE orthogonal K=8"}
+    for cell, key in best.items():
+        density, kl = torch.load(out / "checkpoints" / "figure3" / f"{key} density.pt")
+        assert kl == report["summary"][cell]["low"]
+        area = (2 * figure3_drawing.WINDOW / figure3_drawing.PIXELS) ** 2
+        assert 0.5 < density.sum() * area < 1.01
+
+
+def test_a_picture_without_its_densities_is_made_from_new_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a clone, which has the numbers and no checkpoints: only the panels' runs are fitted."""
+    cell = "U2 planar K=2"
+    report = quick(tmp_path, only=(cell,), seeds=2)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "figure3_densities.png").unlink()
+    assert quick(tmp_path, only=(cell,), seeds=2) == report
+    (left,) = (tmp_path / "checkpoints" / "figure3").iterdir()
+    assert left.name == f"{figure3_drawing.shown(report['runs'])[cell]} density.pt"
+    assert torch.load(left)[1] == report["summary"][cell]["low"]
+    shutil.rmtree(tmp_path / "checkpoints")
+    monkeypatch.setattr(figure3, "fit_energy", None)
+    quick(tmp_path, only=(cell,), seeds=2)  # the picture is there and no run is new
 
 
 def test_bound_of_a_known_gaussian() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,8 +56,7 @@ def run(options: Options) -> dict[str, Any]:
     results = Results(options.out / "figure3.json", settings | budget)
     chosen = [key for key in options.chosen(_keys(options)) if key not in results.runs]
     folder = checkpoint_folder(options, "figure3")
-    for key in (bar := tqdm(chosen, desc="figure3", disable=not options.progress)):
-        bar.set_postfix_str(key)
+    for key in _with_progress(chosen, options):
         results.add(key, _fitted(key, folder, **budget))
         _checkpoint(folder, key).unlink(missing_ok=True)
     floors = {f"U{number}": volume_preserving_floor(energy(number)) for number in ENERGIES}
@@ -65,9 +64,10 @@ def run(options: Options) -> dict[str, Any]:
     limits = {f"U{number}": -energy(number).log_normalizer for number in ENERGIES}
     results.write(nice_floors=floors, bound_limits=limits, summary=summary)
     save_figure(figure3_drawing.lengths(summary, floors, limits), options.out / "figure3_kl.png")
-    panels = figure3_drawing.best_densities(results.runs, folder)
-    if panels:
-        save_figure(figure3_drawing.densities(panels), options.out / "figure3_densities.png")
+    picture = options.out / "figure3_densities.png"
+    if chosen or not picture.exists():
+        panels = _densities(results.runs, folder, options, budget)
+        save_figure(figure3_drawing.densities(panels), picture)
     return {"runs": results.runs, **results.summary}
 
 
@@ -146,13 +146,33 @@ def _fitted(key: str, folder: Path, *, fresh: int, **options: int) -> dict[str, 
         **options,
     )
     q = copy.deepcopy(flow).double()()
-    figure3_drawing.keep_density(q.log_prob, folder, key)
-    return _judged(q, energy(number), fresh) | {
+    judged = _judged(q, energy(number), fresh)
+    figure3_drawing.keep_density(q.log_prob, judged["kl"], _density_file(folder, key))
+    return judged | {
         "parameters": sum(p.numel() for p in flow.parameters()),
         "updates": fit.steps,
         "seconds": round(fit.seconds, 1),
         "stopped": fit.stopped,
     }
+
+
+def _with_progress(keys: list[str], options: Options) -> Iterator[str]:
+    for key in (bar := tqdm(keys, desc="figure3", disable=not options.progress)):
+        bar.set_postfix_str(key)
+        yield key
+
+
+def _densities(
+    runs: dict[str, dict[str, Any]], folder: Path, options: Options, budget: dict[str, int]
+) -> dict[str, Path]:
+    """By cell, the file of the panel; what is missing, as in a fresh clone, is fitted again."""
+    keys = figure3_drawing.shown(runs)
+    files = {cell: _density_file(folder, key) for cell, key in keys.items()}
+    missing = [keys[cell] for cell, file in files.items() if not file.exists()]
+    for key in _with_progress(missing, options):
+        _fitted(key, folder, **budget)
+        _checkpoint(folder, key).unlink(missing_ok=True)
+    return files
 
 
 @torch.no_grad()
@@ -199,3 +219,7 @@ def _parts(key: str) -> tuple[int, str, int, int]:
 
 def _checkpoint(folder: Path, key: str) -> Path:
     return folder / f"{key}.pt"
+
+
+def _density_file(folder: Path, key: str) -> Path:
+    return folder / f"{key} density.pt"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +19,33 @@ PIXELS = 140
 COLUMNS = [f"{kind} K={K}" for kind in ("planar", "NICE orthogonal") for K in (2, 8, 32)]
 STYLES = {"planar": "o-", "NICE permutation": "s--", "NICE orthogonal": "^:"}
 
-Panels = dict[str, tuple[Tensor, float]]
 
-
-def keep_density(log_prob: Callable[[Tensor], Tensor], folder: Path, key: str) -> None:
+def keep_density(log_prob: Callable[[Tensor], Tensor], kl: float, file: Path) -> None:
     """Save what a panel shows of a run."""
-    torch.save(_density(log_prob), _density_file(folder, key))
+    torch.save((_density(log_prob), kl), file)
 
 
-def best_densities(runs: dict[str, dict[str, Any]], folder: Path) -> Panels:
-    """By cell, such as "U1 planar K=2", the density of its best run and its KL.
-
-    Nothing, where a run's density is missing: the folder is not kept with the code.
-    """
+def shown(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The runs that have a panel, by cell, such as "U1 planar K=2": those of the least KL."""
     best: dict[str, str] = {}
     for key, found in runs.items():
         cell = key.split(" seed=")[0]
-        if cell not in best or found["kl"] < runs[best[cell]]["kl"]:
+        if cell[3:] in COLUMNS and (cell not in best or found["kl"] < runs[best[cell]]["kl"]):
             best[cell] = key
-    files = {cell: _density_file(folder, key) for cell, key in best.items()}
-    if not all(path.exists() for path in files.values()):
-        return {}
-    return {c: (torch.load(path), runs[best[c]]["kl"]) for c, path in files.items()}
+    return best
 
 
-def densities(panels: Panels) -> Figure:
-    """The exact densities, and the best fit of each flow and length, an energy a row."""
+def densities(files: Mapping[str, Path]) -> Figure:
+    """The exact densities, and the fit of each cell's file, an energy a row."""
+    panels = {cell: torch.load(file) for cell, file in files.items()}
     columns = ["exact", *COLUMNS]
     figure = Figure(figsize=(1.75 * len(columns), 7.9), layout="compressed")
     grid = figure.subplots(4, len(columns))
     for number, row in enumerate(grid, start=1):
-        shown = {"exact": (_exact(number), None)} | {
+        content = {"exact": (_exact(number), None)} | {
             column: panels.get(f"U{number} {column}", (None, None)) for column in COLUMNS
         }
-        for ax, (column, (density, kl)) in zip(row, shown.items(), strict=True):
+        for ax, (column, (density, kl)) in zip(row, content.items(), strict=True):
             _panel(ax, density, kl)
             if number == 1:
                 ax.set_title(column.replace(" K=", "\nK = "), fontsize=9)
@@ -110,7 +103,3 @@ def _density(log_prob: Callable[[Tensor], Tensor]) -> Tensor:
     places = WINDOW * ((torch.arange(PIXELS, dtype=torch.float64) + 0.5) / PIXELS * 2 - 1)
     points = torch.cartesian_prod(places, places).flip(-1)
     return log_prob(points).exp().view(PIXELS, PIXELS).float()
-
-
-def _density_file(folder: Path, key: str) -> Path:
-    return folder / f"{key} density.pt"
