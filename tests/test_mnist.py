@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -154,22 +155,39 @@ def test_another_schedule_is_another_file(
 # Sylvester
 
 
-def test_sylvester_goes_on_from_the_planar_checkpoint(tmp_path: Path, data: Path) -> None:
+def test_sylvester_takes_the_planar_flow_over(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Equal K·M, equal budget; the planar flow of mnist is not trained twice."""
     assert sylvester.UNITS * sylvester.LAYERS == 40
     planar = quick(tmp_path, data, "planar K=40")["runs"]["planar K=40 seed=0"]
+    shutil.rmtree(tmp_path / "checkpoints")
+    with monkeypatch.context() as patched:
+        patched.setattr(dlgm_study, "train", None)
+        taken = quick(tmp_path, data, "planar", module=sylvester)
+    assert taken["runs"] == {"planar K=40 seed=0": planar}
     report = quick(tmp_path, data, "planar", "qr", module=sylvester)
     assert list(report["runs"]) == ["planar K=40 seed=0", "qr M=8 L=5 seed=0"]
-    same = report["runs"]["planar K=40 seed=0"]
-    assert (same["nll"], same["seconds"]) == (planar["nll"], planar["seconds"])
     found = report["runs"]["qr M=8 L=5 seed=0"]
-    assert found["updates"] == same["updates"]
+    assert found["updates"] == planar["updates"]
     assert found["nll"] < found["free_energy"] < 784 * math.log(2)
     assert (tmp_path / "sylvester.png").stat().st_size > 5_000
     lines = sylvester.table(report).splitlines()
     assert lines[1].split()[-3:] == ["86.06", "/", "81.91"]
     assert lines[2].split()[-3:] == ["83.32", "/", "80.22"]
     assert f"{found['nll']:.2f}" in lines[2]
+
+
+def test_sylvester_trains_the_planar_flow_where_mnist_has_other_settings(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(mnist, "NICE_HIDDEN", 3)
+        other = quick(tmp_path, data, "planar K=40")["runs"]["planar K=40 seed=0"]
+    shutil.rmtree(tmp_path / "checkpoints")
+    (own,) = quick(tmp_path, data, "planar", module=sylvester)["runs"].values()
+    assert own["nll"] == other["nll"]
+    assert own["seconds"] != other["seconds"]
 
 
 @pytest.mark.parametrize("kind", sylvester.KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,8 @@ THEIRS = {
 def run(options: Options) -> dict[str, Any] | None:
     """Train and score the three kinds on ``options.data``, with the model and budget of mnist.
 
-    The planar flow of the comparison is that of mnist: its checkpoints serve both.
+    The planar flow of the comparison is that of mnist: its number is taken from mnist.json in
+    the same folder, where that has it, and its checkpoints serve both.
 
     Returns:
         The report: the runs by key, such as "qr M=8 L=5 seed=0". None on other ranks than 0.
@@ -40,7 +42,8 @@ def run(options: Options) -> dict[str, Any] | None:
     """
     flows = {PLANAR: partial(mnist.planar, UNITS * LAYERS)}
     flows |= {f"{kind} M={UNITS} L={LAYERS}": partial(sylvester, kind) for kind in KINDS}
-    report = run_study(mnist.study("sylvester", flows, options), options)
+    study = replace(mnist.study("sylvester", flows, options), siblings=("mnist",))
+    report = run_study(study, options)
     if report is not None:
         save_figure(draw(report["runs"]), options.out / "sylvester.png")
     return report
