@@ -15,7 +15,7 @@ from torch.autograd.functional import jacobian
 
 from pyroflow import ConditionalSylvester, Sylvester, sylvester_flow
 from pyroflow.transforms import ConditionedPlanar, ConditionedSylvester
-from pyroflow.transforms.sylvester import KINDS, orthonormal
+from pyroflow.transforms.sylvester import KINDS, bind_diagonal, orthonormal
 
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 FREE = pytest.mark.parametrize("kind", ["householder", "qr"])
@@ -30,8 +30,8 @@ def by_the_paper(t: ConditionedSylvester, x: Tensor) -> tuple[Tensor, Tensor]:
     log_det = torch.zeros(x.shape[:-1])
     for frame, R, R_tilde, b in zip(t.frame, t.R, t.R_tilde, t.b, strict=True):
         Q, r, r_tilde = orthonormal(frame, t.orthogonal).T, R.diagonal(), R_tilde.diagonal()
-        dot = r * r_tilde
-        bound = r + (-1 + torch.log(1 + torch.exp(dot)) - dot) / r_tilde
+        p = r_tilde.abs()
+        bound = r_tilde.sign() * (-1 / p + torch.log(1 + torch.exp(r_tilde.sign() * r + 1 / p)))
         R, R_tilde = torch.triu(R, 1) + torch.diag(bound), torch.triu(R_tilde)
         a = x @ Q @ R_tilde.T + b
         log_det = log_det + torch.log(torch.prod(1 + bound * r_tilde / torch.cosh(a) ** 2, -1))
@@ -50,13 +50,14 @@ def test_layers_follow_the_paper(kind: str, dim: int, units: int, layers: int) -
 
 
 # Two dimensions and Qᵀ = the frame: R̃ = ((2, 1), (0, -1)), R = ((0.5, 0.25), (0, 0.7)),
-# b = (0.1, 0.2), x = (0.3, -1). The dots of the diagonals are 1 and -0.7; a = (-0.3, 1.2).
-# With 40 digits m(1) = 0.313261687518223, m(-0.7) = -0.596813951115; the bound diagonal of R is
-# m(r r̃)/r̃. One unit keeps the first row and column, and a = 2 · 0.3 + 0.1 = 0.7.
+# b = (0.1, 0.2), x = (0.3, -1), so a = (-0.3, 1.2). With 40 digits the bound diagonal of R is
+# -1/2 + ln(1 + e^(0.5 + 1/2)) = 0.813261687518223 and, r̃ being negative,
+# 1 - ln(1 + e^(-0.7 + 1)) = 0.145644755531473. One unit keeps the first row and column, and
+# a = 2 · 0.3 + 0.1 = 0.7.
 R_TILDE, R, B, X = [[2.0, 1.0], [9.0, -1.0]], [[0.5, 0.25], [9.0, 0.7]], [0.1, 0.2], [0.3, -1.0]
 BY_HAND = {
-    1: ([0.39466263487068, -1.0], 0.181354084854309),
-    2: ([0.462785111467075, -0.502463300124235], 0.0511211225619390),
+    1: ([0.791509158299942, -1.0], 0.709226601084198),
+    2: ([0.271500264955316, -0.878582578564029], 0.866235199902240),
 }
 
 
@@ -90,11 +91,13 @@ def test_our_determinant_is_right_where_pyros_is_not() -> None:
 
 
 def test_one_unit_is_a_planar_layer() -> None:
-    """w = r̃ q and u = r q, for three layers in a row."""
+    """w = r̃ q and û = r̂ q, for three layers in a row; softplus(wᵀu) = 1 + wᵀû."""
     t, x = random_sylvester(5, 1, 3, "householder", sd=1.5), torch.randn(20, 5)
     q = orthonormal(t.frame, "householder")
-    w, u, b = (t.R_tilde @ q).squeeze(1), (t.R @ q).squeeze(1), t.b.squeeze(1)
-    planar = ConditionedPlanar(w, u, b)
+    bound, s = bind_diagonal(t.R, t.R_tilde)
+    assert torch.allclose(1 + bound * t.R_tilde, s, rtol=1e-12, atol=0)
+    w, u = t.R_tilde @ q, torch.log(torch.expm1(s)) / t.R_tilde * q
+    planar = ConditionedPlanar(w.squeeze(1), u.squeeze(1), t.b.squeeze(1))
     y, expected = t(x), planar(x)
     assert torch.allclose(y, expected, rtol=0, atol=1e-12)
     log_dets = (s.log_abs_det_jacobian(x, s(x)) for s in (t, planar))
@@ -230,11 +233,11 @@ def both_ways(t: Sylvester, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dot", [-20.0, -80.0, 80.0])
 def test_log_det_on_a_bend_by_hand(dot: float, float32: None) -> None:
-    """a = 0 has the determinant softplus(r r̃), which 1 + r r̃ h' would lose to rounding."""
+    """a = 0 and r̃ = 1 have the determinant softplus(r + 1), which 1 + r̂ would lose to rounding."""
     one = torch.ones(1, 1, 1)
     t = ConditionedSylvester(torch.ones(1, 1, 1), dot * one, one, torch.zeros(1, 1), "triangular")
     x = torch.zeros(1)
-    expected = math.log(math.log1p(math.exp(dot)))
+    expected = math.log(math.log1p(math.exp(dot + 1)))
     assert t.log_abs_det_jacobian(x, t(x)).item() == pytest.approx(expected, rel=1e-6)
 
 

@@ -13,9 +13,9 @@ from torch import Size, Tensor, nn
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.transforms.bijection import Bijection
-from pyroflow.transforms.constraint import constrain
+from pyroflow.transforms.constraint import softplus
 from pyroflow.transforms.hypernet import Hypernet
-from pyroflow.transforms.planar import IDENTITY_SLOPE, INIT_SLOPE
+from pyroflow.transforms.planar import INIT_SLOPE
 from pyroflow.transforms.stack import Work, evaluate_stack
 from pyroflow.transforms.stack_kernels import Units
 
@@ -47,12 +47,26 @@ def orthonormal(frame: Tensor, orthogonal: Orthogonal) -> Tensor:
     return identity - frame[..., :M].mT @ reflected
 
 
+def bind_diagonal(r: Tensor, r_tilde: Tensor) -> tuple[Tensor, Tensor]:
+    """The bound diagonal r̂ of R, and s = 1 + r̂ r̃ > 0; all of one shape.
+
+    For r̃ > 0 the bound r̂ > −1/r̃ is kept by r̂ = −1/r̃ + softplus(r + 1/r̃), and r̃ < 0 is its
+    mirror image, since tanh is odd. At r̃ = 0 there is no bound and r̂ = r, with all derivatives.
+    The û of planar layers would not do: for w = r̃ it has a pole at 0, which a diagonal passes on
+    its way from one sign to the other.
+    """
+    p = r_tilde.abs().clamp(min=1e-6)  # below, softplus is linear but for r beyond 1e6
+    v = (1 + r * r_tilde) / p
+    s = (p * softplus(v)).clamp(min=torch.finfo(r.dtype).tiny)
+    return r + r_tilde.sign() * softplus(-v), s
+
+
 class ConditionedSylvester(Bijection):
     """L Sylvester layers y = x + Q R tanh(R̃ Qᵀ x + b) with given parameters; base to data.
 
     Made by :class:`ConditionalSylvester`; usable by itself with parameters of any batch shape.
-    Layer 1 acts first. The diagonals are bound by s_i = 1 + r_ii r̃_ii = softplus(r r̃) > 0, as
-    the paper of planar layers binds û: M = 1 is a planar layer.
+    Layer 1 acts first. The diagonal of R is bound by 1 + r_ii r̃_ii > 0, see
+    :func:`bind_diagonal`; M = 1 is a planar layer.
 
     Args:
         frame: what Q is made of, see :func:`orthonormal`; shape (*P, L, M, D).
@@ -106,12 +120,11 @@ class ConditionedSylvester(Bijection):
     def _units(self, frame: Tensor, R: Tensor, R_tilde: Tensor, b: Tensor) -> Units:
         """The layers as planar units: W = R̃ Qᵀ and Û = (Q R)ᵀ, so that G = R̃ R is triangular."""
         M, D = frame.shape[-2:]
-        below, across = (t.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) for t in (R_tilde, R))
-        bound, s = constrain(below, across)
+        bound, s = bind_diagonal(*(t.diagonal(dim1=-2, dim2=-1) for t in (R, R_tilde)))
         Q_T = orthonormal(frame, self.orthogonal)
         W = R_tilde.triu() @ Q_T
-        U = (R.triu(1) + bound.squeeze(-1).diag_embed()).mT @ Q_T
-        W, U, s = (t.flatten(-3, -2) for t in (W, U, s))
+        U = (R.triu(1) + bound.diag_embed()).mT @ Q_T
+        W, U, s = (t.flatten(-3, -2) for t in (W, U, s.unsqueeze(-1)))
         return Units(W, U, b.flatten(-2), s, max(M, 1))
 
 
@@ -134,7 +147,8 @@ class Sylvester(ConditionedSylvester, TransformModule):
         num_layers: L; 0 is the identity.
         orthogonal: how Q is made: a product of M "householder" reflections; the orthogonal factor
             of a "qr" decomposition; or "triangular", where Q is fixed, in turn the first columns
-            of the identity and the last ones in reverse.
+            of the identity and the last ones in reverse. That is meant for M = D: where 2 M < D
+            the D − 2 M coordinates between stay as they are.
 
     Attributes:
         frame: what Q is made of, shape (L, M, D); a buffer where Q is fixed.
@@ -195,17 +209,18 @@ class Sylvester(ConditionedSylvester, TransformModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw Q and hyperplanes that cross a standard normal, and set R so that it is zero.
+        """Draw Q and hyperplanes that cross a standard normal, and set R so that it is bound to 0.
 
-        r_ii r̃_ii = ln(e − 1) makes the bound diagonal of R vanish.
+        p softplus(r + 1/p) = 1, where p is the diagonal of R̃.
         """
         if self.orthogonal != "triangular":
             self.frame.normal_()
         M = self.b.shape[-1]
         self.R_tilde.normal_(std=INIT_SLOPE / math.sqrt(2 * M)).triu_(1)
-        self.R_tilde.diagonal(dim1=-2, dim2=-1).fill_(INIT_SLOPE / math.sqrt(2))
+        p = INIT_SLOPE / math.sqrt(2)
+        self.R_tilde.diagonal(dim1=-2, dim2=-1).fill_(p)
         self.b.normal_().mul_(self.R_tilde.square().sum(-1).sqrt())
-        self.R.zero_().diagonal(dim1=-2, dim2=-1).fill_(IDENTITY_SLOPE * math.sqrt(2) / INIT_SLOPE)
+        self.R.zero_().diagonal(dim1=-2, dim2=-1).fill_(math.log(math.expm1(1 / p)) - 1 / p)
 
 
 class ConditionalSylvester(ConditionalTransformModule):

@@ -1,0 +1,52 @@
+"""The bound on the diagonals of Sylvester layers: r̂ r̃ > −1 with no pole at r̃ = 0."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import scatter
+
+from pyroflow import Sylvester
+from pyroflow.transforms import ConditionedSylvester
+from pyroflow.transforms.sylvester import bind_diagonal
+
+
+def test_no_pole_where_a_diagonal_changes_its_sign() -> None:
+    """Near r̃ = 0 the bound is −∞ from the one side and ∞ from the other, and r̂ is r."""
+    r_tilde = torch.tensor([-0.01, -1e-9, 0.0, 1e-30, 1e-9, 0.01], requires_grad=True)
+    for r in (-3.0, 0.0, 3.0):
+        bound, s = bind_diagonal(torch.full((6,), r), r_tilde)
+        assert torch.allclose(bound, torch.tensor(r), rtol=0, atol=1e-15)
+        assert torch.allclose(s, 1 + r * r_tilde, rtol=1e-14, atol=0)
+        (slope,) = torch.autograd.grad(bound.sum(), r_tilde, create_graph=True)
+        (bend,) = torch.autograd.grad(slope.sum() + (s**2).sum(), r_tilde)
+        assert slope.abs().max() < 1e-30
+        assert torch.allclose(bend, 2 * r * (1 + r * r_tilde), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("r_tilde", [-30.0, -1.0, -0.1, 0.1, 1.0, 30.0])
+def test_diagonals_are_bound_and_mirrored(r_tilde: float) -> None:
+    """r̂ rises from the bound to r; (r, r̃) and (−r, −r̃) make the same unit, turned around."""
+    r = torch.linspace(-20, 20, 81)
+    bound, s = bind_diagonal(r, torch.full((81,), r_tilde))
+    mirrored, same = bind_diagonal(-r, torch.full((81,), -r_tilde))
+    assert torch.equal(mirrored, -bound)
+    assert torch.equal(same, s)
+    assert (s > 0).all()
+    assert torch.allclose(1 + bound * r_tilde, s, rtol=0, atol=1e-12)
+    assert (bound.diff() > 0).all()
+    far = math.copysign(1, r_tilde) * r > 8
+    assert torch.allclose(bound[far], r[far], rtol=0, atol=math.exp(-8))
+
+
+@pytest.mark.parametrize("kind", ["householder", "qr"])
+def test_an_amortised_layer_moves_nothing_far_while_a_diagonal_crosses_zero(kind: str) -> None:
+    """Each row of the shift is at most the sum of a row of |R|, whatever R̃."""
+    t, x = scatter(Sylvester(6, 3, 1, kind), 1.0), torch.randn(41, 6)
+    R_tilde = t.R_tilde.detach().expand(41, 1, 3, 3).clone()
+    R_tilde[:, 0, 1, 1] = torch.linspace(-1e-3, 1e-3, 41)
+    swept = ConditionedSylvester(t.frame, t.R, R_tilde, t.b, kind)
+    assert (swept(x) - x).norm(dim=-1).max() <= 2 * t.R.abs().sum()
+    assert torch.allclose(swept.inv(swept(x).clone()), x, atol=1e-12)
