@@ -143,7 +143,8 @@ class Loop:
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
             self.optimizer.step()
-            torch.autograd.graph.increment_version(self.parameters)  # fused Adam does not
+            for p in self.parameters:
+                torch.autograd.graph.increment_version(p)  # fused Adam does not
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.losses.append(loss.item() if finite else math.nan)
