@@ -16,7 +16,7 @@ from pyroflow.experiments.results import (
     Options,
     Results,
     checkpoint_folder,
-    header,
+    machine,
     save_figure,
     write_json,
 )
@@ -54,30 +54,40 @@ def test_a_file_is_gone_on_with(tmp_path: Path) -> None:
     assert not path.exists()
     first.add("K=2", {"kl": 0.25, "curve": (1.0, 0.5)})
     again = Results(path, SETTINGS)
-    assert again.runs == first.runs == {"K=2": {"kl": 0.25, "curve": [1.0, 0.5]}}
+    here = {"machine": machine()}
+    assert again.runs == first.runs == {"K=2": here | {"kl": 0.25, "curve": [1.0, 0.5]}}
     again.add("K=8", {"kl": 0.03})
     again.add("K=2", {"kl": 0.24})
-    assert Results(path, SETTINGS).runs == {"K=2": {"kl": 0.24}, "K=8": {"kl": 0.03}}
+    assert Results(path, SETTINGS).runs == {"K=2": here | {"kl": 0.24}, "K=8": here | {"kl": 0.03}}
 
 
-def test_the_file_holds_settings_machine_summary_and_runs(tmp_path: Path) -> None:
+def test_the_file_holds_settings_summary_and_runs(tmp_path: Path) -> None:
     path = tmp_path / "figure.json"
     kept = Results(path, SETTINGS)
     kept.add("K=2", {"kl": 0.25})
     kept.write(best=0.25, median=0.3)
     Results(path, SETTINGS).write(median=0.31)
     Results(path, SETTINGS).add("K=8", {"kl": 0.03})
-    report = json.loads(path.read_text())
-    assert report == {
+    assert json.loads(path.read_text()) == {
         "settings": {"steps": 10, "quick": True, "layers": [2, 8]},
-        **header(),
         "best": 0.25,
         "median": 0.31,
-        "runs": {"K=2": {"kl": 0.25}, "K=8": {"kl": 0.03}},
+        "runs": {
+            key: {"machine": machine(), "kl": kl} for key, kl in (("K=2", 0.25), ("K=8", 0.03))
+        },
     }
-    assert report["versions"]["torch"] == torch.__version__
-    assert report["threads"] == torch.get_num_threads()
-    assert f"{os.cpu_count()} cores" in report["machine"]
+
+
+def test_a_run_keeps_the_machine_it_was_done_on(tmp_path: Path) -> None:
+    """Whatever the machine that adds other runs, or writes the summary."""
+    path = tmp_path / "figure.json"
+    Results(path, SETTINGS).add("K=2", {"machine": "abacus, 2 beads", "kl": 0.25})
+    Results(path, SETTINGS).add("K=8", {"kl": 0.03})
+    Results(path, SETTINGS).write(best=0.03)
+    runs = Results(path, SETTINGS).runs
+    assert runs["K=2"]["machine"] == "abacus, 2 beads"
+    for fact in (f"{os.cpu_count()} cores", "1 thread,", f"torch {torch.__version__}"):
+        assert fact in runs["K=8"]["machine"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +189,7 @@ def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path: Path) -
         kept.write(best=torch.tensor(0.03))
     assert not path.exists()
     kept.add("K=2", {"kl": 0.25})
-    assert Results(path, SETTINGS).runs == {"K=2": {"kl": 0.25}}
+    assert Results(path, SETTINGS).runs == {"K=2": {"machine": machine(), "kl": 0.25}}
 
 
 def test_only_the_file_is_left_beside_what_git_ignores(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.distributions import Transform
 
 from pyroflow.experiments.dlgm import DLGM
 from pyroflow.experiments.dlgm_scores import scores
-from pyroflow.experiments.dlgm_training import Schedule, train
+from pyroflow.experiments.dlgm_training import Schedule, digest, train
 from pyroflow.experiments.processes import Processes, processes
 from pyroflow.experiments.results import Options, Results, checkpoint_folder
 from pyroflow.seeds import seeded
@@ -61,6 +61,7 @@ def run_study(study: Study, options: Options) -> dict[str, Any] | None:
         "quick": options.quick,
         "training_images": len(study.training),
         "test_images": len(study.test),
+        "digests": [digest(study.training), digest(study.test)],
         "samples": study.samples,
         "schedule": vars(study.schedule),
         **study.facts,

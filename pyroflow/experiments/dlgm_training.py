@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -109,12 +110,18 @@ def train(
 
     Raises:
         ValueError: fewer images than in a batch, a batch that the processes cannot share evenly,
-            or a checkpoint that is damaged or of another schedule, seed or model.
+            or a checkpoint that is damaged or of another schedule, seed, number of processes,
+            model or set of images.
         FloatingPointError: no finite gradient in 100 updates in a row.
     """
     batches = _batches(images, schedule.batch_size, seed, processes)
     optimiser = _adam(dlgm, schedule)
-    settings = {"schedule": vars(schedule), "seed": seed}
+    settings = {
+        "schedule": vars(schedule),
+        "seed": seed,
+        "processes": processes.count,
+        "images": digest(images),
+    }
     state = _resumed(checkpoint, dlgm, optimiser, settings) or Progress()
     shared = processes.wrap(dlgm)
     bar = tqdm(
@@ -149,6 +156,11 @@ def train(
     return state
 
 
+def digest(images: Tensor) -> str:
+    """Sixteen hexadecimal digits that tell images from others, by value and dtype."""
+    return hashlib.sha256(images.contiguous().cpu().numpy()).hexdigest()[:16]
+
+
 def _update(
     shared: torch.nn.Module,
     x: Tensor,
@@ -165,7 +177,8 @@ def _update(
     if finite:
         optimiser.step()
         # a fused step leaves the counts as they are by which transforms know that w has changed
-        torch.autograd.graph.increment_version(parameters)
+        for p in parameters:
+            torch.autograd.graph.increment_version(p)
     return finite, terms.bound().mean().item()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,4 +75,5 @@ def processes() -> Iterator[Processes]:
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size(), device)
     finally:
+        gc.collect()  # DistributedDataParallel is in a cycle, and aborts if it outlives the group
         distributed.destroy_process_group()

@@ -58,10 +58,11 @@ def _is_part(part: str, key: str) -> bool:
 
 
 class Results:
-    """The JSON file of an experiment: a header, and finished runs by key.
+    """The JSON file of an experiment: its settings, and finished runs by key.
 
     A run is written as soon as it is finished, in one move, so that an interrupted experiment
     keeps what it has and goes on from there. Processes that do different runs may share a file.
+    Each run has the machine that it was done on.
 
     Args:
         path: the file; read if it exists.
@@ -77,8 +78,8 @@ class Results:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp(), "figure.json")
         >>> Results(path, {"quick": True}).add("K=2", {"kl": 0.25})
-        >>> Results(path, {"quick": True}).runs
-        {'K=2': {'kl': 0.25}}
+        >>> Results(path, {"quick": True}).runs["K=2"]["kl"]
+        0.25
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -92,7 +93,7 @@ class Results:
         """Keep a finished run, and write the file."""
         with FileLock(self.path.with_name(self.path.name + ".lock.partial")):
             self._read()
-            self.runs[key] = json.loads(json.dumps(run))
+            self.runs[key] = json.loads(json.dumps({"machine": machine(), **run}))
             self._write()
 
     def write(self, **summary: Any) -> None:
@@ -103,8 +104,7 @@ class Results:
             self._write()
 
     def _write(self) -> None:
-        report = {"settings": self.settings, **header(), **self.summary, "runs": self.runs}
-        write_json(self.path, report)
+        write_json(self.path, {"settings": self.settings, **self.summary, "runs": self.runs})
 
     def _read(self) -> None:
         if not self.path.exists():
@@ -116,8 +116,7 @@ class Results:
             raise ValueError(
                 f"{self.path} is no file of results: name another --out, or remove it"
             ) from error
-        known = {"settings", "runs", *header()}
-        self.summary = {name: value for name, value in report.items() if name not in known}
+        self.summary = {k: v for k, v in report.items() if k not in ("settings", "runs")}
         differing = [k for k in {**saved, **self.settings} if saved.get(k) != self.settings.get(k)]
         if differing:
             listed = ", ".join(
@@ -128,8 +127,17 @@ class Results:
             )
 
 
+def machine() -> str:
+    """Where a run is done, for the reader of its seconds."""
+    threads = torch.get_num_threads()
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}, "
+        f"torch {torch.__version__}"
+    )
+
+
 def header() -> dict[str, Any]:
-    """Versions and machine, for the head of every file of results."""
+    """Versions and machine, for the head of a benchmark's file."""
     return {
         "versions": {name: version(name) for name in ("pyroflow", "torch", "pyro-ppl")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

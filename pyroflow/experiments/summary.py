@@ -38,7 +38,7 @@ def tables(folder: Path) -> str:
             report = json.loads(file.read_text())
             rows = [HEAD, ("---",) * len(HEAD), *ROWS[name](report)]
             lines = ["| " + " | ".join(row) + " |" for row in rows]
-            where = f"{report['machine']}, {report['threads']} thread"
+            where = "; ".join(sorted({run["machine"] for run in report["runs"].values()}))
             parts.append(f"`{command}` ({where})\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 

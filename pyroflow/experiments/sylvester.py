@@ -1,4 +1,4 @@
-"""Sylvester flows of 40 units in the same model of MNIST, beside planar flows of 40 layers."""
+"""Sylvester flows of 40 units in the same model of MNIST, beside a planar flow of 40 layers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from pyroflow.experiments.dlgm_study import run_study
 from pyroflow.experiments.results import Options, save_figure
 from pyroflow.transforms import ConditionalSylvester
 
-UNITS, LAYERS = 8, 5  # M · L = 40, the flow length of the planar flow beside them
 PLANAR = "planar K=40"
-KINDS = ("householder", "qr", "triangular")
+UNITS = {"householder": 8, "qr": 8, "triangular": mnist.LATENT}  # M; with a fixed Q, it must be D
+LENGTH = 40  # M · L, the length of the planar flow beside them
 
-# van den Berg et al. 2018, table 1: 16 layers, 64 latents, and a far stronger encoder and decoder
+# van den Berg et al. 2018, table 1: 16 layers, 64 latents, M = D for the householder and triangular
+# kinds, another orthogonalisation in place of qr, and a far stronger encoder and decoder
 THEIRS = {
     "planar": "86.06 / 81.91",
     "householder": "83.40 / 80.29",
@@ -40,8 +41,10 @@ def run(options: Options) -> dict[str, Any] | None:
         ValueError: no ``data``.
         OSError: no MNIST there.
     """
-    flows = {PLANAR: partial(mnist.planar, UNITS * LAYERS)}
-    flows |= {f"{kind} M={UNITS} L={LAYERS}": partial(sylvester, kind) for kind in KINDS}
+    flows = {PLANAR: partial(mnist.planar, LENGTH)}
+    flows |= {
+        f"{kind} M={M} L={LENGTH // M}": partial(sylvester, kind) for kind, M in UNITS.items()
+    }
     study = replace(mnist.study("sylvester", flows, options), siblings=("mnist",))
     report = run_study(study, options)
     if report is not None:
@@ -51,21 +54,23 @@ def run(options: Options) -> dict[str, Any] | None:
 
 def sylvester(kind: str) -> list[Transform]:
     """L amortised Sylvester layers of M units; parameters linear in the hidden units."""
-    sizes = mnist.LATENT, mnist.HIDDEN, UNITS, LAYERS
+    sizes = mnist.LATENT, mnist.HIDDEN, UNITS[kind], LENGTH // UNITS[kind]
     return [ConditionalSylvester(*sizes, kind, hidden_dims=())]
 
 
 def table(report: dict[str, Any]) -> str:
     """A row for each run: −ELBO and −ln p(x), and those of van den Berg et al. 2018."""
-    lines = [f"{'nats, test images':<28}{'-ELBO':>8}{'-ln p':>8}   2018, a stronger model"]
+    head = f"{'nats, test images':<28}{'-ELBO':>8}{'-ln p':>8}{'parameters':>12}"
+    lines = [f"{head}   2018, a stronger model"]
     for key, run in report["runs"].items():
         theirs = THEIRS[key.split()[0]]
-        lines.append(f"{key:<28}{run['free_energy']:>8.2f}{run['nll']:>8.2f}   {theirs}")
+        numbers = f"{run['free_energy']:>8.2f}{run['nll']:>8.2f}{run['parameters']:>12,}"
+        lines.append(f"{key:<28}{numbers}   {theirs}")
     return "\n".join(lines)
 
 
 def draw(runs: dict[str, Any]) -> Figure:
-    """Bars of −ELBO and −ln p(x), with two standard errors."""
+    """−ELBO and −ln p(x), with two standard errors over the images."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     ax = figure.subplots()
     places = range(len(runs))
