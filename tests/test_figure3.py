@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,47 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert calls[1] == calls[2]
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["U3 planar K=8 seed=1", "U2 NICE permutation K=2 seed=0", "U4 NICE orthogonal K=2 seed=2"],
+)
+def test_a_run_is_what_its_key_says(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The energy, the layers and where they start, the rate, β and the seed."""
+    number, kind, K, seed = figure3._parts(key)
+    real, calls = figure3.fit_energy, []
+
+    def spy(flow: pf.Flow, target: Callable, **options: object) -> object:
+        calls.append((copy.deepcopy(flow), target, options))
+        return real(flow, target, **options)
+
+    monkeypatch.setattr(figure3, "fit_energy", spy)
+    monkeypatch.setattr(figure3, "save_figure", lambda figure, path: None)
+    quick(tmp_path, only=(key,), seeds=3)
+    ((flow, target, options),) = calls
+    z = torch.randn(7, 2)
+    assert torch.equal(target(z), pf.targets.energy(number)(z))
+    torch.manual_seed(seed)
+    (same, _) = figure3.make_flow(kind, K).parts
+    layers, _ = flow.parts
+    assert all(map(torch.equal, layers.state_dict().values(), same.state_dict().values()))
+    assert layers.w.shape[0] == K if kind == "planar" else len(layers.mixed) == K
+    if kind == "NICE permutation":
+        assert set(layers.mixed.unique().tolist()) == {0.0, 1.0}
+    if kind == "NICE orthogonal":
+        assert len(layers.mixed.unique()) > 2
+    assert (options["lr"], options["seed"]) == (figure3.RATES[kind], seed)
+    assert [options["annealing"](t) for t in (0, 24)] == [0.01, 1.0]
+    assert options["annealing"](12) == pytest.approx(0.51)
+    assert options["steps"] == 40
+
+
+def test_the_real_budget() -> None:
+    assert figure3._budget(False) == {"steps": 3000, "num_particles": 256, "fresh": 100_000}
+    assert figure3.SEEDS == 5
+
+
 def test_runs_are_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figure3, "save_figure", lambda figure, path: None)
     only = ("U1 NICE permutation K=2", "U1 planar K=2")
@@ -105,8 +148,52 @@ def test_a_picture_without_its_densities_is_made_from_new_fits(
     assert left.name == f"{figure3_drawing.shown(report['runs'])[cell]} density.pt"
     assert torch.load(left)[1] == report["summary"][cell]["low"]
     shutil.rmtree(tmp_path / "checkpoints")
-    monkeypatch.setattr(figure3, "fit_energy", None)
-    quick(tmp_path, only=(cell,), seeds=2)  # the picture is there and no run is new
+    with monkeypatch.context() as patched:
+        patched.setattr(figure3, "fit_energy", None)
+        quick(tmp_path, only=(cell,), seeds=2)  # the picture is there and shows the best runs
+
+
+def test_a_picture_of_other_runs_is_drawn_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an interruption between the last fit and the picture."""
+    report = quick(tmp_path, only=("U2 planar K=2",))
+    picture = tmp_path / "figure3_densities.png"
+    before = picture.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(figure3, "volume_preserving_floor", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            quick(tmp_path, only=("U1 planar K=2",))
+    assert picture.read_bytes() == before
+    again = quick(tmp_path, only=("U1 planar K=2",))
+    assert picture.read_bytes() != before
+    assert set(again["runs"]) == {*report["runs"], "U1 planar K=2 seed=0"}
+
+
+def stopped(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_panels_are_the_right_way_up() -> None:
+    """Row i of a density is the i-th z2, column j the j-th z1, at the centres of the cells."""
+    density = figure3_drawing._density(lambda z: -50 * ((z[:, 0] - 2) ** 2 + (z[:, 1] + 1) ** 2))
+    row, column = divmod(density.argmax().item(), figure3_drawing.PIXELS)
+    places = torch.linspace(-4, 4, figure3_drawing.PIXELS + 1)
+    assert places[column] <= 2 <= places[column + 1]
+    assert places[row] <= -1 <= places[row + 1]
+
+
+def test_curves_are_medians_within_ranges() -> None:
+    summary = {f"U1 planar K={K}": {"low": 0.1, "median": 0.2, "high": 0.4} for K in (2, 8)}
+    figure = figure3_drawing.lengths(summary, {"U1": 0.05}, {"U1": -1.5})
+    upper, lower = figure.axes
+    assert list(upper.lines[0].get_xdata()) == [2, 8]
+    assert list(upper.lines[0].get_ydata()) == [0.2, 0.2]
+    assert list(lower.lines[0].get_ydata()) == [-1.3, -1.3]
+    band = upper.collections[0].get_paths()[0].get_extents()
+    assert (band.y0, band.y1) == (0.1, 0.4)
+    assert upper.lines[-1].get_ydata()[0] == 0.05
+    assert lower.lines[-1].get_ydata()[0] == -1.5
 
 
 def test_bound_of_a_known_gaussian() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from pyroflow.checks import check_count, check_positive
 from pyroflow.experiments.dlgm import DLGM
 from pyroflow.experiments.processes import ALONE, Processes
+from pyroflow.experiments.results import write_whole
 from pyroflow.seeds import seeded
 
 MAX_SKIPPED = 100  # updates in a row without a finite gradient
@@ -236,10 +236,9 @@ def _save(
     settings: dict[str, Any],
     state: Progress,
 ) -> None:
-    partial = path.with_name(path.name + ".partial")
     kept = {"dlgm": dlgm.state_dict(), "optimiser": optimiser.state_dict()}
-    torch.save({**kept, "settings": settings, "state": vars(state)}, partial)
-    os.replace(partial, path)
+    kept |= {"settings": settings, "state": vars(state)}
+    write_whole(path, lambda partial: torch.save(kept, partial))
 
 
 def _resumed(
@@ -253,13 +252,11 @@ def _resumed(
     remedy = "remove it or name another --out to start anew"
     try:
         kept = torch.load(path, map_location=dlgm.centre.device, weights_only=True)
-        state = Progress(**kept["state"])
+        state, saved = Progress(**kept["state"]), kept["settings"]
     except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no whole checkpoint: {remedy}") from error
-    if kept["settings"] != settings:
-        raise ValueError(
-            f"{path} is a checkpoint of {kept['settings']}, not of {settings}: {remedy}"
-        )
+    if saved != settings:
+        raise ValueError(f"{path} is a checkpoint of {saved}, not of {settings}: {remedy}")
     try:
         dlgm.load_state_dict(kept["dlgm"])
         optimiser.load_state_dict(kept["optimiser"])

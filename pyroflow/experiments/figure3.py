@@ -64,10 +64,11 @@ def run(options: Options) -> dict[str, Any]:
     limits = {f"U{number}": -energy(number).log_normalizer for number in ENERGIES}
     results.write(nice_floors=floors, bound_limits=limits, summary=summary)
     save_figure(figure3_drawing.lengths(summary, floors, limits), options.out / "figure3_kl.png")
-    picture = options.out / "figure3_densities.png"
-    if chosen or not picture.exists():
-        panels = _densities(results.runs, folder, options, budget)
-        save_figure(figure3_drawing.densities(panels), picture)
+    picture, best = options.out / "figure3_densities.png", figure3_drawing.shown(results.runs)
+    if not picture.exists() or results.summary.get("pictured") != best:
+        files = _densities(best, folder, options, budget)
+        save_figure(figure3_drawing.densities(files), picture)
+        results.write(pictured=best)
     return {"runs": results.runs, **results.summary}
 
 
@@ -157,16 +158,15 @@ def _fitted(key: str, folder: Path, *, fresh: int, **options: int) -> dict[str, 
 
 
 def _with_progress(keys: list[str], options: Options) -> Iterator[str]:
-    for key in (bar := tqdm(keys, desc="figure3", disable=not options.progress)):
+    for key in (bar := tqdm(keys, desc="figure3", disable=not (keys and options.progress))):
         bar.set_postfix_str(key)
         yield key
 
 
 def _densities(
-    runs: dict[str, dict[str, Any]], folder: Path, options: Options, budget: dict[str, int]
+    keys: dict[str, str], folder: Path, options: Options, budget: dict[str, int]
 ) -> dict[str, Path]:
     """By cell, the file of the panel; what is missing, as in a fresh clone, is fitted again."""
-    keys = figure3_drawing.shown(runs)
     files = {cell: _density_file(folder, key) for cell, key in keys.items()}
     missing = [keys[cell] for cell, file in files.items() if not file.exists()]
     for key in _with_progress(missing, options):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyroflow.drawing import COLOURS
+from pyroflow.experiments.results import write_whole
 from pyroflow.targets import energy
 
 WINDOW = 4.0
@@ -22,7 +23,8 @@ STYLES = {"planar": "o-", "NICE permutation": "s--", "NICE orthogonal": "^:"}
 
 def keep_density(log_prob: Callable[[Tensor], Tensor], kl: float, file: Path) -> None:
     """Save what a panel shows of a run."""
-    torch.save((_density(log_prob), kl), file)
+    kept = _density(log_prob), kl
+    write_whole(file, lambda partial: torch.save(kept, partial))
 
 
 def shown(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -36,7 +38,10 @@ def shown(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def densities(files: Mapping[str, Path]) -> Figure:
-    """The exact densities, and the fit of each cell's file, an energy a row."""
+    """The exact densities, and the fit of each cell's file, an energy a row.
+
+    Colours go up to the value that one pixel in a thousand exceeds, in each panel.
+    """
     panels = {cell: torch.load(file) for cell, file in files.items()}
     columns = ["exact", *COLUMNS]
     figure = Figure(figsize=(1.75 * len(columns), 7.9), layout="compressed")
@@ -50,34 +55,47 @@ def densities(files: Mapping[str, Path]) -> Figure:
             if number == 1:
                 ax.set_title(column.replace(" K=", "\nK = "), fontsize=9)
         row[0].set_ylabel(f"$U_{number}$")
+    figure.suptitle("Densities on $(-4, 4)^2$; of each fit, the best seed", fontsize=10)
     return figure
 
 
 def lengths(
     summary: dict[str, dict[str, Any]], floors: dict[str, float], limits: dict[str, float]
 ) -> Figure:
-    """KL against the flow length, an energy a panel: medians, ranges and the floor of NICE."""
-    figure = Figure(figsize=(13, 3.9), layout="compressed")
-    for ax, (name, floor) in zip(figure.subplots(1, 4, sharey=True), floors.items(), strict=True):
+    """Figure 3(d): KL, and the bound F = KL − ln Z, against the flow length, an energy a column.
+
+    Lines are medians over the seeds, bands their ranges.
+    """
+    figure = Figure(figsize=(13, 6.4), layout="compressed")
+    upper, lower = figure.subplots(2, len(floors), sharex=True, squeeze=False)
+    for ax, below, (name, floor) in zip(upper, lower, floors.items(), strict=True):
         for colour, (kind, style) in zip(COLOURS, STYLES.items(), strict=False):
-            _curve(ax, summary, f"{name} {kind}", style, color=colour, label=kind)
-        ax.axhline(floor, color="0.4", linewidth=1, label="floor of NICE")
-        ax.set(xscale="log", yscale="log", xlabel="flow length K")
-        ax.set_title(f"$U_{name[1:]}$: KL = F + {-limits[name]:.3f}", fontsize=10)
-        ax.set_xlim(1.6, 40)
-        ax.set_xticks([2, 8, 32], ["2", "8", "32"])
-        ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("KL(q‖p), nats")
-    lines, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+            options = {"color": colour, "label": kind}
+            _curve(ax, summary, f"{name} {kind}", style, 0.0, **options)
+            _curve(below, summary, f"{name} {kind}", style, limits[name], **options)
+        ax.axhline(floor, color="0.4", linewidth=1, label="least KL of any NICE")
+        below.axhline(limits[name], color="k", linewidth=1, linestyle=":", label="$-$ln Z")
+        ax.sharey(upper[0])
+        ax.set(yscale="log", title=f"$U_{name[1:]}$")
+        below.set(xscale="log", xlabel="flow length K", xlim=(1.6, 40))
+        below.set_xticks([2, 8, 32], ["2", "8", "32"])
+        below.minorticks_off()
+    upper[0].set_ylabel("KL(q‖p), nats")
+    lower[0].set_ylabel("bound F, nats")
+    figure.suptitle("Medians over the seeds, and their ranges", fontsize=10)
+    labelled = [*upper[0].lines, lower[0].lines[-1]]
+    figure.legend(handles=labelled, loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
-def _curve(ax: Axes, summary: dict[str, dict], name: str, style: str, **options: Any) -> None:
+def _curve(
+    ax: Axes, summary: dict[str, dict], name: str, style: str, shift: float, **options: Any
+) -> None:
     found = [(K, summary[f"{name} K={K}"]) for K in (2, 8, 32) if f"{name} K={K}" in summary]
     x = [K for K, _ in found]
-    low, middle, high = ([cell[k] for _, cell in found] for k in ("low", "median", "high"))
+    low, middle, high = (
+        [cell[part] + shift for _, cell in found] for part in ("low", "median", "high")
+    )
     ax.plot(x, middle, style, markersize=4, **options)
     ax.fill_between(x, low, high, color=options["color"], alpha=0.15, linewidth=0)
 
@@ -87,7 +105,8 @@ def _panel(ax: Axes, density: Tensor | None, kl: float | None) -> None:
     if density is None:
         ax.set_axis_off()
         return
-    ax.imshow(density.numpy(), origin="lower", cmap="magma", vmin=0.0)
+    top = density.quantile(0.999).item()
+    ax.imshow(density.numpy(), origin="lower", cmap="magma", vmin=0.0, vmax=top)
     if kl is not None:
         ax.set_xlabel(f"KL {kl:.3f}", fontsize=8, labelpad=2)
 

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -145,18 +145,23 @@ def header() -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all."""
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: ``write`` writes it under another name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
+    write(partial)
     os.replace(partial, path)
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(report, indent=1) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text))
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, small enough to keep beside the code."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
 def checkpoint_folder(options: Options, name: str) -> Path:
