@@ -53,7 +53,8 @@ def test_scores_by_integration() -> None:
     assert found["nll"] == pytest.approx(nll.mean().item(), abs=0.02)
     assert found["kl"] == pytest.approx(kl.mean().item(), abs=0.03)
     assert found["free_energy"] == pytest.approx((nll + kl).mean().item(), abs=0.03)
-    assert found["nll_se"] == pytest.approx((nll.std() / 7**0.5).item(), abs=0.02)
+    for name, values in {"nll": nll, "kl": kl, "free_energy": nll + kl}.items():
+        assert found[f"{name}_se"] == pytest.approx((values.std() / 7**0.5).item(), rel=0.05)
 
 
 def test_few_samples_are_a_bound() -> None:

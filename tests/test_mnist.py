@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from pyroflow import cli, datasets
 from pyroflow.experiments import dlgm_study, mnist, mnist_drawing, sylvester
 from pyroflow.experiments.dlgm_training import Schedule
+from pyroflow.experiments.nice import AdditiveCoupling
 from pyroflow.experiments.results import Options
+from pyroflow.transforms import ConditionalPlanar
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -107,16 +109,44 @@ def test_networks_start_alike_whatever_the_flow(data: Path) -> None:
 
 
 def test_images_are_drawn_once_and_not_cut_at_a_threshold(data: Path) -> None:
-    """Larochelle & Murray's way: each pixel by its grey, from a fixed seed."""
+    """Larochelle & Murray's way: each pixel by its grey, from a fixed seed, for both sets."""
     options = Options(out=data, data=data)
     study, again = (mnist.study("mnist", {}, options) for _ in range(2))
-    grey = datasets.mnist(data).train_images
-    assert torch.equal(study.training, again.training)
-    assert study.training.unique().tolist() == [0, 1]
-    threshold = grey > 127
-    assert (study.training.bool() != threshold).float().mean() > 0.02
-    assert study.training.float().mean() == pytest.approx((grey / 255.0).mean().item(), rel=0.02)
-    assert not torch.equal(study.training[:100], study.test)
+    images = datasets.mnist(data)
+    for ours, same, grey, seed in (
+        (study.training, again.training, images.train_images, 0),
+        (study.test, again.test, images.test_images, 1),
+    ):
+        assert torch.equal(ours, same)
+        assert torch.equal(ours, datasets.binarize(grey, seed))
+        assert ours.unique().tolist() == [0, 1]
+        assert (ours.bool() != (grey > 127)).float().mean() > 0.02
+        assert ours.float().mean() == pytest.approx((grey / 255.0).mean().item(), rel=0.02)
+
+
+def test_flows_are_what_their_keys_say(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    monkeypatch.setattr(mnist, "run_study", lambda study, _: asked.update(study.flows))
+    mnist.run(Options(out=data, data=data))
+    assert list(asked) == [f"planar K={K}" for K in (0, 10, 20, 40, 80)] + [
+        f"NICE K={K}" for K in (10, 20, 40, 80)
+    ]
+    assert asked["planar K=0"]() == []
+    for key, make in list(asked.items())[1:]:
+        kind, K = key.split(" K=")
+        (layers,) = make()
+        assert isinstance(layers, ConditionalPlanar if kind == "planar" else AdditiveCoupling)
+        stack = layers.condition(torch.zeros(1, 400)).u[0] if kind == "planar" else layers.mixed
+        assert stack.shape[:2] == (int(K), 40)
+    assert set(layers.mixed.unique().tolist()) == {0.0, 1.0}
+
+
+def test_other_images_are_another_file(
+    short: tuple[Path, dict[str, Any]], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mnist, "TEST_SEED", 7)
+    with pytest.raises(ValueError, match=r"mnist\.json is of a run with digests="):
+        quick(short[0], data, *FLOWS)
 
 
 def test_the_real_run_is_the_papers_but_for_its_schedule() -> None:
@@ -213,9 +243,8 @@ def test_sylvester_flows_start_near_the_identity_and_move_every_latent(kind: str
 
 
 def runs_of(values: dict[str, float]) -> dict[str, dict[str, float]]:
-    return {
-        key: {"free_energy": v + 5, "kl": 5.0, "nll": v, "nll_se": 0.1} for key, v in values.items()
-    }
+    errors = {"free_energy_se": 0.1, "kl_se": 0.1, "nll_se": 0.1}
+    return {key: {"free_energy": v + 5, "kl": 5.0, "nll": v, **errors} for key, v in values.items()}
 
 
 def test_curves_are_means_over_seeds_and_share_their_start() -> None:
@@ -225,18 +254,37 @@ def test_curves_are_means_over_seeds_and_share_their_start() -> None:
 
 
 def test_the_table_has_the_papers_numbers() -> None:
+    """Table 2, and what can be read off Figure 4, to 0.05 nats."""
     runs = runs_of({"planar K=0 seed=0": 90.0, "planar K=80 seed=0": 86.0})
-    lines = [line.split() for line in mnist.table({"runs": runs}).splitlines()]
-    assert lines[5:7] == [
-        ["planar", "nll", "90.00", "86.00"],
-        ["the", "paper", "89.90", "87.50", "86.50", "85.70", "85.10"],
+    _, *lines = (line.split("  ") for line in mnist.table({"runs": runs}).splitlines())
+    rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert rows == [
+        ["planar, −ELBO", "95.00", "91.00"],
+        ["the paper", "96.75", "93.55", "91.95", "90.65", "89.60"],
+        ["planar, KL", "5.00", "5.00"],
+        ["the paper", "6.83", "6.04", "5.43", "4.86", "4.43"],
+        ["planar, −ln p(x)", "90.00", "86.00"],
+        ["the paper", "89.90", "87.50", "86.50", "85.70", "85.10"],
+        ["NICE, −ELBO", "95.00"],
+        ["the paper", "96.75", "94.85", "93.95", "93.00", "92.85"],
+        ["NICE, KL", "5.00"],
+        ["the paper", "6.83", "6.27", "6.01", "5.69", "5.56"],
+        ["NICE, −ln p(x)", "90.00"],
+        ["the paper", "89.90", "88.60", "87.90", "87.30", "87.20"],
     ]
-    assert lines[12] == ["the", "paper", "89.90", "88.60", "87.90", "87.30", "87.20"]
 
 
 def test_the_figure_has_ours_and_theirs() -> None:
     figure = mnist_drawing.draw(runs_of({"planar K=0 seed=0": 90.0, "NICE K=20 seed=0": 88.0}))
-    nll = figure.axes[2]
-    drawn = {line.get_label(): list(line.get_ydata()) for line in nll.lines}
-    assert drawn["NICE, pyroflow"] == [90.0, 88.0]
-    assert drawn["planar, the paper"] == [89.9, 87.5, 86.5, 85.7, 85.1]
+    bound, kl, nll = figure.axes
+    for ax, paper in ((bound, 96.75), (kl, 6.83), (nll, 89.9)):
+        dashed = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+        assert dashed["planar, the paper"][0] == dashed["NICE, the paper"][0] == paper
+    planar, nice = nll.containers
+    assert (planar.get_label(), nice.get_label()) == ("planar, pyroflow", "NICE, pyroflow")
+    (line, _, (bars,)) = nice
+    assert list(line.get_ydata()) == [90.0, 88.0]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [
+        pytest.approx([89.9, 90.1]),
+        pytest.approx([87.9, 88.1]),
+    ]

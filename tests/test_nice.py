@@ -235,6 +235,24 @@ def test_floor_is_zero_for_a_sheared_gaussian() -> None:
     assert volume_preserving_floor(ShearedGaussian()) == pytest.approx(0, abs=2e-3)
 
 
+@pytest.mark.parametrize("sd", [0.1, 5.0])
+def test_floor_of_what_the_grid_cannot_tell_is_refused(sd: float) -> None:
+    target = ShearedGaussian()
+    target.log_normalizer = math.log(2 * math.pi * sd**2)
+    with pytest.raises(ValueError, match="target must have its best Gaussian .* scale z"):
+        volume_preserving_floor(Scaled(target, sd))
+
+
+class Scaled:
+    """U(z / sd), for the standard deviation sd."""
+
+    def __init__(self, target: ShearedGaussian, sd: float) -> None:
+        self.target, self.sd, self.log_normalizer = target, sd, target.log_normalizer
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.target(z / self.sd)
+
+
 def test_floor_by_an_independent_route() -> None:
     """U at points that fill a square evenly, in order, is U* at equal steps of the area."""
     target = pf.targets.energy(1)

@@ -39,8 +39,8 @@ def scores(
 ) -> dict[str, Any]:
     """The three curves of figure 4, each with its standard error over the images.
 
-    −ln p(x) is estimated by −ln (1/S) Σ p(x, z_s)/q(z_s|x), a bound itself, whose gap falls with S.
-    KL(q(z|x) ‖ p(z|x)) is the difference of the two.
+    −ln p(x) is estimated by −ln (1/S) Σ p(x, z_s)/q(z_s|x), in the mean an upper bound, whose gap
+    falls with S. KL(q(z|x) ‖ p(z|x)) is the difference of the two, and so in the mean too small.
 
     Args:
         dlgm: the model, with its inference network.

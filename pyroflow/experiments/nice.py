@@ -26,8 +26,9 @@ class AdditiveCoupling(Bijection, TransformModule):
     network with one hidden layer that starts as zero, and Q is a fixed random matrix of the
     layer's own: a permutation, or any orthogonal matrix. It is drawn from torch's global
     generator when the transform is made, uniformly from all permutations, or from all orthogonal
-    matrices (Haar's measure). In two dimensions every second permutation is the identity, and
-    layers that follow one move the same coordinate again; it is left so, as in the paper.
+    matrices (Haar's measure). In two dimensions half of all permutations are the
+    identity, and layers that follow one move the same coordinate again; it is left so, as in the
+    paper.
 
     log |det| is 0. The inverse costs what the forward call costs.
 
@@ -158,6 +159,9 @@ def volume_preserving_floor(target: Energy) -> float:
     Args:
         target: U, a map (N, 2) → (N,) that has a ``log_normalizer`` and is high beyond ±9.
 
+    Raises:
+        ValueError: the best Gaussian is narrower or wider than this grid can tell.
+
     Example:
         >>> from pyroflow.targets import energy
         >>> round(volume_preserving_floor(energy(1)), 3)
@@ -168,13 +172,16 @@ def volume_preserving_floor(target: Energy) -> float:
     levels = target(torch.cartesian_prod(places, places)).sort().values
     area = torch.arange(cells**2 + 1, dtype=torch.float64) * (2 * half / cells) ** 2
     means = np.geomspace(1.0, 60.0, 200)
-    return (
-        min(
-            ((-area / m).exp().diff().neg() @ levels).item() - math.log(math.e * m)
-            for m in means.tolist()
+    values = [
+        ((-area / m).exp().diff().neg() @ levels).item() - math.log(math.e * m) for m in means
+    ]
+    best = int(np.argmin(values))
+    if best in (0, len(means) - 1):
+        raise ValueError(
+            f"target must have its best Gaussian at a level set of area between {means[0]:g} and "
+            f"{means[-1]:g}, got one at {means[best]:g} or beyond: scale z"
         )
-        + target.log_normalizer
-    )
+    return values[best] + target.log_normalizer
 
 
 def _shift(kept: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, bias: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ def fit_energy(
     Args:
         flow: the flow, trained in place.
         energy: U, a map (N, D) → (N,). exp(−U) must have a finite integral, or F has no minimum
-            and mass leaks away where U is flat: an energy that stays flat along an axis is
-            warned of.
+            and mass leaks away where U is flat: an energy that stays flat along a
+            coordinate axis is warned of (other directions are not looked along).
         annealing: step ↦ β_t in [0, 1], reaching 1, such as :func:`paper_annealing`.
         steps: optimiser steps; by default 5000 more than annealing needs.
         num_particles: draws a step.
