@@ -166,6 +166,17 @@ def test_pyro_agrees(make: Callable) -> None:
     assert by_pyro == pytest.approx(dlgm(x).bound().sum().item(), rel=1e-9)
 
 
+def test_the_centre_is_taken_off_before_the_inference_network() -> None:
+    dlgm, x, centre = wild(planar()), images(5), torch.rand(X)
+    shifted = copy.deepcopy(dlgm)
+    shifted.centre.copy_(centre)
+    z = torch.randn(5, D)
+    assert not torch.allclose(shifted.posterior(x).log_prob(z), dlgm.posterior(x).log_prob(z))
+    expected = dlgm.posterior(x - centre).log_prob(z)
+    assert torch.allclose(shifted.posterior(x).log_prob(z), expected)
+    assert torch.equal(shifted.log_joint(x, z[None]), dlgm.log_joint(x, z[None]))
+
+
 def test_pyro_trains_it() -> None:
     dlgm, x = DLGM(X, planar(), latent_dim=D, hidden_dim=H), images(50)
     svi = SVI(dlgm.model, dlgm.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())

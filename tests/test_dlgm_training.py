@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyroflow.experiments import dlgm_training
 from pyroflow.experiments.dlgm import DLGM, Terms
-from pyroflow.experiments.dlgm_training import Schedule, train
-from pyroflow.experiments.processes import Processes
+from pyroflow.experiments.dlgm_training import Schedule, digest, train
+from pyroflow.experiments.processes import ALONE, Processes
 from pyroflow.seeds import seeded
 from pyroflow.transforms import ConditionalPlanar
 
@@ -201,6 +201,30 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     for schedule, seed in ((longer, 0), (SCHEDULE, 1)):
         with pytest.raises(ValueError, match=r"run\.pt is a checkpoint of .*remove it or name"):
             trained(schedule, seed, checkpoint=checkpoint)
+    others = ((1 - IMAGES, ALONE), (IMAGES, Processes(0, 2)))
+    for images, processes in others:
+        options = {"checkpoint": checkpoint, "processes": processes, "progress": False}
+        with pytest.raises(ValueError, match=r"run\.pt is a checkpoint of .*remove it or name"):
+            train(small(), images, SCHEDULE, **options)
+
+
+def test_a_checkpoint_without_its_settings_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.pt"
+    trained(checkpoint=checkpoint)
+    kept = torch.load(checkpoint)
+    del kept["settings"]
+    torch.save(kept, checkpoint)
+    with pytest.raises(ValueError, match=r"run\.pt is no whole checkpoint: remove it"):
+        trained(checkpoint=checkpoint)
+
+
+def test_a_digest_tells_images_by_value_and_dtype() -> None:
+    other = IMAGES.clone()
+    other[3, 2] ^= 1
+    same = IMAGES.T.contiguous().T
+    assert not same.is_contiguous()
+    assert digest(same) == digest(IMAGES) != digest(other)
+    assert len({digest(images) for images in (IMAGES, other, IMAGES.float())}) == 3
 
 
 @pytest.mark.parametrize("damage", [b"", b"no checkpoint", None])
