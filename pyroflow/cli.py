@@ -69,12 +69,17 @@ def reproduce(
     if name not in EXPERIMENTS:
         raise typer.BadParameter(f"NAME must be one of {', '.join(EXPERIMENTS)}; got {name!r}")
     parts = tuple(part.strip() for part in only.split(",") if part.strip())
+    if only and not parts:
+        raise typer.BadParameter(f"--only must name parts of keys, got {only!r}")
     options = Options(out=out, quick=quick, seeds=seeds, data=data, only=parts)
     module = experiment(name)
     try:
         report = module.run(options)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
+    except FloatingPointError as error:
+        typer.echo(f"{error}\nwhat was finished is in {out}", err=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what was finished is in {out}, and a rerun goes on from there")
         raise typer.Exit(130) from None

@@ -99,7 +99,10 @@ def test_unknown_names_are_refused(made_up: Experiment) -> None:
     assert made_up.options is None
 
 
-@pytest.mark.parametrize("arguments", [(), ("figure3", "--seeds", "0"), ("figure3", "--K", "8")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("figure3", "--seeds", "0"), ("figure3", "--K", "8"), ("figure3", "--only", " , ")],
+)
 def test_wrong_usage_is_refused(made_up: Experiment, arguments: tuple[str, ...]) -> None:
     code, output = reproduce(*arguments)
     assert code == 2
@@ -122,6 +125,15 @@ def test_what_a_run_refuses_is_an_error_of_usage(
     code, output = reproduce("mnist", "--out", tmp_path)
     assert code == 2
     assert str(error) in output
+    assert "Traceback" not in output
+
+
+def test_a_training_that_is_lost_says_so(made_up: Experiment, tmp_path: Path) -> None:
+    made_up.fails = FloatingPointError("planar K=8 seed=0: no finite gradient in 100 updates")
+    code, output = reproduce("mnist", "--out", tmp_path)
+    assert code == 1
+    assert "planar K=8 seed=0: no finite gradient in 100 updates" in output
+    assert f"what was finished is in {tmp_path}" in output
     assert "Traceback" not in output
 
 
