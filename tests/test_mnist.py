@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,18 +184,14 @@ def test_another_schedule_is_another_file(
 # Sylvester
 
 
-def test_sylvester_takes_the_planar_flow_over(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Equal K·M, equal budget; the planar flow of mnist is not trained twice."""
-    planar = quick(tmp_path, data, "planar K=40")["runs"]["planar K=40 seed=0"]
-    shutil.rmtree(tmp_path / "checkpoints")
-    with monkeypatch.context() as patched:
-        patched.setattr(dlgm_study, "train", None)
-        taken = quick(tmp_path, data, "planar", module=sylvester)
-    assert taken["runs"] == {"planar K=40 seed=0": planar}
-    report = quick(tmp_path, data, "planar", "qr", module=sylvester)
-    assert list(report["runs"]) == ["planar K=40 seed=0", "qr M=8 L=5 seed=0"]
+def test_sylvester_stands_beside_the_planar_flow_of_mnist(tmp_path: Path, data: Path) -> None:
+    """Equal K·M and equal updates."""
+    alone = quick(tmp_path, data, "qr", module=sylvester)
+    assert alone["planar"] == {}
+    planar = quick(tmp_path, data, "planar K=40", "NICE K=40")["runs"]["planar K=40 seed=0"]
+    report = quick(tmp_path, data, "qr", module=sylvester)
+    assert report["planar"] == {"planar K=40 seed=0": planar}
+    assert list(report["runs"]) == ["qr M=8 L=5 seed=0"]
     found = report["runs"]["qr M=8 L=5 seed=0"]
     assert found["updates"] == planar["updates"]
     assert found["nll"] < found["free_energy"] < 784 * math.log(2)
@@ -205,22 +200,6 @@ def test_sylvester_takes_the_planar_flow_over(
     assert lines[1].split()[-4:] == [f"{planar['parameters']:,}", "86.06", "/", "81.91"]
     assert lines[2].split()[-3:] == ["83.32", "/", "80.22"]
     assert f"{found['nll']:.2f}" in lines[2]
-
-
-def test_sylvester_trains_the_planar_flow_where_mnist_has_other_settings(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train, trained = dlgm_study.train, []
-    monkeypatch.setattr(
-        dlgm_study, "train", lambda *args, **options: trained.append(1) or train(*args, **options)
-    )
-    with monkeypatch.context() as patched:
-        patched.setattr(mnist, "NICE_HIDDEN", 3)
-        other = quick(tmp_path, data, "planar K=40")["runs"]["planar K=40 seed=0"]
-    shutil.rmtree(tmp_path / "checkpoints")
-    (own,) = quick(tmp_path, data, "planar", module=sylvester)["runs"].values()
-    assert own["nll"] == other["nll"]
-    assert len(trained) == 2
 
 
 @pytest.mark.parametrize("kind", sylvester.UNITS)

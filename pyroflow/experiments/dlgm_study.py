@@ -33,8 +33,6 @@ class Study:
         schedule: of the training, the same for all.
         samples: importance samples for each test image.
         facts: what else the results depend on, for the JSON file.
-        siblings: names of studies of the same model; what they have finished with these settings
-            is taken over.
     """
 
     name: str
@@ -46,7 +44,6 @@ class Study:
     schedule: Schedule
     samples: int
     facts: Mapping[str, Any]
-    siblings: Sequence[str] = ()
 
 
 def run_study(study: Study, options: Options) -> dict[str, Any] | None:
@@ -71,8 +68,6 @@ def run_study(study: Study, options: Options) -> dict[str, Any] | None:
     with processes() as ours:
         results = Results(options.out / f"{study.name}.json", settings)
         folder = checkpoint_folder(options, study.checkpoints)
-        if ours.writes:
-            _take_over(results, chosen, [options.out / f"{name}.json" for name in study.siblings])
         for key in ours.agree([key for key in chosen if key not in results.runs]):
             found = _run(study, key, folder, ours, options.progress)
             if ours.writes:
@@ -81,18 +76,6 @@ def run_study(study: Study, options: Options) -> dict[str, Any] | None:
             return None
         runs = Results(results.path, settings).runs
         return {"runs": {key: runs[key] for key in keys if key in runs} | runs}
-
-
-def _take_over(results: Results, chosen: Sequence[str], files: Sequence[Path]) -> None:
-    """Add the chosen runs that a file of the same settings has."""
-    for file in filter(Path.exists, files):
-        try:
-            finished = Results(file, results.settings).runs
-        except ValueError:  # of other settings
-            continue
-        for key in chosen:
-            if key in finished and key not in results.runs:
-                results.add(key, finished[key])
 
 
 def _run(study: Study, key: str, folder: Path, ours: Processes, progress: bool) -> dict[str, Any]:
