@@ -30,9 +30,10 @@ posteriordb: $(INSTALLED)  ## Ten posteriors, ours beside rivals and NUTS, with 
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.posteriordb run --threads 1
 	cd tests && ../$(BIN)/python -m benchmarks.posteriordb table
 
+paper: export OMP_NUM_THREADS := 1
 paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MNIST is the folder of the four files.
-	OMP_NUM_THREADS=1 $(BIN)/pyroflow reproduce figure1
-	OMP_NUM_THREADS=1 $(BIN)/pyroflow reproduce figure3
+	$(BIN)/pyroflow reproduce figure1
+	$(BIN)/pyroflow reproduce figure3
 	$(BIN)/pyroflow reproduce mnist --data $(PYROFLOW_MNIST)
 	$(BIN)/pyroflow reproduce sylvester --data $(PYROFLOW_MNIST)
 	$(BIN)/python tests/benchmarks/mnist_speed.py
