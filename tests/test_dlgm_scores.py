@@ -11,6 +11,7 @@ from torch import Tensor
 from pyroflow.experiments import dlgm_scores
 from pyroflow.experiments.dlgm import DLGM
 from pyroflow.experiments.dlgm_scores import log_weights, scores
+from pyroflow.experiments.processes import Processes
 from pyroflow.transforms import ConditionalPlanar
 
 H, X = 8, 6
@@ -75,6 +76,23 @@ def test_weights_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert weights.shape == (11, 7)
     assert not weights.requires_grad
     assert len(weights.unique()) == 77
+
+
+def test_ranks_share_the_images_and_have_noise_of_their_own() -> None:
+    """Of one image many times, no two ranks have the same samples."""
+    dlgm, x = small()
+    same = x[:1].expand(8, -1)
+    seen = []
+
+    class Rank(Processes):
+        def gather(self, value: Tensor) -> list[Tensor]:
+            seen.append(value)
+            return [value]
+
+    for rank in range(2):
+        scores(dlgm, same, samples=5, processes=Rank(rank, 2), progress=False)
+    assert [part.shape for part in seen] == [(2, 4), (2, 4)]
+    assert len(torch.cat(seen, -1)[0].unique()) == 8
 
 
 def test_scores_repeat_and_refuse() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from pyroflow.experiments import figure1
 from pyroflow.experiments.results import Options
+from pyroflow.transforms import ConditionedPlanar, ConditionedRadial
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,23 @@ def test_layers_are_far_from_the_identity_and_nested(kind: str) -> None:
         log_det = first.log_abs_det_jacobian(x, first(x))
         assert log_det.std() > 0.15
         assert (first(x) - x).norm(dim=-1).mean() > 0.4
+
+
+@pytest.mark.parametrize(
+    ("kind", "made_of"), [("planar", ConditionedPlanar), ("radial", ConditionedRadial)]
+)
+@pytest.mark.parametrize("base", ["gaussian", "uniform"])
+def test_the_box_holds_the_image(kind: str, made_of: type, base: str) -> None:
+    """Of every point of the base's square, on its edge and inside."""
+    t = figure1.LAYERS[kind](10)
+    assert type(t) is made_of
+    half = figure1.REACH if base == "gaussian" else figure1.HALF_WIDTH
+    places = torch.linspace(-half, half, 301)
+    image = t(torch.cartesian_prod(places, places))
+    low, high = figure1._box(figure1.BASES[base], t)
+    assert (low < image.amin(0)).all()
+    assert (high > image.amax(0)).all()
+    assert (high - low < 1.05 * (image.amax(0) - image.amin(0))).all()
 
 
 def test_bases_are_densities_of_unit_variance() -> None:
