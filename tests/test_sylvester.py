@@ -30,8 +30,8 @@ def by_the_paper(t: ConditionedSylvester, x: Tensor) -> tuple[Tensor, Tensor]:
     log_det = torch.zeros(x.shape[:-1])
     for frame, R, R_tilde, b in zip(t.frame, t.R, t.R_tilde, t.b, strict=True):
         Q, r, r_tilde = orthonormal(frame, t.orthogonal).T, R.diagonal(), R_tilde.diagonal()
-        p = r_tilde.abs()
-        bound = r_tilde.sign() * (-1 / p + torch.log(1 + torch.exp(r_tilde.sign() * r + 1 / p)))
+        p, sign, beta = r_tilde.abs(), r_tilde.sign(), 1 + r_tilde.abs()
+        bound = sign * (-1 / p + torch.log(1 + torch.exp(beta * (sign * r + 1 / p))) / beta)
         R, R_tilde = torch.triu(R, 1) + torch.diag(bound), torch.triu(R_tilde)
         a = x @ Q @ R_tilde.T + b
         log_det = log_det + torch.log(torch.prod(1 + bound * r_tilde / torch.cosh(a) ** 2, -1))
@@ -51,13 +51,13 @@ def test_layers_follow_the_paper(kind: str, dim: int, units: int, layers: int) -
 
 # Two dimensions and Qᵀ = the frame: R̃ = ((2, 1), (0, -1)), R = ((0.5, 0.25), (0, 0.7)),
 # b = (0.1, 0.2), x = (0.3, -1), so a = (-0.3, 1.2). With 40 digits the bound diagonal of R is
-# -1/2 + ln(1 + e^(0.5 + 1/2)) = 0.813261687518223 and, r̃ being negative,
-# 1 - ln(1 + e^(-0.7 + 1)) = 0.145644755531473. One unit keeps the first row and column, and
+# -1/2 + ln(1 + e^(3 (0.5 + 1/2)))/3 = 0.516195783857894 and, r̃ being negative,
+# 1 - ln(1 + e^(2 (-0.7 + 1)))/2 = 0.481256024757057. One unit keeps the first row and column, and
 # a = 2 · 0.3 + 0.1 = 0.7.
 R_TILDE, R, B, X = [[2.0, 1.0], [9.0, -1.0]], [[0.5, 0.25], [9.0, 0.7]], [0.1, 0.2], [0.3, -1.0]
 BY_HAND = {
-    1: ([0.791509158299942, -1.0], 0.709226601084198),
-    2: ([0.271500264955316, -0.878582578564029], 0.866235199902240),
+    1: ([0.611972098447459, -1.0], 0.503982140697551),
+    2: ([0.358039309420893, -0.598798697808923], 0.506395947866322),
 }
 
 
@@ -233,11 +233,11 @@ def both_ways(t: Sylvester, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dot", [-20.0, -80.0, 80.0])
 def test_log_det_on_a_bend_by_hand(dot: float, float32: None) -> None:
-    """a = 0 and r̃ = 1 have the determinant softplus(r + 1), which 1 + r̂ would lose to rounding."""
+    """a = 0 and r̃ = 1 have the determinant softplus(2 r + 2)/2, which 1 + r̂ would round away."""
     one = torch.ones(1, 1, 1)
-    t = ConditionedSylvester(torch.ones(1, 1, 1), dot * one, one, torch.zeros(1, 1), "triangular")
-    x = torch.zeros(1)
-    expected = math.log(math.log1p(math.exp(dot + 1)))
+    R, x = dot / 2 * one, torch.zeros(1)
+    t = ConditionedSylvester(torch.ones(1, 1, 1), R, one, torch.zeros(1, 1), "triangular")
+    expected = math.log(math.log1p(math.exp(dot + 2)) / 2)
     assert t.log_abs_det_jacobian(x, t(x)).item() == pytest.approx(expected, rel=1e-6)
 
 

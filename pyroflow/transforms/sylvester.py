@@ -50,15 +50,16 @@ def orthonormal(frame: Tensor, orthogonal: Orthogonal) -> Tensor:
 def bind_diagonal(r: Tensor, r_tilde: Tensor) -> tuple[Tensor, Tensor]:
     """The bound diagonal r̂ of R, and s = 1 + r̂ r̃ > 0; all of one shape.
 
-    For r̃ > 0 the bound r̂ > −1/r̃ is kept by r̂ = −1/r̃ + softplus(r + 1/r̃), and r̃ < 0 is its
-    mirror image, since tanh is odd. At r̃ = 0 there is no bound and r̂ = r, with all derivatives.
-    The û of planar layers would not do: for w = r̃ it has a pole at 0, which a diagonal passes on
+    For r̃ > 0 the bound r̂ > −1/r̃ is kept by r̂ = −1/r̃ + softplus(β (r + 1/r̃))/β, β = 1 + r̃, and
+    r̃ < 0 is its mirror image, since tanh is odd. At r̃ = 0 there is no bound and r̂ = r, with all
+    derivatives. The û of planar layers has β = r̃, and so a pole at 0, which a diagonal passes on
     its way from one sign to the other.
     """
     p = r_tilde.abs().clamp(min=1e-6)  # below, softplus is linear but for r beyond 1e6
-    v = (1 + r * r_tilde) / p
-    s = (p * softplus(v)).clamp(min=torch.finfo(r.dtype).tiny)
-    return r + r_tilde.sign() * softplus(-v), s
+    beta = 1 + p
+    v = (1 + r * r_tilde) * beta / p
+    s = (softplus(v) * p / beta).clamp(min=torch.finfo(r.dtype).tiny)
+    return r + r_tilde.sign() * softplus(-v) / beta, s
 
 
 class ConditionedSylvester(Bijection):
@@ -211,7 +212,7 @@ class Sylvester(ConditionedSylvester, TransformModule):
     def reset_parameters(self) -> None:
         """Draw Q and hyperplanes that cross a standard normal, and set R so that it is bound to 0.
 
-        p softplus(r + 1/p) = 1, where p is the diagonal of R̃.
+        p softplus(β (r + 1/p)) = β, where p is the diagonal of R̃ and β = 1 + p.
         """
         if self.orthogonal != "triangular":
             self.frame.normal_()
@@ -220,7 +221,9 @@ class Sylvester(ConditionedSylvester, TransformModule):
         p = INIT_SLOPE / math.sqrt(2)
         self.R_tilde.diagonal(dim1=-2, dim2=-1).fill_(p)
         self.b.normal_().mul_(self.R_tilde.square().sum(-1).sqrt())
-        self.R.zero_().diagonal(dim1=-2, dim2=-1).fill_(math.log(math.expm1(1 / p)) - 1 / p)
+        self.R.zero_().diagonal(dim1=-2, dim2=-1).fill_(
+            math.log(math.expm1(1 + 1 / p)) / (1 + p) - 1 / p
+        )
 
 
 class ConditionalSylvester(ConditionalTransformModule):
