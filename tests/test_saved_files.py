@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -81,6 +83,33 @@ def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
     edit(content)
     torch.save(content, path)
     return path
+
+
+@pytest.mark.parametrize("form", ["flow", "guide"])
+def test_sylvester_layers_of_format_1_are_refused(form: str, tmp_path: Path) -> None:
+    """Their parameters would be another density; planar ones mean what they meant."""
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
+
+    def first(saved: object, name: str) -> Path:
+        path = tmp_path / name
+        pf.save(saved, path)
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {"format": 1}, path)
+        return path
+
+    makers = {
+        "flow": (lambda: pf.sylvester_flow(2, num_units=2), lambda: pf.planar_flow(2)),
+        "guide": (lambda: pf.AutoSylvesterFlow(model), lambda: pf.AutoPlanarFlow(model)),
+    }
+    ours, other = (make() for make in makers[form])
+    if form == "guide":
+        ours.setup()
+        other.setup()
+    with pytest.raises(ValueError, match=r"Sylvester layers in format 1.*fit anew"):
+        pf.load(first(ours, "sylvester.pt"))
+    assert pf.load(first(other, "planar.pt")) is not None
 
 
 def test_a_later_format_says_what_to_install(tmp_path: Path) -> None:

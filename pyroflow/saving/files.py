@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from pyroflow.saving.flows import describe_flow, restore_flow
 from pyroflow.saving.guides import GUIDES, describe_guide, restore_guide
 from pyroflow.saving.model_check import check_model
 
-FORMAT = 1  # raised when an older pyroflow can no longer read what this one writes
+# Raised when an older pyroflow would no longer read, or would misread, what this one writes.
+# Format 1 had another bound on the diagonals of Sylvester layers.
+FORMAT = 2
 
 
 def save(obj: Flow | AutoFlow, path: str | os.PathLike) -> None:
@@ -166,4 +168,21 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
             f"{content['pyroflow']}; this is {version('pyroflow')}, which reads up to {FORMAT}: "
             "install that version or a later one"
         )
+    if content["format"] == 1 and any("Sylvester" in kind for kind in _kinds(content)):
+        raise ValueError(
+            f"path {path} has Sylvester layers in format 1, which bound their diagonals in another "
+            "way: fit anew, as this version would give them another density"
+        )
     return content
+
+
+def _kinds(value: Any) -> Iterator[str]:
+    """All kinds that a description names."""
+    if isinstance(value, dict):
+        if isinstance(value.get("kind"), str):
+            yield value["kind"]
+        for part in value.values():
+            yield from _kinds(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _kinds(part)
