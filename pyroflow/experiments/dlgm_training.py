@@ -111,7 +111,7 @@ def train(
     Raises:
         ValueError: fewer images than in a batch, a batch that the processes cannot share evenly,
             or a checkpoint that is damaged or of another schedule, seed, number of processes,
-            model or set of images.
+            model or set of images, or that not all processes see.
         FloatingPointError: no finite gradient in 100 updates in a row.
     """
     batches = _batches(images, schedule.batch_size, seed, processes)
@@ -123,6 +123,11 @@ def train(
         "images": digest(images),
     }
     state = _resumed(checkpoint, dlgm, optimiser, settings) or Progress()
+    if state.updates != (first := processes.agree(state.updates)):
+        raise ValueError(
+            f"{checkpoint} must be in a folder that all processes share: it is at update "
+            f"{state.updates} for process {processes.rank}, and at {first} for process 0"
+        )
     shared = processes.wrap(dlgm)
     bar = tqdm(
         total=schedule.updates,
