@@ -23,7 +23,36 @@ def test_no_pole_where_a_diagonal_changes_its_sign() -> None:
         (slope,) = torch.autograd.grad(bound.sum(), r_tilde, create_graph=True)
         (bend,) = torch.autograd.grad(slope.sum() + (s**2).sum(), r_tilde)
         assert slope.abs().max() < 1e-30
-        assert torch.allclose(bend, 2 * r * (1 + r * r_tilde), rtol=1e-12, atol=0)
+        assert torch.allclose(bend, 2 * r * (1 + r * r_tilde), rtol=1e-12, atol=1e-30)
+
+
+@pytest.mark.parametrize("r", [-3.0, 0.5, 3.0])
+def test_derivatives_near_zero_in_float32(r: float) -> None:
+    """As those of float64 to rounding: ln s ≈ r r̃ bends by −r², where 1/r̃ is up to 1e6."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        r_tilde = torch.tensor([-0.05, -1e-3, 1e-6, 1e-5, 1e-4, 1e-2], dtype=dtype).requires_grad_()
+        bound, s = bind_diagonal(torch.full((6,), r, dtype=dtype), r_tilde)
+        first = torch.autograd.grad(s.log().sum(), r_tilde, create_graph=True)[0]
+        second = torch.autograd.grad(first.sum(), r_tilde)[0]
+        found.append(torch.stack([bound, s, first, second]).double().detach())
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_the_bound_holds_in_float32_far_below_it() -> None:
+    """r̂ there is −1/r̃ to rounding, and not the difference of r and its multiple."""
+    r = torch.tensor([-100.0, -100.0, -10.0], dtype=torch.float32)
+    r_tilde = torch.tensor([3.0, 30.0, 1000.0], dtype=torch.float32)
+    bound, s = bind_diagonal(r, r_tilde)
+    assert (s > 0).all()
+    assert torch.allclose(bound * r_tilde, torch.full_like(r, -1), rtol=0, atol=2e-7)
+
+
+def test_second_derivatives_against_differences() -> None:
+    r = torch.tensor([-2.0, -0.4, 0.7, 3.0], requires_grad=True)
+    r_tilde = torch.tensor([0.8, -1.7, 2.5, 0.3], requires_grad=True)
+    assert torch.autograd.gradcheck(bind_diagonal, (r, r_tilde))
+    assert torch.autograd.gradgradcheck(bind_diagonal, (r, r_tilde))
 
 
 @pytest.mark.parametrize("r_tilde", [-30.0, -1.0, -0.1, 0.1, 1.0, 30.0])

@@ -58,8 +58,12 @@ def bind_diagonal(r: Tensor, r_tilde: Tensor) -> tuple[Tensor, Tensor]:
     p = r_tilde.abs().clamp(min=1e-6)  # below, softplus is linear but for r beyond 1e6
     beta = 1 + p
     v = (1 + r * r_tilde) * beta / p
-    s = (softplus(v) * p / beta).clamp(min=torch.finfo(r.dtype).tiny)
-    return r + r_tilde.sign() * softplus(-v) / beta, s
+    tail, above = softplus(-v.abs()) / beta, v > 0
+    # p softplus(v)/β for v > 0 is 1 + r r̃ + p tail: v is large at small p, and would cancel later
+    near = softplus(v.masked_fill(above, 0.0)) * p / beta
+    s = torch.where(above, 1 + r * r_tilde + p * tail, near).clamp(min=torch.finfo(r.dtype).tiny)
+    sign = r_tilde.sign()
+    return torch.where(above, r + sign * tail, sign * (tail - 1 / p)), s
 
 
 class ConditionedSylvester(Bijection):
