@@ -83,3 +83,20 @@ def test_bad_options_are_refused_before_the_model_runs(name: str, value: float) 
 
     with pytest.raises(ValueError, match=name):
         pf.fit_guide(model, pf.AutoPlanarFlow(model), **{name: value})
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    """Its parameters may mean another density in this one."""
+
+    def fit() -> pf.Fit:
+        pyro.clear_param_store()
+        options = {"steps": 3, "num_particles": 8, "seed": 0, "progress": False}
+        return pf.fit_guide(toy_model, pf.AutoPlanarFlow(toy_model, 2), checkpoint=path, **options)
+
+    path = tmp_path / "guide.pt"
+    fit()
+    state = torch.load(path, weights_only=True)
+    for other in ({**state, "format": 1}, {k: v for k, v in state.items() if k != "format"}):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match=r"guide\.pt is of another version of pyroflow"):
+            fit()

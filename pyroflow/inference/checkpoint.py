@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+FORMAT = 2  # raised when the parameters of a transform mean something else: then no fit can go on
+
 
 def write_checkpoint(
     path: Path,
@@ -22,6 +24,7 @@ def write_checkpoint(
     ``rng`` is the generator's state at the start of a step that was cut off.
     """
     state = {
+        "format": FORMAT,
         "settings": settings,
         "loop": loop,
         "optimizer": optimizer,
@@ -77,4 +80,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint {path} is not a checkpoint of a fit: name another file, or remove it"
         ) from error
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint {path} is of another version of pyroflow, whose layers may have other "
+            "parameters: name another file to start anew, or remove it"
+        )
     return state

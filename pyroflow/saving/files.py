@@ -155,7 +155,7 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
         raise FileNotFoundError(f"path {path} does not exist")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        of_pyroflow = content["kind"] in ("flow", "guide") and content["format"] > 0
+        of_pyroflow = content["kind"] in ("flow", "guide") and content["format"] in range(1, 10**6)
     except OSError:
         raise
     except Exception as error:  # other bytes may end in any of them
@@ -165,8 +165,8 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
     if content["format"] > FORMAT:
         raise ValueError(
             f"path {path} has format {content['format']}, written by pyroflow "
-            f"{content['pyroflow']}; this is {version('pyroflow')}, which reads up to {FORMAT}: "
-            "install that version or a later one"
+            f"{content.get('pyroflow')}; this is {version('pyroflow')}, which reads up to "
+            f"{FORMAT}: install that version or a later one"
         )
     if content["format"] == 1 and any("Sylvester" in kind for kind in _kinds(content)):
         raise ValueError(
