@@ -61,15 +61,17 @@ def reproduce(
         int | None, typer.Option(min=1, help="Seeds 0, 1, ...; by default as in README.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data files.")] = None,
-    only: Annotated[str, typer.Option(help='Runs to do: "planar K=8,NICE", parts of keys.')] = "",
+    only: Annotated[
+        str | None, typer.Option(help='Runs to do: "planar K=8,NICE", parts of keys.')
+    ] = None,
 ) -> None:
     """Repeat an experiment of the paper."""
     from pyroflow.experiments.results import Options
 
     if name not in EXPERIMENTS:
         raise typer.BadParameter(f"NAME must be one of {', '.join(EXPERIMENTS)}; got {name!r}")
-    parts = tuple(part.strip() for part in only.split(",") if part.strip())
-    if only and not parts:
+    parts = tuple(part.strip() for part in (only or "").split(",") if part.strip())
+    if only is not None and not parts:
         raise typer.BadParameter(f"--only must name parts of keys, got {only!r}")
     options = Options(out=out, quick=quick, seeds=seeds, data=data, only=parts)
     module = experiment(name)

@@ -83,7 +83,7 @@ def test_a_checkpoint_without_its_settings_is_refused(tmp_path: Path) -> None:
         trained(checkpoint=checkpoint)
 
 
-def test_a_digest_tells_images_by_value_and_dtype() -> None:
+def test_a_digest_tells_images_by_their_bytes() -> None:
     other = IMAGES.clone()
     other[3, 2] ^= 1
     same = IMAGES.T.contiguous().T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,6 @@ def test_another_schedule_is_another_file(
 
 def test_sylvester_stands_beside_the_planar_flow_of_mnist(tmp_path: Path, data: Path) -> None:
     """Equal K·M and equal updates."""
-    alone = quick(tmp_path, data, "qr", module=sylvester)
-    assert alone["planar"] == {}
     planar = quick(tmp_path, data, "planar K=40", "NICE K=40")["runs"]["planar K=40 seed=0"]
     report = quick(tmp_path, data, "qr", module=sylvester)
     assert report["planar"] == {"planar K=40 seed=0": planar}
@@ -200,6 +199,32 @@ def test_sylvester_stands_beside_the_planar_flow_of_mnist(tmp_path: Path, data: 
     assert lines[1].split()[-4:] == [f"{planar['parameters']:,}", "86.06", "/", "81.91"]
     assert lines[2].split()[-3:] == ["83.32", "/", "80.22"]
     assert f"{found['nll']:.2f}" in lines[2]
+
+
+def test_sylvester_stands_beside_no_other_model(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other updates, other images or a quick run: no planar flow is shown. The rate is its own."""
+    study = mnist.study("mnist", {}, Options(out=tmp_path, data=data))
+    ours = dlgm_study.settings(study, False)
+    file = tmp_path / "mnist.json"
+    assert sylvester.planar(file, ours) == {}
+    for change, runs in (
+        ({}, {"planar K=40 seed=0": {"nll": 87.0}}),
+        ({"quick": True}, {}),
+        ({"digests": ["0", "1"]}, {}),
+        ({"schedule": ours["schedule"] | {"updates": 7}}, {}),
+        ({"schedule": ours["schedule"] | {"flow_lr": 7.0}}, {"planar K=40 seed=0": {"nll": 87.0}}),
+    ):
+        report = {"settings": ours | change, "runs": {"planar K=40 seed=0": {"nll": 87.0}}}
+        report["runs"]["planar K=4 seed=0"] = report["runs"]["NICE K=40 seed=0"] = {"nll": 90.0}
+        file.write_text(json.dumps(report))
+        assert sylvester.planar(file, ours) == runs
+    asked = []
+    monkeypatch.setattr(sylvester, "run_study", lambda study, _: asked.append(study))
+    sylvester.run(Options(out=tmp_path, data=data))
+    rates = {**vars(mnist.SCHEDULE), "flow_lr": sylvester.FLOW_LR}
+    assert vars(asked[0].schedule) == rates
 
 
 @pytest.mark.parametrize("kind", sylvester.UNITS)

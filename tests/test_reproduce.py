@@ -101,7 +101,13 @@ def test_unknown_names_are_refused(made_up: Experiment) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("figure3", "--seeds", "0"), ("figure3", "--K", "8"), ("figure3", "--only", " , ")],
+    [
+        (),
+        ("figure3", "--seeds", "0"),
+        ("figure3", "--K", "8"),
+        ("figure3", "--only", " , "),
+        ("figure3", "--only", ""),
+    ],
 )
 def test_wrong_usage_is_refused(made_up: Experiment, arguments: tuple[str, ...]) -> None:
     code, output = reproduce(*arguments)

@@ -46,6 +46,19 @@ class Study:
     facts: Mapping[str, Any]
 
 
+def settings(study: Study, quick: bool) -> dict[str, Any]:
+    """What the numbers depend on, for the JSON file."""
+    return {
+        "quick": quick,
+        "training_images": len(study.training),
+        "test_images": len(study.test),
+        "digests": [digest(study.training), digest(study.test)],
+        "samples": study.samples,
+        "schedule": vars(study.schedule),
+        **study.facts,
+    }
+
+
 def run_study(study: Study, options: Options) -> dict[str, Any] | None:
     """Train and score every flow that is asked for and not finished, for every seed.
 
@@ -54,19 +67,10 @@ def run_study(study: Study, options: Options) -> dict[str, Any] | None:
     Returns:
         The report: the runs by key, such as "planar K=10 seed=0". None on other ranks than 0.
     """
-    settings = {
-        "quick": options.quick,
-        "training_images": len(study.training),
-        "test_images": len(study.test),
-        "digests": [digest(study.training), digest(study.test)],
-        "samples": study.samples,
-        "schedule": vars(study.schedule),
-        **study.facts,
-    }
     keys = [f"{flow} seed={seed}" for seed in range(options.seeds or 1) for flow in study.flows]
     chosen = options.chosen(keys)
     with processes() as ours:
-        results = Results(options.out / f"{study.name}.json", settings)
+        results = Results(options.out / f"{study.name}.json", settings(study, options.quick))
         folder = checkpoint_folder(options, study.checkpoints)
         for key in ours.agree([key for key in chosen if key not in results.runs]):
             found = _run(study, key, folder, ours, options.progress)
@@ -74,7 +78,7 @@ def run_study(study: Study, options: Options) -> dict[str, Any] | None:
                 results.add(key, found)
         if not ours.writes:
             return None
-        runs = Results(results.path, settings).runs
+        runs = Results(results.path, results.settings).runs
         return {"runs": {key: runs[key] for key in keys if key in runs} | runs}
 
 

@@ -162,7 +162,7 @@ def train(
 
 
 def digest(images: Tensor) -> str:
-    """Sixteen hexadecimal digits that tell images from others, by value and dtype."""
+    """Sixteen hexadecimal digits that tell images from others, by their bytes."""
     return hashlib.sha256(images.contiguous().cpu().numpy()).hexdigest()[:16]
 
 
