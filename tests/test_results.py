@@ -19,6 +19,7 @@ from pyroflow.experiments.results import (
     machine,
     save_figure,
     write_json,
+    write_whole,
 )
 
 KEYS = ["U1 planar K=2 seed=0", "U1 planar K=20 seed=0", "U2 NICE K=2 seed=1"]
@@ -210,3 +211,17 @@ def test_figures_and_checkpoints_have_their_folders(tmp_path: Path) -> None:
         folder = checkpoint_folder(Options(tmp_path / "out"), "mnist")
         assert folder == tmp_path / "out" / "checkpoints" / "mnist"
         assert folder.is_dir()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "figure.png"
+    write_whole(path, lambda partial: partial.write_text("old"))
+
+    def half(partial: Path) -> None:
+        partial.write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, half)
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]

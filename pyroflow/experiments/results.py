@@ -149,8 +149,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all: ``write`` writes it under another name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
