@@ -35,7 +35,7 @@ def run(options: Options) -> dict[str, Any] | None:
     """Train and score the three kinds on ``options.data``, with the model and updates of mnist.
 
     The planar flow beside them is that of mnist.json in the same folder, if it is there with the
-    same settings but for its rate, which would leave Sylvester layers a nat further behind.
+    same settings but for the rate: each kind of layer has the one that was chosen for it.
 
     Returns:
         The report: the runs by key, such as "qr M=8 L=5 seed=0", and the planar flow's under
