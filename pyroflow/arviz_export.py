@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import pareto_smooth, systematic
 from pyroflow.inference.draws import Draws, draw
 from pyroflow.inference.elbo import Problem
-from pyroflow.inference.reruns import Reruns, Site
+from pyroflow.inference.runs import Runs, Sites, is_factor
 from pyroflow.labelled import (
     Coords,
     Dims,
@@ -127,11 +126,11 @@ def to_arviz(
     with torch.no_grad(), poutine.block(), seeded(seed):
         problem = _problem(model, guide, tuple(args), dict(kwargs or {}))
         draws, stats, khat = _weighted(draw(problem, num_samples), resample)
-        runs = Reruns(model, problem.args, problem.kwargs, problem.plates)
+        runs = problem.runs
         groups = _fitted(runs, draws) | {"sample_stats": stats}
         if ahead:
             new = tuple(predictions_args or ()), dict(predictions_kwargs or {})
-            groups |= _predicted(Reruns(model, *new, problem.plates, predict=True), draws)
+            groups |= _predicted(Runs(model, *new, problem.runs.plates, predict=True), draws)
     groups = renamed({name: group for name, group in groups.items() if group}, dims or {})
     tables = datasets(groups, coords or {}, predictions_coords or {})
     tables["sample_stats"].attrs |= {"khat": khat, "resampled": int(resample)}
@@ -227,10 +226,11 @@ def _point(sites: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _fitted(runs: Reruns, draws: Draws) -> dict[str, Group]:
+def _fitted(runs: Runs, draws: Draws) -> dict[str, Group]:
     """The groups for the arguments of the fit."""
     latents, size = draws.sites, len(draws)
-    sites = runs.sites(latents, size)
+    sites = runs.evaluate(latents, size)
+    sites = {name: site for name, site in sites.items() if not is_factor(site.record)}
     data = [name for name, site in sites.items() if site.log_prob is not None]
     data = [name for name in data if name not in latents]
     others = [name for name in sites if name not in data]
@@ -248,16 +248,17 @@ def _fitted(runs: Reruns, draws: Draws) -> dict[str, Group]:
     }
 
 
-def _tried(runs: Reruns, latents: dict[str, Tensor], size: int, groups: str) -> dict[str, Site]:
+def _tried(runs: Runs, latents: dict[str, Tensor], size: int, groups: str) -> Sites:
     """The sites with the data sampled; none, and a warning, where the model has no sampler."""
     try:
-        return replace(runs, predict=True).sites(latents, size)
+        ahead = Runs(runs.model, runs.args, runs.kwargs, runs.plates, predict=True)
+        return ahead.evaluate(latents, size)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         warnings.warn(f"{groups} left out, as the model cannot be sampled: {error!r}", stacklevel=4)
         return {}
 
 
-def _predicted(ahead: Reruns, draws: Draws) -> dict[str, Group]:
+def _predicted(ahead: Runs, draws: Draws) -> dict[str, Group]:
     """The groups for new arguments."""
 
     def check(record: dict[str, Any]) -> dict[str, Any]:
@@ -266,10 +267,12 @@ def _predicted(ahead: Reruns, draws: Draws) -> dict[str, Group]:
             _check_same(name, draws.sites[name].shape[1:], record["fn"].shape())
         return {}
 
-    checked = replace(ahead, model=poutine.infer_config(ahead.model, check))
-    sites = checked.sites(draws.sites, len(draws))
+    model = poutine.infer_config(ahead.model, check)
+    checked = Runs(model, ahead.args, ahead.kwargs, ahead.plates, predict=True)
+    sites = checked.evaluate(draws.sites, len(draws))
+    others = [name for name in sites if name not in draws.sites]
     return {
-        "predictions": drawn_sites(sites, [name for name in sites if name not in draws.sites]),
+        "predictions": drawn_sites(sites, [n for n in others if not is_factor(sites[n].record)]),
         "predictions_constant_data": _constants(ahead, []),
     }
 
@@ -283,7 +286,7 @@ def _check_same(name: str, fitted: torch.Size, new: torch.Size) -> None:
         )
 
 
-def _constants(runs: Reruns, observed: list[np.ndarray]) -> Group:
+def _constants(runs: Runs, observed: list[np.ndarray]) -> Group:
     """Tensors and arrays among the arguments, save the observed ones."""
     group = {}
     for name, value in named_arguments(runs.model, runs.args, runs.kwargs):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from pyroflow.inference.reruns import Site, follows
+from pyroflow.inference.runs import SiteRuns, Sites, is_deterministic
 
 if TYPE_CHECKING:
     from xarray import Dataset
@@ -53,13 +53,13 @@ def value_dims(record: dict[str, Any], shape: Sequence[int]) -> list[str]:
     """Names of the dimensions of a site's value."""
     event_dim = record["fn"].event_dim
     outermost = min((f.dim for f in record["cond_indep_stack"] if f.vectorized), default=0)
-    if follows(record) and event_dim == len(shape):
+    if is_deterministic(record) and event_dim == len(shape):
         # pyro.deterministic calls all dimensions the event's, those of plates too, unless told
         event_dim = max(len(shape) + outermost, 0)
     return site_dims(record, shape, event_dim)
 
 
-def drawn_sites(sites: dict[str, Site], names: Iterable[str]) -> Group:
+def drawn_sites(sites: Sites, names: Iterable[str]) -> Group:
     """The draws of the sites of these names, as far as they are there."""
     found = {name: sites[name] for name in names if name in sites}
     return {
@@ -73,7 +73,7 @@ def drawn(dims: list[str], values: Tensor) -> Variable:
     return SAMPLE + dims, as_array(values)[None]
 
 
-def log_likelihood(site: Site) -> Variable:
+def log_likelihood(site: SiteRuns) -> Variable:
     """The log density of a site's data, by draw."""
     return drawn(site_dims(site.record, site.log_prob.shape[1:], event_dim=0), site.log_prob)
 

@@ -18,6 +18,7 @@ from amortized_cases import (
 from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 
 import pyroflow as pf
+from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
 
 
@@ -89,7 +90,7 @@ def test_vectorized_particles_follow_their_own_globals() -> None:
     guide, log_evidence = exact_effects(y)
     problem = Problem.inspect(effects_model, guide, (y,), None)
     assert problem.plates == 1
-    weights = problem.log_weights(50)
+    weights = draw(problem, 50).log_weights
     assert torch.allclose(weights, torch.full((50,), log_evidence), atol=1e-9)
 
 

@@ -21,6 +21,7 @@ from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor, nn
 
 import pyroflow as pf
+from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
 
 
@@ -48,7 +49,10 @@ def test_several_constrained_sites_have_their_jacobians(context: str | None) -> 
         guide.local_flow.affine.raw_scale += 0.3
     weights = []
     for _ in range(2):
-        trace, model_trace = Problem(model, guide, (x,)).traces(5000, 1)
+        plate = pyro.plate("draws", 5000, dim=-2)
+        trace = pyro.poutine.trace(plate(guide)).get_trace(x)
+        replayed = pyro.poutine.replay(plate(model), trace=trace)
+        model_trace = pyro.poutine.trace(replayed).get_trace(x)
         log_ratio = 0.0
         for name in ("s", "p", "m"):
             site = model_trace.nodes[name]
@@ -83,7 +87,7 @@ def test_plate_left_of_another_and_in_any_place() -> None:
     assert guide(y, 4)["z"].shape == (4, 1)
     problem = Problem.inspect(model, guide, (y, 4), None)
     assert problem.plates == 2
-    assert problem.log_weights(7).shape == (7,)
+    assert draw(problem, 7).log_weights.shape == (7,)
     assert guide.median(y)["z"].shape == (6, 1)
     assert guide.median(y)["c"].shape == (3,)
     assert Predictive(guide, num_samples=5, parallel=True)(y)["z"].shape == (5, 6, 1)

@@ -199,6 +199,7 @@ def test_arviz_0_reads_it(schools: Any) -> None:
 
 @needs_old_arviz
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")  # draws that repeat are a tail
 def test_loo_of_resampled_draws_is_that_of_exact_ones() -> None:
     import arviz as az
 

@@ -47,7 +47,7 @@ def test_models_that_mix_vectorised_draws_run_one_by_one() -> None:
 
 
 def test_chunks_of_vectorised_draws_line_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyroflow.inference.reruns.CHUNK", 7)
+    monkeypatch.setattr("pyroflow.inference.runs.CHUNK", 7)
     idata = pf.to_arviz(
         eight_schools_noncentered, AutoNormal(eight_schools_noncentered), (), None, 20
     )

@@ -17,6 +17,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 import pyroflow as pf
+from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
 from pyroflow.targets import (
     TOY_LOG_EVIDENCE,
@@ -235,7 +236,7 @@ def test_checkpoint_resumes(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None: 
 
 def elbo_of(model: Callable, guide: Callable) -> float:
     with torch.no_grad():
-        return Problem.inspect(model, guide, (), None).log_weights(100_000).mean().item()
+        return draw(Problem.inspect(model, guide, (), None), 100_000).log_weights.mean().item()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from torch.distributions.transforms import ReshapeTransform
 import pyroflow as pf
 from pyroflow.flows import StandardNormal
 from pyroflow.guides import AutoFlow
+from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
 
 
@@ -161,7 +162,7 @@ def sine_model() -> None:
 
 def elbo(guide: Callable) -> float:
     with torch.no_grad(), pyro.poutine.block():
-        return Problem.inspect(sine_model, guide, (), None).log_weights(5000).mean().item()
+        return draw(Problem.inspect(sine_model, guide, (), None), 5000).log_weights.mean().item()
 
 
 @pytest.fixture(scope="module")

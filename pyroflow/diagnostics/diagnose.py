@@ -70,7 +70,7 @@ def diagnose(
         sets = [draw(problem, num_samples)]
         _check_draws(sets[0])
         report = _report(sets)
-        while undecided(report) and len(sets) < max_sets and problem.plates is not None:
+        while undecided(report) and len(sets) < max_sets and not problem.sequential:
             sets.append(draw(problem, num_samples))
             report = _report(sets)
     funnels = {} if report.level == "good" else find_funnels(problem, report.draws)

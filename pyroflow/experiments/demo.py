@@ -22,6 +22,7 @@ from pyroflow import datasets, plots, targets
 from pyroflow.flows import Flow, planar_flow
 from pyroflow.guides import AutoPlanarFlow
 from pyroflow.inference import fit_density, fit_guide
+from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
 from pyroflow.seeds import seeded
 from pyroflow.transforms import ConditionedPlanar
@@ -240,7 +241,7 @@ def _noise(flow: Flow, settings: Settings) -> float:
 def _elbo(model: Callable, guide: Callable, settings: Settings) -> tuple[float, float]:
     """The ELBO and its standard error from fresh draws."""
     with seeded(settings.seed + 1), torch.no_grad():
-        draws = Problem.inspect(model, guide, (), None).log_weights(settings.fresh).double()
+        draws = draw(Problem.inspect(model, guide, (), None), settings.fresh).log_weights
     return draws.mean().item(), (draws.std() / settings.fresh**0.5).item()
 
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyroflow.checks import check_count
 from pyroflow.inference.elbo import Problem
 from pyroflow.seeds import seeded
-
-CHUNK = 1000  # vectorised draws a run, to bound the memory
 
 
 @dataclass
@@ -69,7 +64,7 @@ def inspect_in_full(
 
 
 @torch.no_grad()
-def draw(problem: Problem, num_samples: int, seed: int | None = None, chunk: int = CHUNK) -> Draws:
+def draw(problem: Problem, num_samples: int, seed: int | None = None) -> Draws:
     """Draw from the guide and score the draws under model and guide.
 
     Pyro's validation is off meanwhile, so that one draw outside a support costs its own weight
@@ -79,11 +74,10 @@ def draw(problem: Problem, num_samples: int, seed: int | None = None, chunk: int
         problem: model and guide.
         num_samples: S.
         seed: makes the draws reproducible, without touching the global generator.
-        chunk: draws a run, where the problem vectorises.
 
     Raises:
-        ValueError: a model without latent sites; a site that changes its shape, is not in every
-            run, or is one of the guide only; num_samples or chunk below 1.
+        ValueError: If the model has no latent sites; if a site changes its shape, is not in every
+            run, or is one of the guide only; if num_samples is below 1.
 
     Example:
         >>> from pyroflow import AutoPlanarFlow
@@ -95,14 +89,21 @@ def draw(problem: Problem, num_samples: int, seed: int | None = None, chunk: int
         (torch.Size([20, 8]), torch.Size([20]), torch.Size([20]))
     """
     check_count("num_samples", num_samples, 1)
-    check_count("chunk", chunk, 1)
-    sizes = [1] * num_samples
-    if problem.plates is not None:
-        sizes = [min(chunk, num_samples - start) for start in range(0, num_samples, chunk)]
-    with seeded(seed), pyro.validation_enabled(False), poutine.block(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of NaN, which are counted
-        shapes = _shapes(*problem.traces())
-        return join([_run(problem, size, shapes) for size in sizes])
+    _check_sites(problem.guide_trace, problem.model_trace)
+    with seeded(seed):
+        guided = problem.guide_draws(num_samples)
+        latents = {name: guided[name].values for name in problem.latents}
+        scored = problem.runs.evaluate(latents, num_samples)
+    by_site = [
+        {name: s.by_draw(torch.float64) for name, s in sites.items() if s.log_prob is not None}
+        for sites in (scored, guided)
+    ]
+    log_p, log_q = (torch.stack(list(parts.values())).sum(0) for parts in by_site)
+    nonfinite = {}
+    for name, values in [pair for parts in by_site for pair in parts.items()]:
+        if count := int((~values.isfinite()).sum()):
+            nonfinite[name] = max(count, nonfinite.get(name, 0))
+    return Draws(latents, log_p, log_q, nonfinite)
 
 
 def join(parts: list[Draws]) -> Draws:
@@ -116,8 +117,8 @@ def join(parts: list[Draws]) -> Draws:
     )
 
 
-def _shapes(guide: Trace, model: Trace) -> dict[str, torch.Size]:
-    """The latent sites of a run of its own, and their shapes."""
+def _check_sites(guide: Trace, model: Trace) -> None:
+    """Whether guide and model have the same latent sites, of the same shapes."""
     latents = dict(prune_subsample_sites(model).iter_stochastic_nodes())
     if not latents:
         raise ValueError(
@@ -137,78 +138,3 @@ def _shapes(guide: Trace, model: Trace) -> dict[str, torch.Size]:
                 f"the guide samples site {name!r}, which is no latent of the model: remove it, or "
                 "mark it with infer={'is_auxiliary': True} if the other sites are made of it"
             )
-    return {name: site["value"].shape for name, site in latents.items()}
-
-
-def _run(problem: Problem, size: int, shapes: dict[str, torch.Size]) -> Draws:
-    """Draws of one run; one of them where the problem does not vectorise."""
-    vectorized = problem.plates is not None
-    guide, model = problem.traces(size, problem.plates) if vectorized else problem.traces()
-    plates = problem.plates if vectorized else None
-    found = {name for name, _ in prune_subsample_sites(model).iter_stochastic_nodes()}
-    if found != set(shapes):
-        changed = sorted(found ^ set(shapes))[0]
-        raise ValueError(
-            f"the model's latent site {changed!r} is not in every run: a guide needs the same "
-            "sites each time; sample it always, and use its value only where it is needed"
-        )
-    sites = {name: _value(name, model, size, shape) for name, shape in shapes.items()}
-    by_site = [_log_prob_by_site(trace, size, plates) for trace in (model, guide)]
-    log_p, log_q = (torch.stack(list(parts.values())).sum(0) for parts in by_site)
-    nonfinite = {}
-    for parts in by_site:
-        for name, values in parts.items():
-            if count := int((~values.isfinite()).sum()):
-                nonfinite[name] = max(count, nonfinite.get(name, 0))
-    return Draws(sites, log_p, log_q, nonfinite)
-
-
-def _value(name: str, trace: Trace, size: int, shape: torch.Size) -> Tensor:
-    """The draws of a site, without the dimensions of size one that vectorising brings in."""
-    value = trace.nodes[name]["value"]
-    if value.numel() == shape.numel():  # the same for all draws, as a point estimate is
-        return value.reshape(1, *shape).expand(size, *shape)
-    if value.numel() != size * shape.numel():
-        raise ValueError(
-            f"the model's latent site {name!r} changes its shape from run to run, from "
-            f"{tuple(shape)} to {tuple(value.shape)}: a guide needs latents of one shape"
-        )
-    return value.reshape(size, *shape)
-
-
-def _log_prob_by_site(trace: Trace, size: int, plates: int | None) -> dict[str, Tensor]:
-    """The log density of each draw at each sample site, shape (size,), −inf off its support."""
-    trace = prune_subsample_sites(trace)
-    trace.compute_log_prob()
-    by_site = {}
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        log_prob = site["log_prob"].double()
-        if (outside := _outside(site)) is not None:
-            log_prob = log_prob.masked_fill(outside, -torch.inf)
-        if plates is None:
-            by_site[name] = log_prob.sum().reshape(1)
-        else:
-            draws_first = log_prob.movedim(-1 - plates, 0) if plates else log_prob
-            by_site[name] = draws_first.reshape(size, -1).sum(1)
-    return by_site
-
-
-def _outside(site: dict[str, Any]) -> Tensor | None:
-    """Where a value is off its support, if that is a matter of its numbers one by one.
-
-    A simplex or a Cholesky factor is not checked: in float32 a guide's own transforms miss the
-    tolerances of torch, by rounding.
-    """
-    try:
-        support = site["fn"].support
-    except NotImplementedError:
-        return None
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if support is constraints.real or support.event_dim > 0:
-        return None
-    outside = ~support.check(site["value"])
-    outside = outside.flatten(-site["fn"].event_dim).any(-1) if site["fn"].event_dim else outside
-    return outside if site["mask"] is None else outside & site["mask"]

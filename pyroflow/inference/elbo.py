@@ -1,114 +1,106 @@
-"""log p − log q of draws from a guide, for any Pyro model and guide."""
+"""A model and a guide with their arguments, inspected in one run of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
-from torch import Tensor
 
-PARTICLES = "num_particles_vectorized"  # Pyro's own name for this plate
+from pyroflow.inference.runs import PROBES, Runs, Sites, spread
+from pyroflow.seeds import seeded
 
 
 @dataclass
 class Problem:
     """A model and a guide, with the arguments of both.
 
-    ``plates`` is the depth of their plates where draws can be evaluated many at a time, and
-    None where the model must run once for each. ``subsampled`` says whether a plate draws a part
-    of the data, so that the log joint is itself an estimate.
+    Attributes:
+        model: the Pyro model.
+        guide: the guide, set up by :meth:`inspect`.
+        args: positional arguments of both.
+        kwargs: keyword arguments of both.
+        guide_trace: of one run of the guide.
+        model_trace: of the model at that draw.
+        runs: the model at given latents.
+        guide_runs: the guide, which samples its latents.
     """
 
     model: Callable
     guide: Callable
-    args: tuple = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    plates: int | None = None
-    subsampled: bool = False
-    latent: bool = True
+    args: tuple
+    kwargs: dict[str, Any]
+    guide_trace: Trace
+    model_trace: Trace
+
+    def __post_init__(self) -> None:
+        depth = _plate_depth(self.guide_trace, self.model_trace)
+        self.runs = Runs(self.model, self.args, self.kwargs, depth)
+        options = {"predict": True, "by_vmap": False}  # a flow's layers have no batching rules
+        self.guide_runs = Runs(self.guide, self.args, self.kwargs, depth, **options)
+        self.guide_runs.subsample = self.runs.subsample
 
     @classmethod
     def inspect(
         cls, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any] | None
     ) -> Problem:
-        """Set the guide up by a first call, check it, and find out whether draws vectorise.
+        """Set the guide up by a first call, and check it.
 
         Raises:
-            ValueError: a latent site of the model that the guide does not sample.
+            ValueError: If the guide does not sample a latent site of the model.
         """
-        problem = cls(model, guide, tuple(args), dict(kwargs or {}))
+        args, kwargs = tuple(args), dict(kwargs or {})
         with torch.no_grad(), poutine.block():
-            guide_trace, model_trace = problem.traces()
-            _check_covered(guide_trace, model_trace)
-            free = prune_subsample_sites(model_trace).stochastic_nodes
-            problem.latent = len(free) > 0
-            sites = model_trace.nodes.values()
-            problem.subsampled = any(_draws_subsample(site) for site in sites)
-            plates = _plate_depth(guide_trace, model_trace)
-            problem.plates = plates if problem._vectorizes(plates, model_trace) else None
-        return problem
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            replayed = poutine.trace(poutine.replay(model, trace=guide_trace))
+            model_trace = replayed.get_trace(*args, **kwargs)
+        _check_covered(guide_trace, model_trace)
+        return cls(model, guide, args, kwargs, guide_trace, model_trace)
 
-    def traces(self, num: int | None = None, plates: int | None = None) -> tuple[Trace, Trace]:
-        """Traces of guide and model for one draw, or for ``num`` draws in a plate."""
-        model, guide = self.model, self.guide
-        if num is not None:
-            plate = pyro.plate(PARTICLES, num, dim=-1 - plates)
-            model, guide = plate(model), plate(guide)
-        guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
-        replayed = poutine.trace(poutine.replay(model, trace=guide_trace))
-        return guide_trace, replayed.get_trace(*self.args, **self.kwargs)
+    @property
+    def latents(self) -> list[str]:
+        """Names of the model's latent sites."""
+        return list(prune_subsample_sites(self.model_trace).stochastic_nodes)
 
-    def log_weights(self, num_samples: int) -> Tensor:
-        """Return log p(x, z) − log q(z) of S draws, shape (S,); the mean estimates the ELBO."""
-        if self.plates is None:
-            pairs = (self.traces() for _ in range(num_samples))
-            return torch.stack([m.log_prob_sum() - g.log_prob_sum() for g, m in pairs])
-        guide_trace, model_trace = self.traces(num_samples, self.plates)
-        log_p = log_prob_by_particle(model_trace, self.plates)
-        return log_p - log_prob_by_particle(guide_trace, self.plates)
+    @property
+    def subsampled(self) -> bool:
+        """Whether a plate draws a part of the data, so that the log joint is an estimate."""
+        return any(_draws_subsample(site) for site in self.model_trace.nodes.values())
 
-    def _vectorizes(self, plates: int, single: Trace) -> bool:
-        """Whether two draws at once get the log densities that they get one by one.
+    @property
+    def sequential(self) -> bool:
+        """Whether each draw takes a run of the model, or of the guide."""
+        return self.runs.sequential or self.guide_runs.sequential
 
-        A model that indexes its latents from the left reads another draw's values when it is
-        vectorised, often without an error, so only the comparison can tell.
+    @cached_property
+    def plates(self) -> int | None:
+        """The depth of the plates, where draws vectorise in Pyro's own ELBOs; else None."""
+        return self.runs.plates if self.mixes(away=True) is None else None
+
+    def mixes(self, *, away: bool = False) -> str | None:
+        """Where draws of the guide that run side by side in a plate differ from runs alone.
+
+        Args:
+            away: whether the draws are spread widely, and not the guide's own.
         """
-        try:
-            guide_trace, model_trace = self.traces(2, plates)
-            together = log_prob_by_particle(model_trace, plates)
-        except (RuntimeError, ValueError, IndexError, NotImplementedError):
-            return False
-        apart = torch.stack([self._log_joint(guide_trace, model_trace, single, i) for i in (0, 1)])
-        return torch.allclose(together, apart, rtol=1e-4, atol=1e-4, equal_nan=True)
+        with seeded(0):
+            guided = self.guide_draws(len(PROBES))
+            if self.guide_runs.sequential:
+                return "the guide"
+            latents = {name: guided[name].values for name in self.latents}
+            if away:
+                latents = spread(latents, self.model_trace.nodes)
+            return self.runs.differs(latents, len(PROBES), self.runs.in_plate)
 
-    def _log_joint(self, guide_trace: Trace, batch: Trace, single: Trace, index: int) -> Tensor:
-        """The model's log density at one of the vectorised draws, from a run of its own."""
-        values = {}
-        for name, site in batch.nodes.items():
-            if site["type"] == "sample" and site_is_subsample(site):
-                values[name] = site["value"]
-            elif name in single.nodes and name in guide_trace.nodes and site["type"] == "sample":
-                values[name] = site["value"][index].reshape(single.nodes[name]["value"].shape)
-        conditioned = poutine.trace(poutine.condition(self.model, data=values))
-        return conditioned.get_trace(*self.args, **self.kwargs).log_prob_sum()
-
-
-def log_prob_by_particle(trace: Trace, plates: int) -> Tensor:
-    """The log density of each draw of a vectorised trace, shape (S,)."""
-    trace = prune_subsample_sites(trace)
-    trace.compute_log_prob()
-    by_site = [
-        site["log_prob"].movedim(-1 - plates, 0).flatten(1).sum(1) if plates else site["log_prob"]
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-    ]
-    return torch.stack(by_site).sum(0)
+    def guide_draws(self, num: int) -> Sites:
+        """The guide's sites at ``num`` draws; plates that subsample draw their rows anew."""
+        self.runs.subsample.clear()
+        return self.guide_runs.evaluate({}, num)
 
 
 def _plate_depth(*traces: Trace) -> int:

@@ -28,6 +28,7 @@ from pyroflow.inference.traced_guide import (
     ONE_BY_ONE,
     has_path,
     layers_inside,
+    warn_of_mixing,
 )
 from pyroflow.inference.warm_start import Gaussian, best_gaussian
 from pyroflow.seeds import seeded
@@ -106,6 +107,8 @@ class FlowFit:
             self.annealing = None  # the flow has found its modes
             self.guide.grow(min(self.guide.num_layers, DEEPEST - self.guide.num_layers))
             fit, gain = self._train(fit, resume=False)
+        with seeded(0), torch.no_grad():
+            warn_of_mixing(self.log_joint.differs(self.guide.get_posterior().sample((3,))))
         return replace(fit, skipped_particles=int(self.skipped))
 
     def _place(self) -> Fit | None:

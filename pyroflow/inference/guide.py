@@ -113,7 +113,7 @@ def fit_guide(
     with seeded(seed):
         _check_latents(model, guide, tuple(args), dict(kwargs or {}))
         problem = _inspected(model, guide, args, kwargs)
-        if not problem.latent:
+        if not problem.latents:
             raise ValueError(
                 "the model has no latent sites to infer: every sample site is observed"
             )

@@ -8,21 +8,17 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.autograd import Function
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroflow.inference.elbo import PARTICLES, Problem, log_prob_by_particle
+from pyroflow.inference.elbo import Problem
+from pyroflow.inference.runs import FAILURES, PROBES, Values, agree, moves
 from pyroflow.seeds import seeded
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-# What tracing and vmap raise where Python needs to know a number, or an operation is not theirs.
-FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, KeyError)
 
 
 class LogJoint:
@@ -43,14 +39,15 @@ class LogJoint:
     """
 
     def __init__(self, problem: Problem, guide: AutoContinuous, num: int) -> None:
-        self.problem, self.guide, self.num = problem, guide, num
-        self._batched = self._find_batched()
+        self.runs, self.guide, self.num = problem.runs, guide, num
+        probes = self._spread_points(len(PROBES))
+        self.runs.choose(self._constrained(probes)[0], len(probes))
         self._graph = self._record()
 
     @property
     def one_by_one(self) -> bool:
         """Whether each point takes a run of the model."""
-        return self._batched == self._one_by_one
+        return self.runs.sequential
 
     @property
     def traced(self) -> bool:
@@ -68,7 +65,7 @@ class LogJoint:
     def values(self, z: Tensor) -> Tensor:
         """The log joint at z (S, D), shape (S,), without derivatives."""
         with pyro.validation_enabled(False):
-            return self._batched(z)
+            return self._evaluated(z)
 
     def values_and_gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The log joint at z (S, D) and its gradient, shapes (S,) and (S, D)."""
@@ -77,74 +74,36 @@ class LogJoint:
         value, gradient = (torch.cat(found)[: len(z)] for found in zip(*parts, strict=True))
         return value, gradient
 
+    def differs(self, z: Tensor) -> str | None:
+        """Where runs of the model at a few points z differ from what is relied on, if they do."""
+        site = self.runs.differs(self._constrained(z)[0], len(z))
+        if site is None and self._same(self.values_and_gradients(z), self._value_and_gradient(z)):
+            return None
+        return site or "the log joint"
+
     def _value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with pyro.validation_enabled(False), torch.enable_grad():
             z = z.detach().requires_grad_()
-            value = self._batched(z)
+            value = self._evaluated(z)
             (gradient,) = torch.autograd.grad(value.sum(), z)
         return value.detach(), gradient
 
-    def _find_batched(self) -> Callable[[Tensor], Tensor]:
-        """How to evaluate many points: in a plate, by torch's vmap, or one by one."""
-        if self.problem.plates is not None:
-            return self._in_plate
-        by_vmap = torch.func.vmap(self._single)
-        try:
-            with torch.no_grad(), pyro.validation_enabled(False):
-                z = self._spread_points(2)
-                if _same((by_vmap(z),), (self._one_by_one(z),)):
-                    return by_vmap
-        except FAILURES:
-            pass
-        return self._one_by_one
+    def _evaluated(self, z: Tensor) -> Tensor:
+        latents, log_det = self._constrained(z)
+        return self.runs.log_joint(latents, len(z)) + log_det
 
-    def _single(self, z: Tensor) -> Tensor:
-        return self._run(z, self.problem.model).log_prob_sum() + self._log_jacobian(z)
-
-    def _one_by_one(self, z: Tensor) -> Tensor:
-        return torch.stack([self._single(point) for point in z])
-
-    def _in_plate(self, z: Tensor) -> Tensor:
-        plates = self.problem.plates
-        spread = z.reshape(z.shape[:1] + (1,) * plates + z.shape[1:])
-        plate = pyro.plate(PARTICLES, len(z), dim=-1 - plates)
-        log_p = log_prob_by_particle(self._run(spread, plate(self.problem.model)), plates)
-        return log_p + self._log_jacobian(z)
-
-    def _run(self, latents: Tensor, model: Callable) -> poutine.Trace:
-        values = {
-            site["name"]: biject_to(site["fn"].support)(value)
-            for site, value in self.guide._unpack_latent(latents)
-        }
-        run = poutine.trace(poutine.condition(model, data=values)).get_trace
-        with poutine.block():
-            trace = prune_subsample_sites(run(*self.problem.args, **self.problem.kwargs))
-        self._check_latents(trace, values)
-        return trace
-
-    def _check_latents(self, trace: poutine.Trace, values: dict[str, Tensor]) -> None:
-        """A latent of some runs only would be drawn from its prior, and nothing would say so."""
-        free = [name for name, _ in trace.iter_stochastic_nodes()]
-        changed = free + [name for name in values if name not in trace.nodes]
-        if changed:
-            raise ValueError(
-                f"site {changed[0]!r} is a latent in some runs of the model only: the guide needs "
-                "the same latents in every run. Let the model sample all of them each time, and "
-                "mask or weigh what does not count"
-            )
-
-    def _log_jacobian(self, z: Tensor) -> Tensor:
-        """Log |det ∂θ/∂z|, shape (*B) for z (*B, D)."""
-        total = z.new_zeros(z.shape[:-1])
-        start = 0
+    def _constrained(self, z: Tensor) -> tuple[Values, Tensor]:
+        """The latents θ at z (S, D), by site (S, *shape), and log |det ∂θ/∂z|, shape (S,)."""
+        latents, log_dets, start = {}, [], 0
         for name, site in self.guide.prototype_trace.iter_stochastic_nodes():
             shape = self.guide._unconstrained_shapes[name]
-            part = z[..., start : start + shape.numel()].reshape(z.shape[:-1] + shape)
+            part = z[:, start : start + shape.numel()].reshape(len(z), *shape)
             start += shape.numel()
             transform = biject_to(site["fn"].support)
-            log_det = transform.log_abs_det_jacobian(part, transform(part))
-            total = total + log_det.reshape(z.shape[:-1] + (-1,)).sum(-1)
-        return total
+            latents[name] = transform(part)
+            log_det = transform.log_abs_det_jacobian(part, latents[name])
+            log_dets.append(log_det.reshape(len(z), -1).sum(1))
+        return latents, torch.stack(log_dets).sum(0)
 
     def _record(self) -> Gradient | None:
         """The graph of value and gradient at N points, if there is one that can be relied on."""
@@ -157,16 +116,19 @@ class LogJoint:
                 # Deprecated, but the only executor without Python's cost for each operation.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 graph = torch.jit.trace(graph, (first,), check_trace=False)
-            if _same(graph(second), self._value_and_gradient(second)):
+            if self._same(graph(second), self._value_and_gradient(second)):
                 return graph
         except FAILURES:
             pass
         return None
 
+    def _same(self, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+        return all(agree(*pair) for pair in zip(found, expected, strict=True))
+
     def _spread_points(self, num: int, seed: int = 0) -> Tensor:
         with seeded(seed):
             start = self.guide._init_loc()
-            return start + torch.randn(num, len(start), dtype=start.dtype).to(start)
+            return start + moves(num, start)
 
 
 class _Evaluated(Function):
@@ -188,11 +150,3 @@ class _Evaluated(Function):
 
 def _padded(z: Tensor, num: int) -> Tensor:
     return z if len(z) == num else torch.cat([z, z[-1:].expand(num - len(z), -1)])
-
-
-def _same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    tolerance = 1e-9 if found[0].dtype == torch.float64 else 1e-3
-    return all(
-        torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
-        for a, b in zip(found, expected, strict=True)
-    )

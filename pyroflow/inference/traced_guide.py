@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO
 from torch import Tensor, nn
 
 from pyroflow.guides import AutoFlow
+from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit
 from pyroflow.inference.loop import Loop
@@ -76,7 +78,22 @@ def fit_by_traces(
             checkpoint=checkpoint,
             **shared,
         )
-        return _run(loop)
+        fit = _run(loop)
+        if problem.plates is not None:
+            warn_of_mixing(problem.mixes())
+        return fit
+
+
+def warn_of_mixing(site: str | None) -> None:
+    """Warn if runs at the fitted guide's own draws are not what the fit took them for."""
+    if site is not None:
+        warnings.warn(
+            f"the model mixes draws that run side by side, at {site}, where the fitted guide is: "
+            "its control flow or its indices depend on the latents. The fit is not to be trusted "
+            "there; diagnose runs the draws one by one. Write the model with torch.where, and "
+            "with indices from the right, as in z[..., 0]",
+            stacklevel=4,
+        )
 
 
 def _run(loop: Loop) -> Fit:
@@ -105,7 +122,7 @@ def _objective(
 
     def score() -> Tensor:
         with seeded(seed):
-            return -problem.log_weights(scored)
+            return -draw(problem, scored).log_weights
 
     return loss, score
 

@@ -12,6 +12,7 @@ import pyro
 import torch
 
 import pyroflow as pf
+from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
 from pyroflow.targets import TOY_LOG_EVIDENCE, toy_model
 
@@ -40,7 +41,7 @@ def toy(num_layers: int, seed: int) -> dict[str, Any]:
     fit = pf.fit_guide(toy_model, guide, seed=seed)
     torch.manual_seed(seed)
     with torch.no_grad():
-        elbo = Problem.inspect(toy_model, guide, (), None).log_weights(FRESH).mean().item()
+        elbo = draw(Problem.inspect(toy_model, guide, (), None), FRESH).log_weights.mean().item()
     return {"KL": round(TOY_LOG_EVIDENCE - elbo, 4), "seconds": round(fit.seconds, 1)}
 
 
