@@ -19,7 +19,8 @@ from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import pareto_smooth, systematic
 from pyroflow.inference.draws import Draws, draw
 from pyroflow.inference.elbo import Problem
-from pyroflow.inference.runs import Runs, Sites, is_factor
+from pyroflow.inference.records import Sites, is_factor
+from pyroflow.inference.runs import Runs
 from pyroflow.labelled import (
     Coords,
     Dims,

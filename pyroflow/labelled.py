@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from pyroflow.inference.runs import SiteRuns, Sites, is_deterministic
+from pyroflow.inference.records import SiteRuns, Sites, is_deterministic
 
 if TYPE_CHECKING:
     from xarray import Dataset

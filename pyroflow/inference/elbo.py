@@ -12,7 +12,9 @@ from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 
-from pyroflow.inference.runs import PROBES, Runs, Sites, spread
+from pyroflow.inference.comparison import PROBES, differs, spread
+from pyroflow.inference.records import Sites
+from pyroflow.inference.runs import Runs
 from pyroflow.seeds import seeded
 
 
@@ -95,7 +97,7 @@ class Problem:
             latents = {name: guided[name].values for name in self.latents}
             if away:
                 latents = spread(latents, self.model_trace.nodes)
-            return self.runs.differs(latents, len(PROBES), self.runs.in_plate)
+            return differs(self.runs, latents, len(PROBES), self.runs.in_plate)
 
     def guide_draws(self, num: int) -> Sites:
         """The guide's sites at ``num`` draws; plates that subsample draw their rows anew."""

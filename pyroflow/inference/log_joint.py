@@ -14,8 +14,9 @@ from torch.autograd import Function
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyroflow.inference.comparison import FAILURES, PROBES, agree, differs, moves
 from pyroflow.inference.elbo import Problem
-from pyroflow.inference.runs import FAILURES, PROBES, Values, agree, moves
+from pyroflow.inference.records import Values
 from pyroflow.seeds import seeded
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -76,7 +77,7 @@ class LogJoint:
 
     def differs(self, z: Tensor) -> str | None:
         """Where runs of the model at a few points z differ from what is relied on, if they do."""
-        site = self.runs.differs(self._constrained(z)[0], len(z))
+        site = differs(self.runs, self._constrained(z)[0], len(z), self.runs.way)
         if site is None and self._same(self.values_and_gradients(z), self._value_and_gradient(z)):
             return None
         return site or "the log joint"

@@ -5,65 +5,43 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, Distribution, MaskedDistribution, Unit
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent, biject_to, constraints
+from torch.overrides import TorchFunctionMode
 
+from pyroflow.inference.comparison import Way, differs
+from pyroflow.inference.records import (
+    Record,
+    Run,
+    SiteRuns,
+    Sites,
+    Values,
+    check_latents,
+    check_same_sites,
+    is_deterministic,
+    is_factor,
+    log_joint,
+    outside_support,
+    tensors_of,
+)
 from pyroflow.seeds import seeded
 
 PARTICLES = "num_particles_vectorized"  # Pyro's own name for this plate
 CHUNK = 1000  # draws side by side, to bound the memory
-PROBES = (1.0, -1.0, 3.0)  # factors of the normal moves to where ways to run are compared
-
-# What vmap, tracing and plates raise where a model is not made for them.
-FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, KeyError)
-
-Values = dict[str, Tensor]
-Record = dict[str, Any]  # Pyro's, of a site
-Run = dict[str, Record]
-
-
-@dataclass
-class SiteRuns:
-    """A site of a model at S draws.
-
-    Attributes:
-        values: shape (S, *shape of the site in a run of its own).
-        log_prob: shape (S, *batch shape), with the model's masks and scales, −inf off the support;
-            None where the value follows from other sites.
-        record: Pyro's record of the site in a run of its own: its plates, distribution, value.
-    """
-
-    values: Tensor
-    log_prob: Tensor | None
-    record: Record
-
-    @property
-    def compared(self) -> Tensor:
-        """What a run of its own must give as well."""
-        return self.values if self.log_prob is None else self.log_prob
-
-    def by_draw(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The log density of each draw, shape (S,), summed in ``dtype`` or the model's."""
-        return self.log_prob.reshape(len(self.log_prob), -1).sum(1, dtype=dtype)
-
-
-Sites = dict[str, SiteRuns]
 
 
 class Runs:
     """A model with its arguments, to be run at many draws of its latents.
 
     Draws run side by side by torch's ``vmap``, or else in a plate around the model, or else one
-    by one: the first way that repeats what three draws get in runs of their own (:func:`differs`).
+    by one: the first way that repeats what three draws get in runs of their own
+    (:func:`~pyroflow.inference.comparison.differs`).
 
     Args:
         model: the Pyro model.
@@ -105,7 +83,12 @@ class Runs:
     @property
     def sequential(self) -> bool:
         """Whether each draw takes a run of the model."""
-        return self._chosen and self._ways[0] == self.one_by_one
+        return self._chosen and self.way == self.one_by_one
+
+    @property
+    def way(self) -> Way:
+        """How draws run."""
+        return self._ways[0]
 
     @torch.no_grad()
     def evaluate(self, latents: Values, size: int) -> Sites:
@@ -125,80 +108,34 @@ class Runs:
         with seeded(0):  # so that a comparison changes nothing that is drawn later
             self.choose(_rows(latents, few), len(few))
         chunks = [range(i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
-        return _joined(self._ways[0](_rows(latents, rows), len(rows)) for rows in chunks)
+        return _joined(self.way(_rows(latents, rows), len(rows)) for rows in chunks)
 
     def log_joint(self, latents: Values, size: int) -> Tensor:
         """The log density of all sites together, shape (S,), with its graph.
 
         :meth:`choose` must have been called. The latents are taken to be inside their supports.
         """
-        return _log_joint(self._ways[0](latents, size, inside=set(latents)))
+        return log_joint(self.way(latents, size, inside=set(latents)))
 
     def choose(self, latents: Values, size: int) -> None:
         """Choose how to run, by what a few draws get that way and alone; once."""
         if not self._chosen:
-            while self._ways[0] != self.one_by_one and self.differs(latents, size) is not None:
+            while self._ways[1:] and differs(self, latents, size, self.way) is not None:
                 del self._ways[0]
             self._chosen = True
 
-    def differs(self, latents: Values, size: int, way: Callable | None = None) -> str | None:
-        """The first site at which draws side by side differ from runs of their own, if any.
-
-        A model that indexes its latents from the left, or reduces over all of a tensor, mixes
-        draws that run side by side, often without an error. So, draw by draw and site by site,
-        log densities (or the values that follow from others) must agree, and the gradients of the
-        log joint; and no draw may have a gradient in another one's latents, which is exactly zero
-        otherwise. Two numbers agree if they differ by less than :func:`tolerance` of the
-        largest of them among the draws: elementwise, so that it does not grow with the data.
-
-        Returns:
-            It in words; "the log joint" if it is not one site, or the runs fail.
-        """
-        way = way or self._ways[0]
-        if self.predict and not self.records:
-            self.records = self.single({name: value[0] for name, value in latents.items()})
-        try:
-            found, slopes = self._with_gradients(way, latents, size)
-        except FAILURES:
-            return "the log joint"
-        given = latents
-        if self.predict:
-            given = {name: s.values for name, s in found.items() if _is_random(s.record)}
-        expected, alone = self._with_gradients(self.one_by_one, given, size)
-        self.records = {name: site.record for name, site in expected.items()}
-        for name, site in expected.items():
-            if name not in found or not agree(found[name].compared, site.compared):
-                return f"site {name!r}"
-        same = all(agree(*pair) for pair in zip(slopes, alone, strict=True))
-        return None if same else "the log joint"
-
-    def _with_gradients(
-        self, way: Callable, latents: Values, size: int
-    ) -> tuple[Sites, list[Tensor]]:
-        """The sites, and gradients in the latents of the log joint of all and of the first draw."""
-        if self.predict:
-            return way(latents, size), []
-        leaves = {name: value.detach().clone() for name, value in latents.items()}
-        moving = [v.requires_grad_() for v in leaves.values() if v.is_floating_point()]
-        with torch.enable_grad():
-            sites = way(leaves, size)
-            total = _log_joint(sites)
-            whole, first = total.sum(), total[0]
-        if not moving or not total.requires_grad:
-            return sites, []
-        options = {"allow_unused": True, "materialize_grads": True}
-        slopes = torch.autograd.grad(whole, moving, retain_graph=True, **options)
-        leaks = torch.autograd.grad(first, moving, **options)
-        exact = [torch.where((leak[1:] == 0) | leak[1:].isnan(), 0.0, 1.0) for leak in leaks]
-        return sites, [*slopes, *exact]
+    def keep_records(self, latents: Values) -> None:
+        """Make a run of its own, at the first draw, and keep its records."""
+        if not self.records:
+            self.records = self._run(self.model, {name: v[0] for name, v in latents.items()})
 
     def by_vmap(self, latents: Values, size: int, inside: Iterable[str] = ()) -> Sites:
         """Side by side, each as if it were alone: by construction, where torch can do it."""
 
-        def single(_: Tensor, values: Values) -> tuple[Values, Values]:
-            return _tensors(self._run(self.model, values, inside))
+        def alone(_: Tensor, values: Values) -> tuple[Values, Values]:
+            return tensors_of(self._run(self.model, values, inside))
 
-        run = torch.func.vmap(single, randomness="different" if self.predict else "error")
+        run = torch.func.vmap(alone, randomness="different" if self.predict else "error")
         values, log_probs = run(torch.arange(size), latents)
         return {
             name: SiteRuns(value, log_probs.get(name), self.records.get(name, {}))
@@ -209,17 +146,15 @@ class Runs:
         """Side by side in a plate around the model, as Pyro's ELBOs vectorise particles."""
         if self.plates is None:
             raise ValueError("the depth of the model's plates is not known")
-        single = self.records = self.records or self.single(
-            {name: value[0] for name, value in latents.items()}
-        )
+        self.keep_records(latents)
         values = {
-            name: _outermost(value, single[name]["fn"].event_dim, self.plates)
+            name: _outermost(value, self.records[name]["fn"].event_dim, self.plates)
             for name, value in latents.items()
-            if name in single
+            if name in self.records
         }
         plate = pyro.plate(PARTICLES, size, dim=-1 - self.plates)
         run = self._run(plate(self.model), values, inside)
-        return {name: _site(run[name], size, record) for name, record in single.items()}
+        return {name: _site(run[name], size, record) for name, record in self.records.items()}
 
     def one_by_one(self, latents: Values, size: int, inside: Iterable[str] = ()) -> Sites:
         """A run for each draw."""
@@ -229,13 +164,9 @@ class Runs:
             values = {name: value[index] for name, value in latents.items()}
             run = self._run(self.model, values, inside)
             first = first or run
-            _check_same_sites(run, first)
+            check_same_sites(run, first)
             parts.append({name: _site(run[name], 1, record) for name, record in first.items()})
         return _joined(parts)
-
-    def single(self, values: Values) -> Run:
-        """Pyro's records of the sites of a run of its own."""
-        return self._run(self.model, values)
 
     def _run(self, model: Callable, values: Values, inside: Iterable[str] = ()) -> Run:
         model = _Unobserve()(model) if self.predict else model
@@ -247,9 +178,9 @@ class Runs:
             trace.compute_log_prob(site_filter=lambda _, record: not is_deterministic(record))
         sampled = {n: record for n, record in trace.nodes.items() if record["type"] == "sample"}
         if not self.predict:
-            _check_latents(sampled, values)
+            check_latents(sampled, values)
         for name, record in sampled.items():
-            if name not in inside and (outside := _outside(record)) is not None:
+            if name not in inside and (outside := outside_support(record)) is not None:
                 record["log_prob"] = record["log_prob"].masked_fill(outside, -torch.inf)
         return sampled
 
@@ -259,75 +190,24 @@ class Runs:
                 self.subsample[name] = record["value"]
 
 
+class _SingularIsNaN(TorchFunctionMode):
+    """A matrix without a Cholesky factor is one bad draw among others, and no error."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.linalg.cholesky:
+            return func(*args, **(kwargs or {}))
+        factor, failed = torch.linalg.cholesky_ex(*args, **(kwargs or {}))
+        return factor.masked_fill((failed > 0)[..., None, None], torch.nan)
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Runs in which one bad draw is no error: no validation, and no warning of NaN."""
-    with pyro.validation_enabled(False), warnings.catch_warnings():
+    with pyro.validation_enabled(False), warnings.catch_warnings(), _SingularIsNaN():
         warnings.simplefilter("ignore")
         yield
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """The relative difference of numbers that are equal but for rounding.
-
-    ε^0.4, which is 2e-3 in float32 and 5e-7 in float64: thousands of times the rounding of an
-    operation, and far less than what one draw's latents change in another's density.
-    """
-    return torch.finfo(dtype).eps ** 0.4
-
-
-def agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors (S, *) are equal but for rounding, against the largest of S draws."""
-    if found.shape != expected.shape:
-        return False
-    if not expected.is_floating_point():
-        return torch.equal(found, expected)
-    usual = expected.nan_to_num(0.0, 0.0, 0.0).abs()
-    bound = tolerance(expected.dtype) * usual.amax(0, keepdim=True) if len(usual) else usual
-    near = (found - expected).abs() <= bound
-    same = (found == expected) | (found.isnan() & expected.isnan())
-    return bool((near | same).all())
-
-
-def spread(latents: Values, records: Run) -> Values:
-    """Draws (3, *) as widely spread in the unconstrained space as :func:`moves` says."""
-    moved = {}
-    for name, value in latents.items():
-        moved[name] = value
-        support = records[name]["fn"].support
-        if value.is_floating_point() and not support.is_discrete:
-            transform = biject_to(support)
-            z = transform.inv(value)
-            moved[name] = transform(z[:1] + moves(len(z), z[0]))
-    return moved
-
-
-def _log_joint(sites: Sites) -> Tensor:
-    """The log density of all sites together at each draw, shape (S,)."""
-    return torch.stack([s.by_draw() for s in sites.values() if s.log_prob is not None]).sum(0)
-
-
-def moves(num: int, like: Tensor) -> Tensor:
-    """Normal moves (num, *shape of ``like``), in groups of one, its opposite and one times 3."""
-    groups = -(-num // len(PROBES))
-    noise = torch.randn(groups, 2, *like.shape, dtype=like.dtype).to(like)
-    factors = torch.tensor(PROBES).to(like).reshape(1, -1, *(1,) * like.dim())
-    return (factors * noise[:, [0, 0, 1]]).flatten(0, 1)[:num]
-
-
-def is_deterministic(record: Record) -> bool:
-    """Whether a site's value follows from others: ``pyro.deterministic``, or an observed Delta."""
-    return record["is_observed"] and isinstance(_plain(record["fn"]), Delta)
-
-
-def _is_random(record: Record) -> bool:
-    """Whether a site's value is drawn: not a Delta's, as those of an autoguide are."""
-    return not isinstance(_plain(record["fn"]), Delta | Unit)
-
-
-def is_factor(record: Record) -> bool:
-    """Whether a site is of ``pyro.factor``, which has no value."""
-    return isinstance(_plain(record["fn"]), Unit)
 
 
 class _Unobserve(UnconditionMessenger):
@@ -341,59 +221,6 @@ class _Unobserve(UnconditionMessenger):
             super()._pyro_sample(msg)
 
 
-def _plain(fn: Distribution) -> Distribution:
-    while isinstance(fn, MaskedDistribution | Independent):
-        fn = fn.base_dist
-    return fn
-
-
-def _check_latents(run: Run, values: Values) -> None:
-    """A latent of some runs only would be drawn from its prior, and nothing would say so."""
-    free = [name for name, record in run.items() if not record["is_observed"]]
-    changed = free + [name for name in values if name not in run]
-    if changed:
-        raise ValueError(
-            f"site {changed[0]!r} is a latent in some runs of the model only: the guide needs "
-            "the same latents in every run. Let the model sample all of them each time, and "
-            "mask or weigh what does not count"
-        )
-
-
-def _check_same_sites(run: Run, first: Run) -> None:
-    names = [*first, *(name for name in run if name not in first)]
-    changed = [name for name in names if _shape(run, name) != _shape(first, name)]
-    if changed:
-        raise ValueError(
-            f"the model's site {changed[0]!r} is not in every run with the same shape, so its "
-            "draws do not form one array: sample it in every run, in one shape"
-        )
-
-
-def _shape(run: Run, name: str) -> torch.Size | None:
-    return torch.as_tensor(run[name]["value"]).shape if name in run else None
-
-
-def _outside(record: Record) -> Tensor | None:
-    """Where a value is off its support, if that is a matter of its numbers one by one.
-
-    A simplex or a Cholesky factor is not checked: in float32 a guide's own transforms miss the
-    tolerances of torch, by rounding.
-    """
-    if is_deterministic(record) or is_factor(record):
-        return None
-    try:
-        support = record["fn"].support
-    except NotImplementedError:
-        return None
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if support is constraints.real or support.event_dim > 0:
-        return None
-    event_dim, outside = record["fn"].event_dim, ~support.check(record["value"])
-    outside = outside.flatten(-event_dim).any(-1) if event_dim else outside
-    return outside if record["mask"] is None else outside & record["mask"]
-
-
 def _rows(values: Values, index: Sequence[int]) -> Values:
     return {name: value[list(index)] for name, value in values.items()}
 
@@ -404,13 +231,6 @@ def _outermost(value: Tensor, event_dim: int, plates: int) -> Tensor:
     if missing < 0:
         raise ValueError("the site has dimensions outside the plates, where the draws belong")
     return value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
-
-
-def _tensors(run: Run) -> tuple[Values, Values]:
-    """The values of a run, and its log densities."""
-    values = {name: torch.as_tensor(record["value"]) for name, record in run.items()}
-    log_probs = {n: record["log_prob"] for n, record in run.items() if "log_prob" in record}
-    return values, log_probs
 
 
 def _site(record: Record, size: int, single: Record) -> SiteRuns:

@@ -1,0 +1,124 @@
+"""Pyro's records of the sites of a run, and what can be asked of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import Delta, Distribution, MaskedDistribution, Unit
+from torch import Tensor
+from torch.distributions import Independent, constraints
+
+Values = dict[str, Tensor]
+Record = dict[str, Any]  # Pyro's, of a site
+Run = dict[str, Record]
+
+
+@dataclass
+class SiteRuns:
+    """A site of a model at S draws.
+
+    Attributes:
+        values: shape (S, *shape of the site in a run of its own).
+        log_prob: shape (S, *batch shape), with the model's masks and scales, −inf off the support;
+            None where the value follows from other sites.
+        record: Pyro's record of the site in a run of its own: its plates, distribution, value.
+    """
+
+    values: Tensor
+    log_prob: Tensor | None
+    record: Record
+
+    @property
+    def compared(self) -> Tensor:
+        """What a run of its own must give as well."""
+        return self.values if self.log_prob is None else self.log_prob
+
+    def by_draw(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The log density of each draw, shape (S,), summed in ``dtype`` or the model's."""
+        return self.log_prob.reshape(len(self.log_prob), -1).sum(1, dtype=dtype)
+
+
+Sites = dict[str, SiteRuns]
+
+
+def is_deterministic(record: Record) -> bool:
+    """Whether a site's value follows from others: ``pyro.deterministic``, or an observed Delta."""
+    return record["is_observed"] and isinstance(_plain(record["fn"]), Delta)
+
+
+def is_random(record: Record) -> bool:
+    """Whether a site's value is drawn: not a Delta's, as those of an autoguide are."""
+    return not isinstance(_plain(record["fn"]), Delta | Unit)
+
+
+def is_factor(record: Record) -> bool:
+    """Whether a site is of ``pyro.factor``, which has no value."""
+    return isinstance(_plain(record["fn"]), Unit)
+
+
+def _plain(fn: Distribution) -> Distribution:
+    while isinstance(fn, MaskedDistribution | Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def outside_support(record: Record) -> Tensor | None:
+    """Where a value is off its support, if that is a matter of its numbers one by one.
+
+    A simplex or a Cholesky factor is not checked: in float32 a guide's own transforms miss the
+    tolerances of torch, by rounding.
+    """
+    if is_deterministic(record) or is_factor(record):
+        return None
+    try:
+        support = record["fn"].support
+    except NotImplementedError:
+        return None
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is constraints.real or support.event_dim > 0:
+        return None
+    event_dim, outside = record["fn"].event_dim, ~support.check(record["value"])
+    outside = outside.flatten(-event_dim).any(-1) if event_dim else outside
+    return outside if record["mask"] is None else outside & record["mask"]
+
+
+def tensors_of(run: Run) -> tuple[Values, Values]:
+    """The values of a run, and its log densities."""
+    values = {name: torch.as_tensor(record["value"]) for name, record in run.items()}
+    log_probs = {n: record["log_prob"] for n, record in run.items() if "log_prob" in record}
+    return values, log_probs
+
+
+def check_latents(run: Run, values: Values) -> None:
+    """A latent of some runs only would be drawn from its prior, and nothing would say so."""
+    free = [name for name, record in run.items() if not record["is_observed"]]
+    changed = free + [name for name in values if name not in run]
+    if changed:
+        raise ValueError(
+            f"site {changed[0]!r} is a latent in some runs of the model only: the guide needs "
+            "the same latents in every run. Let the model sample all of them each time, and "
+            "mask or weigh what does not count"
+        )
+
+
+def check_same_sites(run: Run, first: Run) -> None:
+    """A site that is not in every run, or changes its shape, forms no array of draws."""
+    names = [*first, *(name for name in run if name not in first)]
+    changed = [name for name in names if _shape(run, name) != _shape(first, name)]
+    if changed:
+        raise ValueError(
+            f"the model's site {changed[0]!r} is not in every run with the same shape, so its "
+            "draws do not form one array: sample it in every run, in one shape"
+        )
+
+
+def _shape(run: Run, name: str) -> torch.Size | None:
+    return torch.as_tensor(run[name]["value"]).shape if name in run else None
+
+
+def log_joint(sites: Sites) -> Tensor:
+    """The log density of all sites together at each draw, shape (S,)."""
+    return torch.stack([s.by_draw() for s in sites.values() if s.log_prob is not None]).sum(0)
