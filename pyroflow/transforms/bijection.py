@@ -109,10 +109,10 @@ class Bijection(Transform):
         known = () if torch.compiler.is_compiling() else (self._made, self._solved)
         for pair in known:
             if pair is not None and self._serves(pair, x, y):
-                return self._log_det(pair.work)
+                return self._log_det(pair.work).to(x.dtype)
         parameters = self._map_parameters()
         self._check("x", x, parameters)
-        return self._log_det(_precisely(self._forward, x, parameters)[1])
+        return self._log_det(_precisely(self._forward, x, parameters)[1]).to(x.dtype)
 
     def inverse_along_path(self, y: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """t⁻¹(y) and log |det dy/dx| as functions of y alone, the parameters held fixed.
@@ -133,7 +133,7 @@ class Bijection(Transform):
         fixed = tuple(t.detach() for t in parameters)
         made = None if torch.compiler.is_compiling() else self._made_from(y, origin)
         x, work = _precisely(self._backward, y, fixed, made and (made.x, made.work))
-        return x, self._log_det(work), made.x if made else x
+        return x, self._log_det(work).to(y.dtype), made.x if made else x
 
     def forward_shape(self, shape: Size) -> Size:
         """Broadcast the batch part of a shape with that of the parameters."""
@@ -195,13 +195,23 @@ class Bijection(Transform):
             ) from error
 
 
-def _precisely(evaluate: Callable, value: Tensor, *others: Any) -> tuple[Tensor, Any]:
-    """Evaluate in the value's own dtype: with fewer digits the two directions would not meet."""
+def _precisely(
+    evaluate: Callable, value: Tensor, parameters: tuple[Tensor, ...], *known: Any
+) -> tuple[Tensor, Any]:
+    """Evaluate in the value's own dtype: with fewer digits the two directions would not meet.
+
+    Half precision has too few itself: it is evaluated in float32 and the image rounded once.
+    """
+    if value.dtype.itemsize < 4:
+        known = [pair and (pair[0].float(), pair[1]) for pair in known]
+        wide = tuple(t.float() for t in parameters)
+        image, work = _precisely(evaluate, value.float(), wide, *known)
+        return image.to(value.dtype), work
     device = value.device.type
     if value.is_meta or not torch.is_autocast_enabled(device):
-        return evaluate(value, *others)
+        return evaluate(value, parameters, *known)
     with torch.autocast(device, enabled=False):
-        return evaluate(value, *others)
+        return evaluate(value, parameters, *known)
 
 
 def _remember_origin(value: Tensor, origin: Tensor) -> None:
