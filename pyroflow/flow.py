@@ -38,8 +38,10 @@ _LAYERS = (
     ConditionalSylvester,
 )
 
+_AFFINE = (Affine, ConditionalAffine)
+
 # What keeps no cache that outlives a change of the parameters.
-_OURS = (Bijection, ConditionalAffine, *_LAYERS)
+_OURS = (Bijection, *_AFFINE, *_LAYERS)
 
 
 class StandardNormal(nn.Module):
@@ -138,12 +140,12 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def place(self, direction: Direction, data: Tensor | None = None) -> None:
-        """Prepare a flow that was never fitted; on a fitted one do nothing.
+        """Prepare a flow for its first fit; one that was fitted or trained by hand stays as it is.
 
-        Decides an open direction, draws the layers anew (so that a fit is reproducible
-        from its own seed) and, given data, sets the outermost affine layer to their mean and
-        covariance. Pyroflow's layers are the identity here, so either direction continues the same
-        distribution.
+        Layers that are the identity are drawn anew, unless they are frozen, so that a fit is
+        reproducible from its own seed; they take the direction where it is open. Given data, an
+        outermost affine layer is set to their mean and covariance if all of pyroflow's layers
+        are the identity. Whatever has moved was trained, loaded or given, and is kept.
 
         Args:
             direction: "base_to_data" or "data_to_base".
@@ -151,12 +153,15 @@ class Flow(nn.Module):
         """
         if self.fitted:
             return
+        layers = [t for t in self._parts if isinstance(t, (*_LAYERS, *_AFFINE))]
+        still = [t for t in layers if _is_identity(t, self.input_dim)]
         upright = self._parts[-1] if self._parts and not self._inverted[-1] else None
-        if data is not None and isinstance(upright, Affine | ConditionalAffine):
+        if data is not None and isinstance(upright, _AFFINE) and len(still) == len(layers):
             upright.standardize(data)
         for index, part in enumerate(self._parts):
-            if isinstance(part, _LAYERS):
-                part.reset_parameters()
+            if isinstance(part, _LAYERS) and part in still:
+                if any(p.requires_grad for p in part.parameters()):
+                    part.reset_parameters()
                 if self._undecided:
                     self._inverted[index] = direction == "data_to_base"
         self._undecided, self.fitted = False, True
@@ -184,3 +189,12 @@ def _flatten(t: Transform | ConditionalTransform) -> list[Transform | Conditiona
     if isinstance(t, ComposeTransform):
         return [part for nested in t.parts for part in _flatten(nested)]
     return [t]
+
+
+def _is_identity(t: Transform | ConditionalTransform, input_dim: int) -> bool:
+    """Whether a layer is the identity for every context, but for the rounding of float32."""
+    like, generator = next(t.parameters()), torch.Generator().manual_seed(0)
+    x = torch.randn(16, input_dim, generator=generator).to(like)
+    if isinstance(t, ConditionalTransform):
+        t = t.condition(torch.randn(16, t.nn.context_dim, generator=generator).to(like))
+    return torch.allclose(t(x), x, rtol=0, atol=1e-5)

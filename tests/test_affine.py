@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyroflow.transforms import Affine, ConditionalAffine
 
@@ -103,3 +105,61 @@ def test_conditional_layers_start_as_one_map() -> None:
     t.standardize(torch.randn(100, 2) * 5 + 1)
     x = torch.randn(7, 2)
     assert torch.allclose(t.condition(torch.randn(7, 3))(x), t.affine(x))
+
+
+def by_definition(t: Affine, trained: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """loc = centre + C offset and L = C diag(softplus(raw)) (I + N), in dense matrices."""
+    offset, raw, lower = trained
+    A = torch.diag_embed(raw.exp().log1p()) @ (lower.tril(-1) + torch.eye(offset.shape[-1]))
+    return t.centre + (t.unit @ offset.unsqueeze(-1)).squeeze(-1), t.unit @ A
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("rows", [2, 9], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["one map", "a map a row"])
+def test_values_and_gradients_whatever_the_number_of_rows(
+    batch: tuple, rows: int, seed: int
+) -> None:
+    """With fewer than D rows the factors act in turn, with more their product."""
+    torch.manual_seed(seed)
+    D, t = 6, Affine(6)
+    t.standardize(3 + 2 * torch.randn(50, D) @ torch.randn(D, D))
+    trained = [torch.randn(*batch, *p.shape, requires_grad=True) for p in t.trained()]
+    x = torch.randn(rows, *batch, D, requires_grad=True)
+    there, back = t.at(*trained), t.at(*trained)
+    loc, L = by_definition(t, trained)
+    y = loc + (L @ x.unsqueeze(-1)).squeeze(-1)
+    solved = torch.linalg.solve(L, (x - loc).unsqueeze(-1)).squeeze(-1)
+    log_det = torch.linalg.slogdet(L)[1].expand(rows, *batch)
+    pairs = [
+        (there(x), y),
+        (there.log_abs_det_jacobian(x, y), log_det),
+        (back.inv(x), solved),
+        (there.loc_and_scale()[1], L),
+    ]
+    weights = [torch.randn_like(expected) for _, expected in pairs]
+    sums = [sum((w * p[i]).sum() for w, p in zip(weights, pairs, strict=True)) for i in (0, 1)]
+    found, expected = (torch.autograd.grad(total, [x, *trained]) for total in sums)
+    for one, other in [*pairs, *zip(found, expected, strict=True)]:
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
+
+
+def test_few_rows_take_no_product_of_two_matrices() -> None:
+    """A step at D = 64 with two draws: D³ alone would be 2 · 64³ operations."""
+    t = Affine(64)
+    with FlopCounterMode(display=False) as counter:
+        y = t(torch.randn(2, 64))
+        x, log_det, _ = t.inverse_along_path(y, y)
+        (x.sum() + log_det.sum() + y.sum()).backward()
+    assert 0 < counter.get_total_flops() < 64**3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_moments_in_half_precision(dtype: torch.dtype) -> None:
+    t, wide = Affine(2), Affine(2)
+    y = (300 + 2 * torch.randn(1000, 2)).to(dtype)
+    t.to(dtype).standardize(y)
+    wide.standardize(y.double())
+    for one, other in zip(t.loc_and_scale(), wide.loc_and_scale(), strict=True):
+        assert one.dtype == dtype
+        assert torch.allclose(one.double(), other, rtol=3 * torch.finfo(dtype).eps)

@@ -215,6 +215,28 @@ def test_dependent_columns_are_refused_and_leave_the_flow_fresh(sine: torch.Tens
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("how", ["in place", "state", "older state"])
+def test_a_flow_trained_by_hand_is_trained_on(sine: torch.Tensor, how: str) -> None:
+    """One step from there must not be worse than where it began, nor turn the layers round."""
+    trained = flow = pf.planar_flow(2, num_layers=4)
+    sine = sine.double()
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.02)
+    for _ in range(300):
+        loss = -flow().log_prob(sine).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if how != "in place":
+        state = trained.state_dict()
+        if how == "older state":
+            del state["_extra_state"]
+        flow = pf.planar_flow(2, num_layers=4)
+        flow.load_state_dict(state, strict=how == "state")
+    fit = pf.fit_density(flow, sine, steps=1, polish=0, lr=1e-6, seed=0, progress=False)
+    assert fit.losses[0] == pytest.approx(loss.item(), abs=0.15)
+    assert -flow().log_prob(sine).mean().item() < loss.item() + 0.01
+
+
 BAD_OPTIONS = {
     "steps": {"steps": 0},
     "batch_size": {"batch_size": 0},

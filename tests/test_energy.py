@@ -33,6 +33,23 @@ def test_runs_from_base_to_data() -> None:
     assert flow.transforms()[0] is flow.parts[0]
 
 
+def test_a_flow_trained_by_hand_is_trained_on() -> None:
+    """From the direction that it was trained in as well."""
+    flow = pf.planar_flow(2, num_layers=4)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.03)
+    for _ in range(300):
+        q = flow()
+        z = q.rsample((256,))
+        loss = (q.log_prob(z) + gaussian_energy(z)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    fit = pf.fit_energy(flow, gaussian_energy, steps=1, lr=1e-6, seed=0, progress=False)
+    assert loss.item() < -math.log(2 * math.pi) + 0.5
+    assert fit.losses[0] == pytest.approx(loss.item(), abs=0.1)
+    assert flow.transforms()[0] is not flow.parts[0]
+
+
 def test_bound_is_above_minus_log_z_on_the_papers_energies() -> None:
     for number in (1, 2, 3, 4):
         target = pf.targets.energy(number)

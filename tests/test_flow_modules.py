@@ -1,4 +1,4 @@
-"""Flows as modules: placing, directions, copies, dtypes, and densities that integrate to one."""
+"""Flows as modules: directions, copies, dtypes, and densities that integrate to one."""
 
 from __future__ import annotations
 
@@ -43,75 +43,6 @@ COPIES: dict[str, Callable[[Flow], Flow]] = {
     "state dict": copied_by_state,
     "saved state dict": saved_state,
 }
-
-
-# Placing.
-
-
-def test_an_open_direction_is_decided_once() -> None:
-    """The layers are redrawn as the identity, and the affine layer takes the data's moments."""
-    flow = wild(planar_flow(D, 3))
-    data = torch.randn(500, D) @ torch.tensor([[2.0, 0.0], [1.0, 0.5]]) + torch.tensor([3.0, -4.0])
-    flow.place("base_to_data", data)
-    assert flow.fitted
-    centred = data - data.mean(0)
-    covariance = centred.T @ centred / 499
-    expected = torch.distributions.MultivariateNormal(data.mean(0), covariance).log_prob(data)
-    assert torch.allclose(flow().log_prob(data), expected, atol=1e-9)
-    assert flow.transforms()[0] is flow.parts[0]  # not its inverse
-    kept = [p.clone() for p in flow.parameters()]
-    flow.place("data_to_base", 10 * data)
-    assert all(torch.equal(p, q) for p, q in zip(flow.parameters(), kept, strict=True))
-    assert flow.transforms()[0] is flow.parts[0]
-
-
-@pytest.mark.parametrize(
-    ("asked", "placed", "inverted"),
-    [
-        ("auto", "base_to_data", False),
-        ("auto", "data_to_base", True),
-        ("base_to_data", "data_to_base", False),
-        ("data_to_base", "base_to_data", True),
-    ],
-)
-def test_a_chosen_direction_stays(asked: str, placed: str, inverted: bool) -> None:
-    flow = planar_flow(D, 3, direction=asked)
-    flow.place(placed)
-    first = flow.transforms()[0]
-    assert (first is flow.parts[0].inv) == inverted
-    assert (first is flow.parts[0]) != inverted
-
-
-@pytest.mark.parametrize("context", [None, 3])
-def test_placing_without_data_keeps_the_affine_layer(context: int | None) -> None:
-    flow = planar_flow(D, 3, context, affine="diagonal", hidden_dims=(4,))
-    affine = flow.parts[1] if context is None else flow.parts[1].affine
-    with torch.no_grad():
-        affine.offset.copy_(torch.tensor([1.0, 2.0]))
-    flow.place("base_to_data")
-    q = flow() if context is None else flow(torch.randn(4, context))
-    expected = (
-        torch.distributions.Normal(torch.tensor([1.0, 2.0]), 1.0).log_prob(torch.zeros(D)).sum()
-    )
-    assert torch.allclose(q.log_prob(torch.zeros(D)), expected, atol=1e-10)
-
-
-def test_a_conditional_flow_is_placed_for_every_context() -> None:
-    flow = wild(planar_flow(D, 3, context_dim=3, hidden_dims=(4,)))
-    data = 5 + 2 * torch.randn(500, D)
-    flow.place("data_to_base", data)
-    covariance = torch.cov(data.T)
-    expected = torch.distributions.MultivariateNormal(data.mean(0), covariance).log_prob(data[:7])
-    assert torch.allclose(flow(torch.randn(7, 3)).log_prob(data[:7]), expected, atol=1e-9)
-
-
-def test_placing_is_reproducible_from_a_seed() -> None:
-    flows = [planar_flow(D, 3), planar_flow(D, 3)]
-    for flow in flows:
-        torch.manual_seed(7)
-        flow.place("data_to_base")
-    for p, q in zip(flows[0].parameters(), flows[1].parameters(), strict=True):
-        assert torch.equal(p, q)
 
 
 # Copies.

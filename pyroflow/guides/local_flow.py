@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyroflow.checks import check_count
 from pyroflow.flow import StandardNormal
-from pyroflow.transforms import Affine, ConditionedAffine, ConditionedPlanar, Planar
+from pyroflow.transforms import Affine, ConditionedPlanar, Planar
 from pyroflow.transforms.affine import AffineKind
 
 # How fast the planar parameters learn, beside location and scale. As fast, they would take part
@@ -99,10 +99,7 @@ class LocalFlow(nn.Module):
         gains = (GAIN, GAIN, GAIN, 1.0, 1.0, 1.0)
         values = [v + gain * a for v, a, gain in zip(start, added, gains, strict=False)]
         planar = ConditionedPlanar(*values[:3])
-        fixed = self.affine.centre, self.affine.unit
-        loc, scale = self.affine._compose((*values[3:], *fixed))
-        parts = [planar, ConditionedAffine(loc, scale, diagonal=self.affine.diagonal)]
-        return dist.TransformedDistribution(self.base(), parts)
+        return dist.TransformedDistribution(self.base(), [planar, self.affine.at(*values[3:])])
 
     def _start(self) -> list[Tensor]:
         return [self.w, self.u, self.b, *self.affine.trained()]

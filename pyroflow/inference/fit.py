@@ -64,9 +64,20 @@ def trainable(module: nn.Module) -> list[Tensor]:
     """The parameters of a module that are to be trained.
 
     Raises:
-        ValueError: there are none.
+        ValueError: If there are none, or one is in half precision.
     """
+    check_precision(module)
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(f"{type(module).__name__} has no parameters that require a gradient")
     return parameters
+
+
+def check_precision(module: nn.Module) -> None:
+    """Raise ``ValueError`` for parameters in which a step of an optimiser would be rounded away."""
+    for name, p in module.named_parameters():
+        if p.dtype.itemsize < 4:
+            raise ValueError(
+                f"{type(module).__name__} must be in float32 or float64 to be fitted, got "
+                f"{p.dtype} in {name!r}: fit it as .float() and convert it afterwards"
+            )

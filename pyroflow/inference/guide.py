@@ -16,7 +16,7 @@ from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.annealing import AdaptiveAnnealing
 from pyroflow.inference.elbo import Problem
-from pyroflow.inference.fit import Fit, check_options
+from pyroflow.inference.fit import Fit, check_options, check_precision
 from pyroflow.inference.flow_guide import PARTICLES, Annealing, FlowFit, refuse_nonfinite
 from pyroflow.inference.objectives import OBJECTIVES
 from pyroflow.inference.traced_guide import fit_by_traces, has_path
@@ -119,6 +119,7 @@ def fit_guide(
             )
         if isinstance(guide, nn.Module):
             guide.to(device)
+            check_precision(guide)
         settings = {"kind": "guide", "seed": seed, "log joint of a draw": _fingerprint(problem)}
         common = {
             "steps": steps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,7 +12,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 
 from pyroflow.checks import check_choice, check_count, check_positive
-from pyroflow.transforms.bijection import Bijection
+from pyroflow.transforms.bijection import Bijection, precisely
 from pyroflow.transforms.constraint import softplus
 from pyroflow.transforms.hypernet import Hypernet
 
@@ -30,6 +32,8 @@ class ConditionedAffine(Bijection):
         scale: L with positive diagonal, lower triangular (*P, D, D), or its diagonal
             (*P, D) alone where ``diagonal``.
         diagonal: whether ``scale`` is a diagonal.
+        trained: the offset, raw scale and, where not diagonal, lower of an :class:`Affine` that
+            acts first, each with batch dimensions of its own; none by default.
 
     Example:
         >>> import torch
@@ -39,52 +43,87 @@ class ConditionedAffine(Bijection):
         tensor([2., 2., 2.])
     """
 
-    def __init__(self, loc: Tensor, scale: Tensor, *, diagonal: bool) -> None:
+    def __init__(
+        self, loc: Tensor, scale: Tensor, *, diagonal: bool, trained: Sequence[Tensor] = ()
+    ) -> None:
         super().__init__()
-        self._loc, self._scale, self.diagonal = loc, scale, diagonal
+        self._given, self.diagonal = (*trained, loc, scale), diagonal
 
     def loc_and_scale(self) -> tuple[Tensor, Tensor]:
         """The location, shape (*P, D), and L, shape (*P, D, D) or (*P, D)."""
-        return self._compose(self._map_parameters())
+        parameters = self._map_parameters()
+        loc, scale = precisely(self._compose, parameters[0], parameters)
+        return loc, scale.to(loc.dtype)
 
     def _map_parameters(self) -> tuple[Tensor, ...]:
-        return self._loc, self._scale
+        return self._given
 
     def _parameter_batch(self) -> Size:
         return self._map_parameters()[0].shape[:-1]
 
-    def _compose(self, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        return parameters
+    def _compose(self, _: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        *trained, loc, scale = parameters
+        if not trained:
+            return loc, scale
+        offset, raw_scale, *lower = trained
+        widths = softplus(raw_scale)
+        if not lower:
+            return loc + scale * offset, scale * widths
+        identity = torch.eye(widths.shape[-1], dtype=widths.dtype, device=widths.device)
+        A = widths.unsqueeze(-1) * (lower[0].tril(-1) + identity)
+        return loc + _times(scale, offset), scale @ A
+
+    def _factors(self, parameters: tuple[Tensor, ...], x: Tensor) -> tuple:
+        """Location, scale, and the offset, widths and lower of A if it is to act by itself.
+
+        L = C A costs as much as D draws: with fewer of them the factors act in turn.
+        """
+        if len(parameters) < 5 or x.numel() >= parameters[2].numel():
+            return *self._compose(x, parameters), None
+        offset, raw_scale, lower, centre, unit = parameters
+        return centre, unit, (offset, softplus(raw_scale), lower)
 
     def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        loc, scale = self._compose(parameters)
+        loc, scale, inner = self._factors(parameters, x)
+        work = self._spread(scale, inner, x)
         if self.diagonal:
-            moved = scale * x
-        else:
-            moved = x @ scale.mT if scale.dim() == 2 else (scale @ x.unsqueeze(-1)).squeeze(-1)
-        return loc + moved, self._spread_log_det(scale, x)
+            return loc + scale * x, work
+        if inner:
+            offset, widths, lower = inner
+            x = offset + widths * (x + _times(lower.tril(-1), x))
+        return loc + _times(scale, x), work
 
     def _backward(
         self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        loc, scale = self._compose(parameters)
-        centred = y - loc
-        x = centred / scale if self.diagonal else _solve_lower(scale, centred)
-        return x, self._spread_log_det(scale, y)
+        loc, scale, inner = self._factors(parameters, y)
+        x = (y - loc) / scale if self.diagonal else _solve_lower(scale, y - loc)
+        if inner:
+            offset, widths, lower = inner
+            x = _solve_lower(lower, (x - offset) / widths, unitriangular=True)
+        return x, self._spread(scale, inner, y)
 
     def _log_det(self, work: Tensor) -> Tensor:
         return work
 
-    def _spread_log_det(self, scale: Tensor, x: Tensor) -> Tensor:
+    def _spread(self, scale: Tensor, inner: tuple | None, x: Tensor) -> Tensor:
+        """The log-determinant, the same for each x."""
         diagonal = scale if self.diagonal else scale.diagonal(dim1=-2, dim2=-1)
+        diagonal = diagonal * inner[1] if inner else diagonal
         return diagonal.log().sum(-1).expand(self.forward_shape(x.shape)[:-1])
 
 
-def _solve_lower(tril: Tensor, centred: Tensor) -> Tensor:
+def _times(tril: Tensor, x: Tensor) -> Tensor:
+    return x @ tril.mT if tril.dim() == 2 else (tril @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def _solve_lower(tril: Tensor, y: Tensor, *, unitriangular: bool = False) -> Tensor:
+    """The x with tril x = y; what lies above the diagonal is not read."""
+    solve = partial(torch.linalg.solve_triangular, unitriangular=unitriangular)
     if tril.dim() > 2:
-        return torch.linalg.solve_triangular(tril, centred.unsqueeze(-1), upper=False).squeeze(-1)
-    flat = centred.reshape(-1, centred.shape[-1])
-    return torch.linalg.solve_triangular(tril.mT, flat, upper=True, left=False).view_as(centred)
+        return solve(tril, y.unsqueeze(-1), upper=False).squeeze(-1)
+    flat = y.reshape(-1, y.shape[-1])
+    return solve(tril.mT, flat, upper=True, left=False).view_as(y)
 
 
 class Affine(ConditionedAffine, TransformModule):
@@ -142,11 +181,12 @@ class Affine(ConditionedAffine, TransformModule):
         Raises:
             ValueError: a covariance that is singular, where L is to be a full triangle.
         """
-        sd = y.double().std(0)
+        y = y.double()
+        sd = y.std(0)
         if self.diagonal:
             self.start_from(y.mean(0), sd)
             return
-        correlation = torch.corrcoef(y.double().T).reshape(len(sd), len(sd))
+        correlation = torch.corrcoef(y.T).reshape(len(sd), len(sd))
         factor, failed = torch.linalg.cholesky_ex(correlation)
         if failed or factor.diagonal().min() < 1e-6:
             raise ValueError(
@@ -177,14 +217,9 @@ class Affine(ConditionedAffine, TransformModule):
         """The trainable parameters: offset (D,), raw scale (D,) and, if full, lower (D, D)."""
         return (self.offset, self.raw_scale) + (() if self.diagonal else (self.lower,))
 
-    def _compose(self, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        offset, raw_scale, *lower, centre, unit = parameters
-        scale = softplus(raw_scale)
-        if not lower:
-            return centre + unit * offset, unit * scale
-        identity = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
-        A = scale.unsqueeze(-1) * (lower[0].tril(-1) + identity)
-        return centre + (unit @ offset.unsqueeze(-1)).squeeze(-1), unit @ A
+    def at(self, *trained: Tensor) -> ConditionedAffine:
+        """The layer with other tensors, of any batch shape, in place of the trained ones."""
+        return ConditionedAffine(self.centre, self.unit, diagonal=self.diagonal, trained=trained)
 
 
 class ConditionalAffine(ConditionalTransformModule):
@@ -228,6 +263,4 @@ class ConditionalAffine(ConditionalTransformModule):
 
     def condition(self, context: Tensor) -> ConditionedAffine:
         """The affine map for a context of shape (*B, C); a snapshot of the parameters."""
-        trained = self.nn(context, self.affine.trained())
-        loc, scale = self.affine._compose((*trained, self.affine.centre, self.affine.unit))
-        return ConditionedAffine(loc, scale, diagonal=self.affine.diagonal)
+        return self.affine.at(*self.nn(context, self.affine.trained()))

@@ -78,7 +78,7 @@ class Bijection(Transform):
         """Return y = t(x) for x of shape (*B, D), and remember the pair."""
         parameters = self._map_parameters()
         self._check("x", x, parameters)
-        y, work = _precisely(self._forward, x, parameters)
+        y, work = precisely(self._forward, x, parameters)
         if torch.compiler.is_compiling():  # a compiler merges equal passes itself
             return y
         solved = self._solved
@@ -91,14 +91,14 @@ class Bijection(Transform):
         parameters = self._map_parameters()
         self._check("y", y, parameters)
         if torch.compiler.is_compiling():
-            return _precisely(self._backward, y, parameters, None)[0]
+            return precisely(self._backward, y, parameters, None)[0]
         made = self._made_from(y, y) or self._made_from(y, _origin(y))
         if made is not None and made.x.shape == y.shape:
             own = made.y is y and not (y.is_leaf and y.requires_grad)
             if (own and made.recorded) or not torch.is_grad_enabled():
                 return made.x
         known = made and (made.x, made.work)
-        x, work = _precisely(self._backward, y, parameters, known)
+        x, work = precisely(self._backward, y, parameters, known)
         if made is not None:
             _remember_origin(x, made.x)
         self._solved = self._pair(x, y, work, parameters)
@@ -109,10 +109,10 @@ class Bijection(Transform):
         known = () if torch.compiler.is_compiling() else (self._made, self._solved)
         for pair in known:
             if pair is not None and self._serves(pair, x, y):
-                return self._log_det(pair.work)
+                return self._log_det(pair.work).to(x.dtype)
         parameters = self._map_parameters()
         self._check("x", x, parameters)
-        return self._log_det(_precisely(self._forward, x, parameters)[1])
+        return self._log_det(precisely(self._forward, x, parameters)[1]).to(x.dtype)
 
     def inverse_along_path(self, y: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """t⁻¹(y) and log |det dy/dx| as functions of y alone, the parameters held fixed.
@@ -132,8 +132,8 @@ class Bijection(Transform):
         self._check("y", y, parameters)
         fixed = tuple(t.detach() for t in parameters)
         made = None if torch.compiler.is_compiling() else self._made_from(y, origin)
-        x, work = _precisely(self._backward, y, fixed, made and (made.x, made.work))
-        return x, self._log_det(work), made.x if made else x
+        x, work = precisely(self._backward, y, fixed, made and (made.x, made.work))
+        return x, self._log_det(work).to(y.dtype), made.x if made else x
 
     def forward_shape(self, shape: Size) -> Size:
         """Broadcast the batch part of a shape with that of the parameters."""
@@ -195,13 +195,23 @@ class Bijection(Transform):
             ) from error
 
 
-def _precisely(evaluate: Callable, value: Tensor, *others: Any) -> tuple[Tensor, Any]:
-    """Evaluate in the value's own dtype: with fewer digits the two directions would not meet."""
+def precisely(
+    evaluate: Callable, value: Tensor, parameters: tuple[Tensor, ...], *known: Any
+) -> tuple[Tensor, Any]:
+    """Evaluate in the value's own dtype: with fewer digits the two directions would not meet.
+
+    Half precision has too few itself: it is evaluated in float32 and the image rounded once.
+    """
+    if value.dtype.itemsize < 4:
+        known = [pair and (pair[0].float(), pair[1]) for pair in known]
+        wide = tuple(t.float() for t in parameters)
+        image, work = precisely(evaluate, value.float(), wide, *known)
+        return image.to(value.dtype), work
     device = value.device.type
     if value.is_meta or not torch.is_autocast_enabled(device):
-        return evaluate(value, *others)
+        return evaluate(value, parameters, *known)
     with torch.autocast(device, enabled=False):
-        return evaluate(value, *others)
+        return evaluate(value, parameters, *known)
 
 
 def _remember_origin(value: Tensor, origin: Tensor) -> None:

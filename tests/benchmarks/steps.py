@@ -1,7 +1,8 @@
 """Steps per second of fit_guide beside Pyro's SVI, on eight schools with eight particles.
 
-``python tests/benchmarks/steps.py`` writes ``notebooks/results/steps.json``: medians over rounds in
-which all contenders take turns, and the ratios of their times to ours.
+And of a full affine layer alone beside ``AutoMultivariateNormal``, both in Pyro's SVI, with 1,000
+latents. ``python tests/benchmarks/steps.py`` writes ``notebooks/results/steps.json``: medians over
+rounds in which all contenders take turns, and the ratios of their times to ours.
 """
 
 from __future__ import annotations
@@ -14,16 +15,24 @@ from functools import partial
 from pathlib import Path
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import iterated, planar
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal, AutoNormalizingFlow
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
 
 import pyroflow as pf
 from pyroflow.targets import eight_schools_noncentered as model
 
 PARTICLES, STEPS, ROUNDS = 8, 200, 5
+WIDE, WIDE_STEPS = 1000, 50
 OUT = Path(__file__).parents[2] / "notebooks" / "results" / "steps.json"
+
+
+def wide_model() -> None:
+    """A Gaussian with many latents, which costs next to nothing by itself."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(WIDE), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.ones(WIDE))
 
 
 def ours() -> float:
@@ -33,23 +42,20 @@ def ours() -> float:
     return pf.fit_guide(model, guide, steps=STEPS, **options).seconds / STEPS
 
 
-def svi(make: Callable) -> float:
+def svi(make: Callable, model: Callable = model, steps: int = STEPS) -> float:
     """Seconds a step of Pyro's SVI, after some to warm up."""
     elbo = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(model, make(model), pyro.optim.Adam({"lr": 1e-3}), elbo)
     for _ in range(10):
         svi.step()
     start = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(steps):
         svi.step()
-    return (time.perf_counter() - start) / STEPS
+    return (time.perf_counter() - start) / steps
 
 
-def main() -> None:
-    """Time all, print and write."""
-    chain = partial(AutoNormalizingFlow, init_transform_fn=partial(iterated, 16, planar))
-    contenders = {"pyroflow": ours, "AutoNormal": partial(svi, AutoNormal)}
-    contenders["16 planar"] = partial(svi, chain)
+def compare(contenders: dict[str, Callable[[], float]]) -> dict[str, dict]:
+    """Medians, and their ratios to the time of "pyroflow" in the same round."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
         for name, contender in contenders.items():
@@ -63,6 +69,18 @@ def main() -> None:
         for n, v in times.items()
     }
     found["quartiles"] = {n: [round(r[1], 2), round(r[-2], 2)] for n, r in ratios.items()}
+    return found
+
+
+def main() -> None:
+    """Time all, print and write."""
+    chain = partial(AutoNormalizingFlow, init_transform_fn=partial(iterated, 16, planar))
+    contenders = {"pyroflow": ours, "AutoNormal": partial(svi, AutoNormal)}
+    contenders["16 planar"] = partial(svi, chain)
+    gaussians = {"pyroflow": partial(pf.AutoPlanarFlow, num_layers=0)}
+    gaussians["AutoMultivariateNormal"] = AutoMultivariateNormal
+    wide = {n: partial(svi, make, wide_model, WIDE_STEPS) for n, make in gaussians.items()}
+    found = compare(contenders) | {f"a Gaussian of {WIDE} latents": compare(wide)}
     found |= {
         "particles": PARTICLES,
         "threads": torch.get_num_threads(),
