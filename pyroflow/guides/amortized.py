@@ -18,6 +18,7 @@ from pyroflow.guides.autoguide import MARGINAL_DRAWS
 from pyroflow.guides.layered import AutoPlanarFlow
 from pyroflow.guides.local_flow import LocalFlow, check_sizes
 from pyroflow.guides.local_sites import LocalSites
+from pyroflow.guides.own_name import take_own_name
 from pyroflow.guides.row_context import Context, Draw, RowContext, draw_of, pick_rows
 from pyroflow.guides.set_up_guide import SetUpGuide
 from pyroflow.seeds import seeded
@@ -181,7 +182,7 @@ class AmortizedPlanarGuide(SetUpGuide):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample all latents, as Pyro's guides do; takes what the model takes."""
         self.setup(*args, **kwargs)
-        self._take_own_name()
+        take_own_name(self)
         plates, latent, values = self._create_plates(*args, **kwargs), None, {}
         if self.global_guide is not None:
             latent = self.global_guide.sample_latent(*args, **kwargs)

@@ -10,11 +10,11 @@ from typing import Any
 import pyro
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from pyro.nn.module import _make_name
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyroflow.flow import Flow
+from pyroflow.guides.own_name import take_own_name
 from pyroflow.guides.sites import (
     Site,
     check_structure,
@@ -100,7 +100,7 @@ class DropIn(AutoContinuous):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw all latents, with ``pyro.sample`` at each site; returns them by site name."""
         self.setup(*args, **kwargs)
-        self._take_own_name()
+        take_own_name(self)
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         masked, draws = poutine.get_mask() is False, {}
@@ -119,25 +119,6 @@ class DropIn(AutoContinuous):
         """
         with poutine.block(hide_fn=site_is_subsample):
             return super()._create_plates(*args, **kwargs)
-
-    def _take_own_name(self) -> None:
-        """Share no names in Pyro's parameter store with another guide, or with an earlier self.
-
-        Pyro would train the tensors that the store has under the name, and this guide would stay
-        as it is: after a second guide of the same class, a copy, or parameters made anew.
-        """
-        store, (name, count) = pyro.get_param_store(), (self._pyro_name, 1)
-        while self._is_taken(store):
-            count += 1
-            self._pyro_name = f"{name}_{count}"
-
-    def _is_taken(self, store: pyro.params.param_store.ParamStoreDict) -> bool:
-        prefix = _make_name(self._pyro_name, "flow")
-        trained = (
-            pair for pair in self._modules["flow"].named_parameters() if pair[1].requires_grad
-        )
-        keyed = ((f"{prefix}$$${key}", p) for key, p in trained)
-        return any(key in store and store[key].unconstrained() is not p for key, p in keyed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DropIn:
         """As any module, and the tensors in the supports of the sites too."""
