@@ -15,15 +15,13 @@ from torch import Tensor
 
 from pyroflow.flow import Flow
 from pyroflow.guides.own_name import take_own_name
-from pyroflow.guides.sites import (
-    Site,
-    check_structure,
-    keep_support_only,
-    move_support,
-    point_at,
+from pyroflow.guides.refusals import (
+    refuse_circular,
     refuse_local_latents,
+    refuse_moving_supports,
     refuse_unsupported,
 )
+from pyroflow.guides.sites import Site, check_structure, keep_support_only, move_support, point_at
 
 
 class DropIn(AutoContinuous):
@@ -40,9 +38,10 @@ class DropIn(AutoContinuous):
         raise NotImplementedError
 
     def setup(self, *args: Any, **kwargs: Any) -> DropIn:
-        """Run the model once to see its latents, and make the parameters; later calls do nothing.
+        """Run the model to see its latents, and make the parameters; later calls do nothing.
 
-        The first call of the guide does the same.
+        It runs once, and once more where a support has bounds, to see whether they move. The
+        first call of the guide does the same.
 
         Args:
             *args: the model's.
@@ -52,8 +51,9 @@ class DropIn(AutoContinuous):
             The guide itself.
 
         Raises:
-            ValueError: a discrete latent, or one in a plate that subsamples; a transform that
-                does not fit. The message names the site and the way out.
+            ValueError: a latent that is discrete, an angle, in a plate that subsamples, or on a
+                support that depends on another latent; a transform that does not fit. The message
+                names the site and the way out.
             RuntimeError: a model without latents, or a guide that was pickled before.
         """
         if self.prototype_trace is None:
@@ -82,6 +82,8 @@ class DropIn(AutoContinuous):
             refuse_unsupported(self._sites(), error)
             raise
         refuse_local_latents(self._sites())
+        refuse_circular(self._sites())
+        refuse_moving_supports(self.model, self._sites(), args, kwargs)
 
     def _sites(self) -> Iterator[Site]:
         return (site for _, site in self.prototype_trace.iter_stochastic_nodes())
@@ -93,7 +95,8 @@ class DropIn(AutoContinuous):
             model_trace: of one run, not vectorised.
 
         Raises:
-            ValueError: a latent site that is new, gone or of another shape, by name.
+            ValueError: a latent site that is new, gone, of another shape or on another support,
+                by name.
         """
         check_structure(self._sites(), model_trace)
 

@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
+from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
 from pyroflow.guides.sites import Site, keep_support_only, move_support, point_at
 
 
@@ -44,6 +45,9 @@ class SetUpGuide(AutoGuide):
 
         Returns:
             The guide itself.
+
+        Raises:
+            ValueError: a latent that is an angle, or on a support that depends on another latent.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
@@ -58,7 +62,9 @@ class SetUpGuide(AutoGuide):
         try:
             with torch.no_grad():
                 super()._setup_prototype(*args, **kwargs)
+            refuse_circular(self._sites())
             self._make_parts(*args, **kwargs)
+            refuse_moving_supports(self.model, self._sites(), args, kwargs)
         except Exception:
             self.prototype_trace = None  # so that the next call says the same
             raise

@@ -21,8 +21,7 @@ Description = dict[str, Any]
 def describe_sites(guide: AutoContinuous) -> list[Description]:
     """Names, shapes, supports and plates of the latents, in the order of the flow's vector.
 
-    A bound that depends on data or on another latent is the number that it had when the guide
-    was set up, which is the one that Pyro's guides use too.
+    A bound that depends on data is the number that it had when the guide was set up.
 
     Raises:
         UndescribedError: a support that is not in the table, by site.
