@@ -74,6 +74,8 @@ class DropIn(AutoContinuous):
             raise
         for site in self._sites():
             keep_support_only(site)
+        if self.master is None:
+            self._create_plates()  # for NeuTraReparam, which takes them from a guide not called yet
 
     def _inspect_model(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -114,6 +116,21 @@ class DropIn(AutoContinuous):
                     stack.enter_context(plates[frame.name])
                 draws[name] = pyro.sample(name, point_at(site, unconstrained, masked))
         return draws
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
+        """As in Pyro, and for draws of shape (*B, D) too: (*B, *shape of the site).
+
+        What Pyro knows are particles, which stand in front of as many ones as there are plates.
+        """
+        batch, sites = latent.shape[:-1], list(self._sites())
+        plates = max(len(site["fn"].batch_shape) for site in sites)
+        if len(batch) > plates > 0 and all(size == 1 for size in batch[-plates:]):
+            yield from super()._unpack_latent(latent)
+            return
+        shapes = [self._unconstrained_shapes[site["name"]] for site in sites]
+        pieces = latent.split([shape.numel() for shape in shapes], -1)
+        for site, shape, piece in zip(sites, shapes, pieces, strict=True):
+            yield site, piece.reshape(batch + shape)
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
         """As in Pyro, but unseen by the model, which would take the indices from them.

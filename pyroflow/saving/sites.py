@@ -73,6 +73,7 @@ def restore_sites(guide: AutoContinuous, sites: list[Description], like: Tensor)
         guide._unconstrained_shapes[name], guide._cond_indep_stacks[name] = shape, frames
         guide._prototype_frames.update({frame.name: frame for frame in frames})
     guide.latent_dim = sum(shape.numel() for shape in guide._unconstrained_shapes.values())
+    guide._create_plates()
 
 
 def _node(site: Description, shape: Size, frames: tuple, like: Tensor) -> dict[str, Any]:
