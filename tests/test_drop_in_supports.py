@@ -8,12 +8,14 @@ import pytest
 import torch
 from drop_in_cases import GUIDES, check_all_moved, snapshot
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import init_to_sample, init_to_value
 from torch import Tensor
 from torch.distributions import biject_to
 
 import pyroflow as pf
+from pyroflow.saving.model_check import init_anywhere
 
 PRIORS = {
     "real": lambda: dist.Normal(0.0, 1.0),
@@ -176,3 +178,81 @@ def test_what_no_bijection_reaches_is_refused_by_site(prior: str) -> None:
 def test_values_that_are_no_mapping_are_refused() -> None:
     with pytest.raises(TypeError, match="map site names to tensors, got Tensor"):
         pf.AutoPlanarFlow(pair, 1).log_prob(a)
+
+
+LEVELS = [0, 0.05, 0.5, 0.95, 1]  # with integers, as users write them
+
+
+def check_quantiles(found: Tensor, draws: Tensor) -> None:
+    """Against other draws on the support, (S, *shape), by the share of them below."""
+    assert found.shape == (len(LEVELS), *draws.shape[1:])
+    assert (found.diff(dim=0) >= 0).all()
+    for quantile, level in zip(found, LEVELS, strict=True):
+        moves = draws.std(0) > 1e-6  # the zeros of a Cholesky factor do not
+        share = (draws <= quantile).double().mean(0)[moves]
+        assert (share - level).abs().max() < 0.025
+
+
+@pytest.mark.parametrize("support", [*PRIORS, "less_than", "correlations"])
+def test_quantiles_and_median_are_those_of_draws_on_the_support(support: str) -> None:
+    bounded = dist.ImproperUniform(
+        constraints.independent(constraints.less_than(-1.0), 1), (), (2,)
+    )
+    matrix = dist.ImproperUniform(constraints.corr_matrix, (), (3, 3))
+    priors = PRIORS | {"less_than": lambda: bounded, "correlations": lambda: matrix}
+    prior = priors[support]()
+
+    def model() -> None:
+        pyro.sample("z", prior)
+
+    guide = scattered(pf.AutoPlanarFlow(model, 3, init_scale=0.5, init_loc_fn=init_anywhere))
+    with pyro.plate("draws", 20_000), torch.no_grad():
+        draws = guide()["z"]
+    found = guide.quantiles(LEVELS)["z"]
+    check_quantiles(found, draws)
+    assert torch.equal(guide.median()["z"], found[2])
+
+
+def test_quantiles_of_a_dirichlet_are_those_of_its_beta_marginals() -> None:
+    weights = torch.tensor([2.0, 3.0, 5.0])
+    betas = dist.Beta(weights, weights.sum() - weights)
+
+    def model() -> None:
+        pyro.sample("p", dist.Dirichlet(weights))
+
+    guide = pf.AutoPlanarFlow(model, 4)
+    pf.fit_guide(model, guide, steps=500, seed=0, progress=False)
+    expected = betas.sample((200_000,)).quantile(torch.tensor([0.05, 0.5, 0.95]), dim=0)
+    assert torch.allclose(guide.quantiles([0.05, 0.5, 0.95])["p"], expected, atol=0.02)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_quantiles_of_rows_are_those_of_draws_on_the_support(coupled: bool) -> None:
+    def rows() -> None:
+        pyro.sample("w", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("rows", 12, dim=-2):
+            pyro.sample("z", dist.Dirichlet(torch.ones(4)))
+            pyro.sample("s", dist.Gamma(2.0, 1.0))
+
+    options = {"num_layers": 2, "init_scale": 0.5, "condition_on_globals": coupled}
+    guide = pf.AmortizedPlanarGuide(rows, "rows", **options).setup()
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    with pyro.plate("draws", 20_000, dim=-3), torch.no_grad():
+        draws = guide()
+    found = guide.quantiles(LEVELS)
+    for name, shape in {"w": (3,), "z": (12, 1, 4), "s": (12, 1)}.items():
+        check_quantiles(found[name], draws[name].reshape(20_000, *shape))
+
+
+@pytest.mark.usefixtures("float32")
+def test_quantiles_of_many_latents_and_wrong_levels() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.LogNormal(torch.zeros(1700), 1.0).to_event(1))
+
+    guide = pf.AutoPlanarFlow(model, 0, affine="diagonal", init_scale=1.0)
+    assert torch.allclose(guide.quantiles([0.5])["z"], guide.affine.offset.exp(), rtol=0.06)
+    for wrong in (0.5, [0.1, 1.5], [-0.1], [torch.nan], [[0.5]]):
+        with pytest.raises(ValueError, match=r"quantiles must be a sequence.* in \[0, 1\].* got"):
+            guide.quantiles(wrong)

@@ -71,5 +71,5 @@ def test_guide_of_another_support_is_refused_by_site() -> None:
     def model() -> None:
         pyro.sample("z", dist.Exponential(torch.ones(1)).to_event(1))
 
-    with pytest.raises(ValueError, match="'z' has support .* and had real"):
+    with pytest.raises(ValueError, match="'z' has support .* and had Real"):
         pf.fit_guide(model, guide, steps=5, **QUICK)

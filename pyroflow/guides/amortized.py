@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyroflow.checks import check_choice, check_count, check_positive
-from pyroflow.guides.autoguide import MARGINAL_DRAWS
+from pyroflow.guides.autoguide import MARGINAL_DRAWS, marginal_quantiles
 from pyroflow.guides.layered import AutoPlanarFlow
 from pyroflow.guides.local_flow import LocalFlow, check_sizes
 from pyroflow.guides.local_sites import LocalSites
+from pyroflow.guides.own_name import take_own_name
 from pyroflow.guides.row_context import Context, Draw, RowContext, draw_of, pick_rows
 from pyroflow.guides.set_up_guide import SetUpGuide
 from pyroflow.seeds import seeded
@@ -181,7 +182,7 @@ class AmortizedPlanarGuide(SetUpGuide):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample all latents, as Pyro's guides do; takes what the model takes."""
         self.setup(*args, **kwargs)
-        self._take_own_name()
+        take_own_name(self)
         plates, latent, values = self._create_plates(*args, **kwargs), None, {}
         if self.global_guide is not None:
             latent = self.global_guide.sample_latent(*args, **kwargs)
@@ -254,7 +255,8 @@ class AmortizedPlanarGuide(SetUpGuide):
     def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Marginal posterior quantiles of each latent, from 10,000 draws with a fixed seed.
 
-        As in Pyro, they are taken of the unconstrained latents and then mapped to the support.
+        They are those of the single numbers on the support: medians of a simplex need not sum
+        to one.
 
         Args:
             quantiles: Q probabilities in [0, 1].
@@ -264,30 +266,33 @@ class AmortizedPlanarGuide(SetUpGuide):
 
         Returns:
             By site name, a tensor of shape (Q, *shape of the site), N rows for local ones.
+
+        Raises:
+            ValueError: quantiles that are no sequence of numbers in [0, 1].
         """
         self.setup(*args, **kwargs)
         rows = None if self.context is None else self.context.rows(args, kwargs)
         size = self.sites.size if rows is None else len(rows)
-        levels = torch.as_tensor(quantiles).to(self.local_flow.base.loc)
         with seeded(0):
             latent = self._global_draws()
-            found = [
-                self._local_draws(rows, index, latent).quantile(levels, dim=0)
-                for index in torch.arange(size).split(max(1, AT_ONCE // MARGINAL_DRAWS))
-            ]
-        local = self.sites.with_trailing_dims(torch.cat(found, 1))
+            parts = torch.arange(size).split(max(1, AT_ONCE // MARGINAL_DRAWS))
+            draws = (self._local_draws(rows, index, latent) for index in parts)
+            found = [{n: marginal_quantiles(v, quantiles) for n, v in d.items()} for d in draws]
         result = {} if latent is None else self.global_guide.quantiles(quantiles)
-        nodes = self.prototype_trace.nodes
-        for name, value in self.sites.unpack(local).items():
-            result[name] = biject_to(nodes[name]["fn"].support)(value)
-        return result
+        return result | {name: torch.cat([f[name] for f in found], 1) for name in self.sites.names}
 
     def _global_draws(self) -> Tensor | None:
         if self.global_guide is None:
             return None
         return self.global_guide.get_posterior().sample((MARGINAL_DRAWS, 1))
 
-    def _local_draws(self, rows: Tensor | None, index: Tensor, latent: Tensor | None) -> Tensor:
+    def _local_draws(
+        self, rows: Tensor | None, index: Tensor, latent: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Draws of the rows by site, on the support, the draws first."""
         picked = None if rows is None else rows[index.to(rows.device)]
         q = self._local_posterior(picked, index, latent, trailing=0)
-        return q.sample(() if self._conditioned else (MARGINAL_DRAWS,))
+        local = q.sample(() if self._conditioned else (MARGINAL_DRAWS,))
+        values = self.sites.unpack(self.sites.with_trailing_dims(local))
+        nodes = self.prototype_trace.nodes
+        return {name: biject_to(nodes[name]["fn"].support)(v) for name, v in values.items()}

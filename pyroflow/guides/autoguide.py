@@ -174,7 +174,8 @@ class AutoFlow(DropIn):
     def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Marginal posterior quantiles of each latent, from 10,000 draws with a fixed seed.
 
-        As in Pyro, they are taken of the unconstrained latents and then mapped to the support.
+        They are those of the single numbers on the support: medians of a simplex need not sum
+        to one.
 
         Args:
             quantiles: Q probabilities in [0, 1].
@@ -183,16 +184,35 @@ class AutoFlow(DropIn):
 
         Returns:
             By site name, a tensor of shape (Q, *shape of the site).
+
+        Raises:
+            ValueError: quantiles that are no sequence of numbers in [0, 1].
         """
         self.setup(*args, **kwargs)
         with seeded(0):
             latents = self.get_posterior().sample((MARGINAL_DRAWS,))
-        levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device)
-        rows = [self._constrained(latent) for latent in latents.quantile(levels, dim=0)]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        draws = self._constrained(latents)
+        return {name: marginal_quantiles(draw, quantiles) for name, draw in draws.items()}
 
     def _constrained(self, latent: Tensor) -> dict[str, Tensor]:
         return {
             site["name"]: biject_to(site["fn"].support)(value)
             for site, value in self._unpack_latent(latent)
         }
+
+
+def marginal_quantiles(draws: Tensor, quantiles: Sequence[float]) -> Tensor:
+    """The quantiles of each number over the first dimension of the draws, shape (Q, ...).
+
+    Raises:
+        ValueError: quantiles that are no sequence of numbers in [0, 1].
+    """
+    levels = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device)
+    if levels.dim() != 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
+        raise ValueError(
+            f"quantiles must be a sequence of numbers in [0, 1], such as [0.05, 0.95], got "
+            f"{quantiles}"
+        )
+    columns = draws.reshape(len(draws), -1).split(1000, 1)  # torch takes 16 million numbers at most
+    found = torch.cat([part.quantile(levels, 0) for part in columns], 1)
+    return found.reshape(len(levels), *draws.shape[1:])

@@ -10,20 +10,18 @@ from typing import Any
 import pyro
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from pyro.nn.module import _make_name
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyroflow.flow import Flow
-from pyroflow.guides.sites import (
-    Site,
-    check_structure,
-    keep_support_only,
-    move_support,
-    point_at,
+from pyroflow.guides.own_name import take_own_name
+from pyroflow.guides.refusals import (
+    refuse_circular,
     refuse_local_latents,
+    refuse_moving_supports,
     refuse_unsupported,
 )
+from pyroflow.guides.sites import Site, check_structure, keep_support_only, move_support, point_at
 
 
 class DropIn(AutoContinuous):
@@ -40,9 +38,10 @@ class DropIn(AutoContinuous):
         raise NotImplementedError
 
     def setup(self, *args: Any, **kwargs: Any) -> DropIn:
-        """Run the model once to see its latents, and make the parameters; later calls do nothing.
+        """Run the model to see its latents, and make the parameters; later calls do nothing.
 
-        The first call of the guide does the same.
+        It runs once, and once more where a support has bounds, to see whether they move. The
+        first call of the guide does the same.
 
         Args:
             *args: the model's.
@@ -52,8 +51,9 @@ class DropIn(AutoContinuous):
             The guide itself.
 
         Raises:
-            ValueError: a discrete latent, or one in a plate that subsamples; a transform that
-                does not fit. The message names the site and the way out.
+            ValueError: a latent that is discrete, an angle, in a plate that subsamples, or on a
+                support that depends on another latent; a transform that does not fit. The message
+                names the site and the way out.
             RuntimeError: a model without latents, or a guide that was pickled before.
         """
         if self.prototype_trace is None:
@@ -74,6 +74,8 @@ class DropIn(AutoContinuous):
             raise
         for site in self._sites():
             keep_support_only(site)
+        if self.master is None:
+            self._create_plates()  # for NeuTraReparam, which takes them from a guide not called yet
 
     def _inspect_model(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -82,6 +84,8 @@ class DropIn(AutoContinuous):
             refuse_unsupported(self._sites(), error)
             raise
         refuse_local_latents(self._sites())
+        refuse_circular(self._sites())
+        refuse_moving_supports(self.model, self._sites(), args, kwargs)
 
     def _sites(self) -> Iterator[Site]:
         return (site for _, site in self.prototype_trace.iter_stochastic_nodes())
@@ -93,14 +97,15 @@ class DropIn(AutoContinuous):
             model_trace: of one run, not vectorised.
 
         Raises:
-            ValueError: a latent site that is new, gone or of another shape, by name.
+            ValueError: a latent site that is new, gone, of another shape or on another support,
+                by name.
         """
         check_structure(self._sites(), model_trace)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw all latents, with ``pyro.sample`` at each site; returns them by site name."""
         self.setup(*args, **kwargs)
-        self._take_own_name()
+        take_own_name(self)
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         masked, draws = poutine.get_mask() is False, {}
@@ -112,6 +117,21 @@ class DropIn(AutoContinuous):
                 draws[name] = pyro.sample(name, point_at(site, unconstrained, masked))
         return draws
 
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
+        """As in Pyro, and for draws of shape (*B, D) too: (*B, *shape of the site).
+
+        What Pyro knows are particles, which stand in front of as many ones as there are plates.
+        """
+        batch, sites = latent.shape[:-1], list(self._sites())
+        plates = max(len(site["fn"].batch_shape) for site in sites)
+        if len(batch) > plates > 0 and all(size == 1 for size in batch[-plates:]):
+            yield from super()._unpack_latent(latent)
+            return
+        shapes = [self._unconstrained_shapes[site["name"]] for site in sites]
+        pieces = latent.split([shape.numel() for shape in shapes], -1)
+        for site, shape, piece in zip(sites, shapes, pieces, strict=True):
+            yield site, piece.reshape(batch + shape)
+
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
         """As in Pyro, but unseen by the model, which would take the indices from them.
 
@@ -119,25 +139,6 @@ class DropIn(AutoContinuous):
         """
         with poutine.block(hide_fn=site_is_subsample):
             return super()._create_plates(*args, **kwargs)
-
-    def _take_own_name(self) -> None:
-        """Share no names in Pyro's parameter store with another guide, or with an earlier self.
-
-        Pyro would train the tensors that the store has under the name, and this guide would stay
-        as it is: after a second guide of the same class, a copy, or parameters made anew.
-        """
-        store, (name, count) = pyro.get_param_store(), (self._pyro_name, 1)
-        while self._is_taken(store):
-            count += 1
-            self._pyro_name = f"{name}_{count}"
-
-    def _is_taken(self, store: pyro.params.param_store.ParamStoreDict) -> bool:
-        prefix = _make_name(self._pyro_name, "flow")
-        trained = (
-            pair for pair in self._modules["flow"].named_parameters() if pair[1].requires_grad
-        )
-        keyed = ((f"{prefix}$$${key}", p) for key, p in trained)
-        return any(key in store and store[key].unconstrained() is not p for key, p in keyed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DropIn:
         """As any module, and the tensors in the supports of the sites too."""

@@ -12,10 +12,9 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.nn import PyroModule
-from pyro.nn.module import _make_name
 from torch import Tensor
 
+from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
 from pyroflow.guides.sites import Site, keep_support_only, move_support, point_at
 
 
@@ -46,6 +45,9 @@ class SetUpGuide(AutoGuide):
 
         Returns:
             The guide itself.
+
+        Raises:
+            ValueError: a latent that is an angle, or on a support that depends on another latent.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
@@ -60,7 +62,9 @@ class SetUpGuide(AutoGuide):
         try:
             with torch.no_grad():
                 super()._setup_prototype(*args, **kwargs)
+            refuse_circular(self._sites())
             self._make_parts(*args, **kwargs)
+            refuse_moving_supports(self.model, self._sites(), args, kwargs)
         except Exception:
             self.prototype_trace = None  # so that the next call says the same
             raise
@@ -82,23 +86,6 @@ class SetUpGuide(AutoGuide):
                     stack.enter_context(plates[frame.name])
                 draws[name] = pyro.sample(name, point_at(site, values[name], masked))
         return draws
-
-    def _take_own_name(self) -> None:
-        """Share no names in Pyro's parameter store with another guide.
-
-        Pyro would train the tensors that the store has under the name, which are the other
-        guide's, and this guide would stay as it is.
-        """
-        own, (name, count) = {id(p) for p in self.parameters()}, (self._pyro_name, 1)
-        stored = {key: id(p) for key, p in pyro.get_param_store().named_parameters()}
-        while any(k.startswith(f"{self._pyro_name}.") and stored[k] not in own for k in stored):
-            count += 1
-            self._rename(f"{name}_{count}")
-
-    def _rename(self, name: str) -> None:
-        for path, module in self.named_modules():
-            if isinstance(module, PyroModule):
-                module._pyro_name = _make_name(name, path)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SetUpGuide:
         """As any module, and the tensors in the supports of the sites too."""

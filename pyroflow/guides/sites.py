@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import pyro.distributions as dist
@@ -13,7 +14,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
 from torch.distributions import biject_to, register_kl
-from torch.distributions.constraints import Constraint, independent, real_vector
+from torch.distributions.constraints import Constraint, independent
 
 Site = dict[str, Any]
 
@@ -155,50 +156,14 @@ def _common_batch(sites: list[Site], values: dict[str, Tensor]) -> Size:
     return common
 
 
-def refuse_local_latents(sites: Iterable[Site]) -> None:
-    """Raise ``ValueError`` for a latent in a plate that subsamples.
-
-    A vector of all latents has no place for those of rows that were not drawn.
-    """
-    for site in sites:
-        for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.size < frame.full_size:
-                raise ValueError(
-                    f"site {site['name']!r} is a latent in plate {frame.name!r}, which subsamples "
-                    f"{frame.size} of {frame.full_size} rows: the guide would use the same "
-                    f"{frame.size} latents for whichever rows are drawn. Use "
-                    "pyroflow.AmortizedPlanarGuide, which makes them from the data of the rows "
-                    "drawn, run the plate in full, or integrate the site out of the model"
-                )
-
-
-def refuse_unsupported(sites: Iterable[Site], error: NotImplementedError) -> None:
-    """Raise ``ValueError`` for the site that Pyro had no guide for, where it can be told."""
-    for site in sites:
-        for frame in site["cond_indep_stack"]:
-            if not frame.vectorized:
-                raise ValueError(
-                    f"site {site['name']!r} is a latent in the sequential plate {frame.name!r}: "
-                    "guides know vectorised plates only; write `with pyro.plate(...)`, or a loop "
-                    "over range"
-                ) from error
-        try:
-            biject_to(site["fn"].support)
-        except NotImplementedError:
-            raise ValueError(
-                f"site {site['name']!r} has the support {site['fn'].support}, which no bijection "
-                "of torch maps from unconstrained numbers: build it from parts that have one, a "
-                "covariance from scales and an LKJCholesky"
-            ) from error
-
-
 def check_structure(sites: Iterable[Site], model_trace: Trace) -> None:
     """Compare a later run of a model with the sites that its guide was set up with.
 
     Discrete sites of the model are not the guide's, and are let pass.
 
     Raises:
-        ValueError: a latent site that is new, gone or of another shape, by name.
+        ValueError: a latent site that is new, gone, of another shape or on another support, by
+            name.
     """
     sites = list(sites)
     then = {site["name"]: site["value"].shape for site in sites}
@@ -228,20 +193,44 @@ def check_structure(sites: Iterable[Site], model_trace: Trace) -> None:
                 f"{tuple(then[name])} when the guide was set up. {way_out}"
             )
     for site in sites:
-        before, after = (_kind(s["fn"]) for s in (site, model_trace.nodes[site["name"]]))
-        if before != after:
+        pair = (site, model_trace.nodes[site["name"]])
+        before, after = (base_of(one["fn"].support) for one in pair)
+        if not same_support(before, after):
             raise ValueError(
                 f"site {site['name']!r} has support {after} in the model, and had {before} when "
                 f"the guide was set up. {way_out}"
             )
 
 
-def _kind(fn: dist.TorchDistribution) -> str:
-    """The type of a support, apart from its bounds and batches."""
-    support = fn.support
+def same_support(one: Constraint, other: Constraint) -> bool:
+    """Whether two supports are of one kind and have the same bounds, up to their rounding."""
+    pairs = zip_longest(_numbers(base_of(one)), _numbers(base_of(other)))
+    return _kind(one) == _kind(other) and all(
+        a is not None and b is not None and a.shape == b.shape and torch.allclose(a, b, 1e-6, 0.0)
+        for a, b in pairs
+    )
+
+
+def base_of(support: Constraint) -> Constraint:
+    """The support of the single numbers or vectors that an independent one repeats."""
     while isinstance(support, independent):
         support = support.base_constraint
-    return "real" if support is real_vector else type(support).__name__.strip("_").lower()
+    return support
+
+
+def _numbers(held: Any) -> Iterator[Tensor]:
+    """The bounds of a support, and whatever else it says in numbers, in float64 on the CPU."""
+    if isinstance(held, Tensor | float | int):
+        yield torch.as_tensor(held, dtype=torch.float64, device="cpu")
+    parts = vars(held).values() if isinstance(held, Constraint) else held
+    if not isinstance(held, Tensor | str) and isinstance(parts, Collection):
+        for part in parts:
+            yield from _numbers(part)
+
+
+def _kind(support: Constraint) -> str:
+    """The type of a support, apart from its bounds and batches."""
+    return type(base_of(support)).__name__.strip("_").lower()
 
 
 def _is_continuous_latent(site: Site) -> bool:

@@ -21,8 +21,7 @@ Description = dict[str, Any]
 def describe_sites(guide: AutoContinuous) -> list[Description]:
     """Names, shapes, supports and plates of the latents, in the order of the flow's vector.
 
-    A bound that depends on data or on another latent is the number that it had when the guide
-    was set up, which is the one that Pyro's guides use too.
+    A bound that depends on data is the number that it had when the guide was set up.
 
     Raises:
         UndescribedError: a support that is not in the table, by site.
@@ -74,6 +73,7 @@ def restore_sites(guide: AutoContinuous, sites: list[Description], like: Tensor)
         guide._unconstrained_shapes[name], guide._cond_indep_stacks[name] = shape, frames
         guide._prototype_frames.update({frame.name: frame for frame in frames})
     guide.latent_dim = sum(shape.numel() for shape in guide._unconstrained_shapes.values())
+    guide._create_plates()
 
 
 def _node(site: Description, shape: Size, frames: tuple, like: Tensor) -> dict[str, Any]:
