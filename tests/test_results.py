@@ -19,8 +19,8 @@ from pyroflow.experiments.results import (
     machine,
     save_figure,
     write_json,
-    write_whole,
 )
+from pyroflow.io import write_whole
 
 KEYS = ["U1 planar K=2 seed=0", "U1 planar K=20 seed=0", "U2 NICE K=2 seed=1"]
 
@@ -213,15 +213,35 @@ def test_figures_and_checkpoints_have_their_folders(tmp_path: Path) -> None:
         assert folder.is_dir()
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "figure.png"
-    write_whole(path, lambda partial: partial.write_text("old"))
+@pytest.mark.parametrize("stage", ["fsync", "replace"])
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, kind: type[BaseException]
+) -> None:
+    path = tmp_path / "new" / "figure.json"
+    write_json(path, {"old": 1})
+    before = path.read_bytes()
 
-    def half(partial: Path) -> None:
-        partial.write_text("ne")
-        raise OSError("disk full")
+    def fails(*_: object) -> None:
+        raise kind("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, half)
-    assert path.read_text() == "old"
-    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
+    monkeypatch.setattr(os, stage, fails)
+    with pytest.raises(kind, match="disk full"):
+        write_json(path, {"new": 2})
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["figure.json"]
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a file of its own until it is whole."""
+    path, plain = tmp_path / "file", os.fsync
+
+    def another(file: int) -> None:
+        monkeypatch.setattr(os, "fsync", plain)
+        write_whole(path, b"another")
+        plain(file)
+
+    monkeypatch.setattr(os, "fsync", another)
+    write_whole(path, b"first")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import pickletools
 import zipfile
@@ -151,11 +152,10 @@ def test_a_save_that_fails_leaves_the_old_file(
     pf.save(flow, path)
     before = path.read_bytes()
 
-    def fails(content: object, partial: Path) -> None:
-        partial.write_bytes(b"half")
+    def fails(file: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(torch, "save", fails)
+    monkeypatch.setattr(os, "fsync", fails)  # when all is written
     with pytest.raises(OSError, match="no space left"):
         pf.save(pf.radial_flow(5), path)
     assert path.read_bytes() == before
@@ -168,6 +168,48 @@ def test_a_model_is_not_for_flows(tmp_path: Path) -> None:
         pf.load(tmp_path / "flow.pt", model=lambda: None)
     with pytest.raises(TypeError, match="model must be callable, got int"):
         pf.load(tmp_path / "flow.pt", model=1)
+
+
+def test_what_is_in_the_way_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"folder cannot be read \(.*\): name a file"):
+        pf.load(tmp_path / "folder")
+    with pytest.raises(OSError, match="folder is not a file: name one to write to"):
+        pf.save(pf.planar_flow(2), tmp_path / "folder")
+    assert not any((tmp_path / "folder").iterdir())
+    pf.save(pf.planar_flow(2), tmp_path / "flow.pt")
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "flow.pt")
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(PermissionError, match=r"flow.pt cannot be read \(Permission denied\)"):
+        pf.load(tmp_path / "flow.pt")
+
+
+def test_a_checkpoint_is_told_from_a_saved_flow(tmp_path: Path) -> None:
+    flow, data = pf.planar_flow(2, 1), torch.randn(50, 2)
+    options = {"steps": 1, "polish": 0, "seed": 0, "progress": False}
+    pf.fit_density(flow, data, checkpoint=tmp_path / "fit.pt", **options)
+    pf.save(flow, tmp_path / "flow.pt")
+    with pytest.raises(ValueError, match=r"fit.pt is not a file of .*checkpoint goes to the fit_"):
+        pf.load(tmp_path / "fit.pt")
+    with pytest.raises(ValueError, match=r"flow.pt is not a checkpoint of a fit"):
+        pf.fit_density(flow, data, checkpoint=tmp_path / "flow.pt", **options)
+
+
+def test_a_replaced_file_keeps_its_permissions_and_its_link(tmp_path: Path) -> None:
+    path, link = tmp_path / "flow.pt", tmp_path / "link.pt"
+    pf.save(pf.planar_flow(2, 1), path)
+    fresh = tmp_path / "fresh"
+    fresh.touch()
+    assert path.stat().st_mode == fresh.stat().st_mode
+    path.chmod(0o640)
+    link.symlink_to(path)
+    pf.save(pf.planar_flow(2, 5), link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert len(pf.load(path).parts[0].w) == 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

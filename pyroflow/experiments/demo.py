@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, Aut
 from torch import Tensor
 
 from pyroflow import datasets, plots, targets
+from pyroflow.experiments.results import save_figure, write_json
 from pyroflow.flows import Flow, planar_flow
 from pyroflow.guides import AutoPlanarFlow
 from pyroflow.inference import fit_density, fit_guide
@@ -80,7 +79,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     settings.out.mkdir(parents=True, exist_ok=True)
     report = _header(settings)
-    _write(report, settings.out)
+    write_json(settings.out / "report.json", report)
     for name, stage in {"sine": sine, "toy": toy, "eight_schools": eight_schools}.items():
         began = time.perf_counter()
         numbers, rows = stage(settings)
@@ -88,7 +87,7 @@ def run(settings: Settings) -> dict[str, Any]:
         rows = [asdict(row) for row in rows]
         report["stages"][name] = numbers | {"rows": rows, "seconds": seconds}
         report["complete"] = name == "eight_schools"
-        _write(report, settings.out)
+        write_json(settings.out / "report.json", report)
     return report
 
 
@@ -103,8 +102,8 @@ def sine(settings: Settings) -> tuple[dict[str, Any], list[Row]]:
         samples = flow().sample((settings.fresh,))
     gap, rival = _gap(flow, fresh), _gap(gaussian, fresh)
     spread = (samples[:, 0] - samples[:, 1].sin()).std().item()
-    _save(plots.plot_density(flow, data), settings.out / "sine_density.png")
-    _save(
+    save_figure(plots.plot_density(flow, data), settings.out / "sine_density.png")
+    save_figure(
         plots.plot_losses(fit.losses, floor=datasets.SINE_ENTROPY, label="entropy of the data"),
         settings.out / "sine_loss.png",
     )
@@ -146,8 +145,8 @@ def toy(settings: Settings) -> tuple[dict[str, Any], list[Row]]:
         log_evidence=targets.TOY_LOG_EVIDENCE,
         subtitles={n: f"KL = {numbers[n]['kl']:.3f} nats" for n in ("mean field", "planar")},
     )
-    _save(figure, settings.out / "toy_posterior.png")
-    _save(_bending(guides["planar"]), settings.out / "toy_bending.png")
+    save_figure(figure, settings.out / "toy_posterior.png")
+    save_figure(_bending(guides["planar"]), settings.out / "toy_bending.png")
     rival = min("mean field", "full Gaussian", key=lambda name: numbers[name]["kl"])
     row = Row("toy: KL(q‖p), nats", numbers["planar"]["kl"], 0.0, numbers[rival]["kl"], rival)
     return numbers, [row]
@@ -163,7 +162,7 @@ def eight_schools(settings: Settings) -> tuple[dict[str, Any], list[Row]]:
     numbers, rows = {"num_layers": 32, "log_evidence": log_evidence}, []
     for form, options in settings.schools.items():
         numbers[form], draws = _schools(models[form], exact, settings, options)
-        _save(plots.plot_marginals(exact, draws), settings.out / f"eight_schools_{form}.png")
+        save_figure(plots.plot_marginals(exact, draws), settings.out / f"eight_schools_{form}.png")
         rows += _schools_rows(form, numbers[form], log_evidence)
     return numbers, rows
 
@@ -272,16 +271,6 @@ def _header(settings: Settings) -> dict[str, Any]:
         "complete": False,
         "stages": {},
     }
-
-
-def _write(report: dict[str, Any], out: Path) -> None:
-    partial = out / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(partial, out / "report.json")
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110)
 
 
 def table(report: dict[str, Any]) -> str:

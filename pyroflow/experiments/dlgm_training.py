@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from pyroflow.checks import check_count, check_positive
 from pyroflow.experiments.dlgm import DLGM
 from pyroflow.experiments.processes import ALONE, Processes
-from pyroflow.experiments.results import write_whole
+from pyroflow.io import packed, read_data, write_whole
 from pyroflow.seeds import seeded
 
 MAX_SKIPPED = 100  # updates in a row without a finite gradient
@@ -243,7 +242,7 @@ def _save(
 ) -> None:
     kept = {"dlgm": dlgm.state_dict(), "optimiser": optimiser.state_dict()}
     kept |= {"settings": settings, "state": vars(state)}
-    write_whole(path, lambda partial: torch.save(kept, partial))
+    write_whole(path, packed(kept))
 
 
 def _resumed(
@@ -256,9 +255,9 @@ def _resumed(
         return None
     remedy = "remove it or name another --out to start anew"
     try:
-        kept = torch.load(path, map_location=dlgm.centre.device, weights_only=True)
+        kept = read_data(path, dlgm.centre.device)
         state, saved = Progress(**kept["state"]), kept["settings"]
-    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is no whole checkpoint: {remedy}") from error
     if saved != settings:
         raise ValueError(f"{path} is a checkpoint of {saved}, not of {settings}: {remedy}")

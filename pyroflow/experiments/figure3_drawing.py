@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyroflow.drawing import COLOURS
-from pyroflow.experiments.results import write_whole
+from pyroflow.io import packed, read_data, write_whole
 from pyroflow.targets import energy
 
 WINDOW = 4.0
@@ -23,8 +23,7 @@ STYLES = {"planar": "o-", "NICE permutation": "s--", "NICE orthogonal": "^:"}
 
 def keep_density(log_prob: Callable[[Tensor], Tensor], kl: float, file: Path) -> None:
     """Save what a panel shows of a run."""
-    kept = _density(log_prob), kl
-    write_whole(file, lambda partial: torch.save(kept, partial))
+    write_whole(file, packed((_density(log_prob), kl)))
 
 
 def shown(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -42,7 +41,7 @@ def densities(files: Mapping[str, Path]) -> Figure:
 
     Colours go up to the value that one pixel in a thousand exceeds, in each panel.
     """
-    panels = {cell: torch.load(file) for cell, file in files.items()}
+    panels = {cell: read_data(file) for cell, file in files.items()}
     columns = ["exact", *COLUMNS]
     figure = Figure(figsize=(1.75 * len(columns), 7.9), layout="compressed")
     grid = figure.subplots(4, len(columns))

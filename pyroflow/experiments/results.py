@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
+
+from pyroflow.io import write_whole
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Results:
         if not self.path.exists():
             return
         try:
-            report = json.loads(self.path.read_text())
+            report = json.loads(self.path.read_text(encoding="utf-8"))
             saved, self.runs = dict(report["settings"]), dict(report["runs"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -145,26 +148,19 @@ def header() -> dict[str, Any]:
     }
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: ``write`` writes it under another name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     text = json.dumps(report, indent=1) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.encode())
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, small enough to keep beside the code."""
-    write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())
 
 
 def checkpoint_folder(options: Options, name: str) -> Path:

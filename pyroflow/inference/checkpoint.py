@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pyroflow.io import packed, read_data, write_whole
 
 FORMAT = 2  # raised when the parameters of a transform mean something else: then no fit can go on
 
@@ -19,7 +19,7 @@ def write_checkpoint(
     optimizer: dict[str, Any],
     rng: torch.Tensor | None = None,
 ) -> None:
-    """Write the state of a fit beside ``path``, then move it there.
+    """Write the state of a fit.
 
     ``rng`` is the generator's state at the start of a step that was cut off.
     """
@@ -30,9 +30,7 @@ def write_checkpoint(
         "optimizer": optimizer,
         "rng": torch.get_rng_state() if rng is None else rng,
     }
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    write_whole(path, packed(state))
 
 
 def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -74,11 +72,12 @@ def saved_settings(path: str | Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        state = torch.load(path, weights_only=True)
+        state = read_data(path)
         state["settings"]
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(
-            f"checkpoint {path} is not a checkpoint of a fit: name another file, or remove it"
+            f"checkpoint {path} is not a checkpoint of a fit ({error}): name another file, or "
+            "remove it"
         ) from error
     if state.get("format") != FORMAT:
         raise ValueError(

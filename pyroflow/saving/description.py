@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from numbers import Integral, Real
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+# Of the numbers in a file, what the start values of its modules may take, which it then replaces.
+TIMES, SPARE = 32, 10_000
 
 
 class Recipe(NamedTuple):
@@ -19,6 +25,58 @@ class Recipe(NamedTuple):
     made: type
     make: Callable
     arguments: Mapping[str, str | Callable[[Any], Any]]
+
+
+class Bounded(TorchDispatchMode):
+    """Inside, what would take far more memory than a file's numbers is refused before it is done.
+
+    What an operation makes is asked of torch's "meta" device, which makes nothing.
+
+    Args:
+        held: how many numbers the file holds.
+    """
+
+    def __init__(self, held: int) -> None:
+        super().__init__()
+        self.held, self.left = held, SPARE + TIMES * held
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler first, for seconds
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Do the operation if it may be done."""
+        kwargs = dict(kwargs or {})
+        if _at_most(args, kwargs) > self.left and _wanted(func, args, kwargs) > self.left:
+            raise ValueError(f"it claims sizes far beyond the {self.held} numbers that it holds")
+        made = func(*args, **kwargs)
+        if all(returned.alias_info is None for returned in func._schema.returns):
+            self.left -= _size(made)
+        return made
+
+
+def _at_most(args: tuple, kwargs: dict[str, Any]) -> int:
+    """A quick bound on the numbers that an operation makes."""
+    leaves = tree_leaves((args, kwargs))
+    sizes = (value.numel() if isinstance(value, Tensor) else value for value in leaves)
+    return prod(max(1, abs(size)) for size in sizes if isinstance(size, int))
+
+
+def _wanted(func: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+    """The numbers that an operation makes."""
+    args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        kwargs = kwargs | {"device": "meta"}
+    try:
+        return _size(func(*args, **kwargs))
+    except NotImplementedError:  # what depends on values makes no more than it is given
+        return 0
+
+
+def _size(made: Any) -> int:
+    return sum(value.numel() for value in tree_leaves(made) if isinstance(value, Tensor))
 
 
 class UndescribedError(TypeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyroflow.flow import Flow
 from pyroflow.guides import AutoFlow
-from pyroflow.saving.description import UndescribedError
+from pyroflow.io import packed, read_data, write_whole
+from pyroflow.saving.description import Bounded, UndescribedError
 from pyroflow.saving.flows import describe_flow, restore_flow
 from pyroflow.saving.guides import GUIDES, describe_guide, restore_guide
 from pyroflow.saving.model_check import check_model
@@ -40,6 +43,7 @@ def save(obj: Flow | AutoFlow, path: str | os.PathLike) -> None:
             describe; the message names it and the way out.
         ValueError: a guide that was never set up.
         FileNotFoundError: a folder that does not exist.
+        OSError: a file that cannot be written; an older one stays as it is.
 
     Example:
         >>> import os, tempfile
@@ -53,12 +57,7 @@ def save(obj: Flow | AutoFlow, path: str | os.PathLike) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path {path} is in a folder that does not exist: make it first")
     content = {"pyroflow": version("pyroflow"), "format": FORMAT} | _described(obj)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        torch.save(content, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, packed(content))
 
 
 def load(
@@ -83,8 +82,9 @@ def load(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is not of :func:`save`, is damaged or of a later version; a model
-            with other latents, by site.
+        OSError: a folder, or a file that must not be read.
+        ValueError: a file that is not of :func:`save`, is damaged (a checksum tells), claims more
+            than it holds, or is of a later version; a model with other latents, by site.
         TypeError: a model that is not callable, or is given for a flow.
         RuntimeError: a device that is not there.
 
@@ -116,10 +116,11 @@ def load(
 
 def _restored(content: dict[str, Any], path: Path, model: Callable | None) -> Flow | AutoFlow:
     try:
-        if content["kind"] == "flow":
-            return restore_flow(content["content"])
-        return restore_guide(content["content"], model)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        with Bounded(sum(part.numel() for part in _parts(content) if isinstance(part, Tensor))):
+            if content["kind"] == "flow":
+                return restore_flow(content["content"])
+            return restore_guide(content["content"], model)
+    except Exception as error:  # a hostile description may end in any of them
         raise ValueError(f"path {path} is a damaged file of pyroflow: {error}") from error
 
 
@@ -146,29 +147,31 @@ _WAY_OUT = (
     "that your code makes anew, obj.load_state_dict(torch.load(path))"
 )
 
-_FOREIGN = "is not a file of pyroflow.save; nothing in it was run"
-
 
 def _read(path: Path, device: torch.device) -> dict[str, Any]:
     """The content of a file, in a format that this version knows."""
     if not path.exists():
         raise FileNotFoundError(f"path {path} does not exist")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        of_pyroflow = content["kind"] in ("flow", "guide") and content["format"] in range(1, 10**6)
-    except OSError:
-        raise
-    except Exception as error:  # other bytes may end in any of them
-        raise ValueError(f"path {path} {_FOREIGN}") from error
-    if not of_pyroflow:
-        raise ValueError(f"path {path} {_FOREIGN}")
+        content = read_data(path, device)
+        kind, written = content["kind"], operator.index(content["format"])
+        if kind not in ("flow", "guide") or written < 1:
+            raise ValueError(f"it has kind {kind!r} and format {written}")
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"path {path} is not a file of pyroflow.save; nothing in it was run ({error}). If it "
+            "was one, copy it anew from where it is whole; a checkpoint goes to the fit_ function "
+            "that wrote it, and a state dict to load_state_dict"
+        ) from error
     if content["format"] > FORMAT:
         raise ValueError(
             f"path {path} has format {content['format']}, written by pyroflow "
             f"{content.get('pyroflow')}; this is {version('pyroflow')}, which reads up to "
             f"{FORMAT}: install that version or a later one"
         )
-    if content["format"] == 1 and any("Sylvester" in kind for kind in _kinds(content)):
+    if content["format"] == 1 and any(
+        isinstance(part, dict) and "Sylvester" in str(part.get("kind")) for part in _parts(content)
+    ):
         raise ValueError(
             f"path {path} has Sylvester layers in format 1, which bound their diagonals in another "
             "way: fit anew, as this version would give them another density"
@@ -176,13 +179,10 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
     return content
 
 
-def _kinds(value: Any) -> Iterator[str]:
-    """All kinds that a description names."""
-    if isinstance(value, dict):
-        if isinstance(value.get("kind"), str):
-            yield value["kind"]
-        for part in value.values():
-            yield from _kinds(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _kinds(part)
+def _parts(content: Any) -> Iterator[Any]:
+    """All that a content is made of, itself included."""
+    pending = [content]
+    while pending:
+        yield (part := pending.pop())
+        if isinstance(part, dict | list | tuple):
+            pending.extend(part.values() if isinstance(part, dict) else part)

@@ -52,9 +52,12 @@ def restore_guide(description: Description, model: Callable | None) -> AutoFlow:
     if made is AutoFlow:
         options = options | {"transforms": ()}  # they are in the flow
     guide = made(_absent if model is None else model, init_loc_fn=init_anywhere, **options)
-    for name, value in description["switches"].items():
-        setattr(guide, name, value)
+    for name in description["switches"].keys() & set(_SWITCHES):
+        setattr(guide, name, bool(description["switches"][name]))
     guide.flow = restore_flow(description["flow"])
+    layers = len(next(guide.flow.parts[0].parameters())) if options.get("num_layers") else 0
+    if layers != options.get("num_layers", 0):
+        raise ValueError(f"it claims {options['num_layers']} layers and holds {layers}")
     restore_sites(guide, description["sites"], like=guide.flow.base.loc)
     return guide
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pyro.distributions as dist
@@ -16,6 +17,8 @@ from pyroflow.saving.description import UndescribedError
 from pyroflow.saving.recipes import DESCRIPTIONS
 
 Description = dict[str, Any]
+
+WIDEST_PLATE = 10**8  # rows that a plate may subsample, all of which Pyro shuffles at each call
 
 
 def describe_sites(guide: AutoContinuous) -> list[Description]:
@@ -62,8 +65,15 @@ def restore_sites(guide: AutoContinuous, sites: list[Description], like: Tensor)
     Args:
         guide: not set up.
         sites: of :func:`describe_sites`.
-        like: has the dtype and device of the latents.
+        like: has the dtype and device of the latents, and one number for each.
+
+    Raises:
+        ValueError: shapes and plates that do not fit these numbers, which the guide would else
+            make room for when it is called.
     """
+    claimed = sum(prod(site["unconstrained_shape"]) for site in sites)
+    if claimed != len(like):
+        raise ValueError(f"its sites have {claimed} latents, and its flow {len(like)}")
     guide.prototype_trace = poutine.Trace()
     guide._prototype_frames, guide._unconstrained_shapes, guide._cond_indep_stacks = {}, {}, {}
     for site in sites:
@@ -79,11 +89,17 @@ def restore_sites(guide: AutoContinuous, sites: list[Description], like: Tensor)
 def _node(site: Description, shape: Size, frames: tuple, like: Tensor) -> dict[str, Any]:
     """A node of a trace. Its value is any one inside the support, of the right shape."""
     support = DESCRIPTIONS.build(site["support"])
+    value = biject_to(support)(like.new_zeros(shape))
+    if value.shape != Size(site["batch_shape"] + site["event_shape"]):
+        raise ValueError(f"site {site['name']!r} has values of another shape, {list(value.shape)}")
+    for frame in frames:
+        if frame.size != site["batch_shape"][frame.dim] or (frame.full_size or 0) > WIDEST_PLATE:
+            raise ValueError(f"site {site['name']!r} does not fit its plate {frame.name!r}")
     return {
         "type": "sample",
         "name": site["name"],
         "fn": dist.ImproperUniform(support, Size(site["batch_shape"]), Size(site["event_shape"])),
-        "value": biject_to(support)(like.new_zeros(shape)),
+        "value": value,
         "is_observed": False,
         "cond_indep_stack": frames,
         "args": (),

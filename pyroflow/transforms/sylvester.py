@@ -195,11 +195,8 @@ class Sylvester(ConditionedSylvester, TransformModule):
         Bijection.__init__(self)
         self.orthogonal = orthogonal
         if orthogonal == "triangular":
-            turns = torch.eye(D)[:M], torch.eye(D).flip(0)[:M]
-            fixed = (
-                torch.stack([turns[layer % 2] for layer in range(L)]) if L else torch.empty(0, M, D)
-            )
-            self.register_buffer("frame", fixed)
+            turns = torch.stack([torch.eye(M, D), torch.eye(M, D).flip(1)])
+            self.register_buffer("frame", turns[torch.arange(L) % 2])
         else:
             self.frame = nn.Parameter(torch.empty(L, M, D))
         self.R = nn.Parameter(torch.empty(L, M, M))
