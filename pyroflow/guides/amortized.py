@@ -11,7 +11,6 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from pyroflow.checks import check_choice, check_count, check_positive
 from pyroflow.guides.autoguide import MARGINAL_DRAWS
@@ -20,6 +19,7 @@ from pyroflow.guides.local_flow import LocalFlow, check_sizes
 from pyroflow.guides.local_sites import LocalSites
 from pyroflow.guides.row_context import Context, Draw, RowContext, draw_of, pick_rows
 from pyroflow.guides.set_up_guide import SetUpGuide
+from pyroflow.model.supports import bijection
 from pyroflow.seeds import seeded
 from pyroflow.transforms.affine import AffineKind
 
@@ -279,7 +279,7 @@ class AmortizedPlanarGuide(SetUpGuide):
         result = {} if latent is None else self.global_guide.quantiles(quantiles)
         nodes = self.prototype_trace.nodes
         for name, value in self.sites.unpack(local).items():
-            result[name] = biject_to(nodes[name]["fn"].support)(value)
+            result[name] = bijection(nodes[name]["fn"].support)(value)
         return result
 
     def _global_draws(self) -> Tensor | None:

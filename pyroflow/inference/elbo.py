@@ -13,6 +13,9 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from pyroflow.model.priors import PriorsAtLatents
+from pyroflow.model.supports import take
+
 PARTICLES = "num_particles_vectorized"  # Pyro's own name for this plate
 
 
@@ -42,7 +45,7 @@ class Problem:
         Raises:
             ValueError: a latent site of the model that the guide does not sample.
         """
-        problem = cls(model, guide, tuple(args), dict(kwargs or {}))
+        problem = cls(PriorsAtLatents()(model), guide, tuple(args), dict(kwargs or {}))
         with torch.no_grad(), poutine.block():
             guide_trace, model_trace = problem.traces()
             _check_covered(guide_trace, model_trace)
@@ -94,7 +97,7 @@ class Problem:
             if site["type"] == "sample" and site_is_subsample(site):
                 values[name] = site["value"]
             elif name in single.nodes and name in guide_trace.nodes and site["type"] == "sample":
-                values[name] = site["value"][index].reshape(single.nodes[name]["value"].shape)
+                values[name] = take(site["value"], index, single.nodes[name]["value"].shape)
         conditioned = poutine.trace(poutine.condition(self.model, data=values))
         return conditioned.get_trace(*self.args, **self.kwargs).log_prob_sum()
 

@@ -13,10 +13,10 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.autograd import Function
-from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflow.inference.elbo import PARTICLES, Problem, log_prob_by_particle
+from pyroflow.model.supports import bijection, constrain
 from pyroflow.seeds import seeded
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -113,7 +113,7 @@ class LogJoint:
 
     def _run(self, latents: Tensor, model: Callable) -> poutine.Trace:
         values = {
-            site["name"]: biject_to(site["fn"].support)(value)
+            site["name"]: constrain(site["fn"].support, value)
             for site, value in self.guide._unpack_latent(latents)
         }
         run = poutine.trace(poutine.condition(model, data=values)).get_trace
@@ -141,7 +141,7 @@ class LogJoint:
             shape = self.guide._unconstrained_shapes[name]
             part = z[..., start : start + shape.numel()].reshape(z.shape[:-1] + shape)
             start += shape.numel()
-            transform = biject_to(site["fn"].support)
+            transform = bijection(site["fn"].support)
             log_det = transform.log_abs_det_jacobian(part, transform(part))
             total = total + log_det.reshape(z.shape[:-1] + (-1,)).sum(-1)
         return total
