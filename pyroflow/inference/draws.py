@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyro
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflow.checks import check_count
-from pyroflow.inference.elbo import Problem
+from pyroflow.inference.elbo import PARTICLES, Problem
+from pyroflow.inference.rounding import rounded_draws
 from pyroflow.seeds import seeded
 
 CHUNK = 1000  # vectorised draws a run, to bound the memory
@@ -33,12 +35,15 @@ class Draws:
         log_q: shape (S,), the guide's log density there, of the same values on the same support.
         nonfinite: by name, for how many of the draws the log density of a site of the model or
             the guide is NaN or +inf, or is −inf: draws outside the support count as −inf.
+        rounded: by name, for how many of the draws the value was rounded so near an edge of the
+            support that the rest of the model cannot be what it says there.
     """
 
     sites: dict[str, Tensor]
     log_p: Tensor
     log_q: Tensor
     nonfinite: dict[str, int] = field(default_factory=dict)
+    rounded: dict[str, int] = field(default_factory=dict)
 
     @property
     def log_weights(self) -> Tensor:
@@ -107,13 +112,18 @@ def draw(problem: Problem, num_samples: int, seed: int | None = None, chunk: int
 
 def join(parts: list[Draws]) -> Draws:
     """The draws of several runs as one."""
-    names = sorted({name for part in parts for name in part.nonfinite})
     return Draws(
         {name: torch.cat([part.sites[name] for part in parts]) for name in parts[0].sites},
         torch.cat([part.log_p for part in parts]),
         torch.cat([part.log_q for part in parts]),
-        {name: sum(part.nonfinite.get(name, 0) for part in parts) for name in names},
+        _summed([part.nonfinite for part in parts]),
+        _summed([part.rounded for part in parts]),
     )
+
+
+def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
+    names = sorted({name for part in counts for name in part})
+    return {name: sum(part.get(name, 0) for part in counts) for name in names}
 
 
 def _shapes(guide: Trace, model: Trace) -> dict[str, torch.Size]:
@@ -160,7 +170,23 @@ def _run(problem: Problem, size: int, shapes: dict[str, torch.Size]) -> Draws:
         for name, values in parts.items():
             if count := int((~values.isfinite()).sum()):
                 nonfinite[name] = max(count, nonfinite.get(name, 0))
-    return Draws(sites, log_p, log_q, nonfinite)
+    rescore = partial(_rescored, problem, model, size, plates)
+    return Draws(sites, log_p, log_q, nonfinite, rounded_draws(model, by_site[0], rescore))
+
+
+def _rescored(
+    problem: Problem, run: Trace, size: int, plates: int | None, moved: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The model's log densities in a run again, with other values of some sites."""
+    nodes = run.nodes.items()
+    drawn = {n: s["value"] for n, s in nodes if s["type"] == "sample" and not s["is_observed"]}
+    model = (
+        problem.model
+        if plates is None
+        else pyro.plate(PARTICLES, size, dim=-1 - plates)(problem.model)
+    )
+    again = poutine.trace(poutine.condition(model, data=drawn | moved))
+    return _log_prob_by_site(again.get_trace(*problem.args, **problem.kwargs), size, plates)
 
 
 def _value(name: str, trace: Trace, size: int, shape: torch.Size) -> Tensor:
