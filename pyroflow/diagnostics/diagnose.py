@@ -118,6 +118,7 @@ def _report(sets: list[Draws]) -> Report:
         num_sets=len(sets),
         num_nonfinite=num - len(finite),
         nonfinite_sites=draws.nonfinite,
+        rounded_sites=draws.rounded,
         draws=draws,
         log_weights=smoothed,
     )

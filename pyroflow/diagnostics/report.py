@@ -38,6 +38,8 @@ class Report:
         num_sets: sets that they were drawn in.
         num_nonfinite: draws whose weight is not a positive finite number; it was taken as zero.
         nonfinite_sites: by site, the draws where its log density is not finite.
+        rounded_sites: by site, the draws so near an edge of its support that the value is
+            rounded, where the rest of the model would say something else of the draw.
         level: "good": the guide's draws can be used as they are; "resample": those of
             :meth:`resample` can; "bad": neither.
         verdict: the same in words, with the reason.
@@ -59,6 +61,7 @@ class Report:
     num_sets: int
     num_nonfinite: int
     nonfinite_sites: dict[str, int]
+    rounded_sites: dict[str, int]
     draws: Draws
     log_weights: Tensor
     level: Level = "bad"
@@ -106,6 +109,9 @@ class Report:
         if self.num_nonfinite:
             sites = ", ".join(f"{name!r}: {n}" for name, n in self.nonfinite_sites.items())
             rows["zero weight"] = f"{self.num_nonfinite} draws, not finite at {sites}"
+        if self.rounded_sites:
+            sites = ", ".join(f"{name!r}: {n}" for name, n in self.rounded_sites.items())
+            rows["rounded"] = f"draws at an edge of the support, at {sites}"
         for number, line in enumerate(self.advice):
             rows["try next" if number == 0 else " " * number] = line
         return "\n".join(f"{label:<13} {text}" for label, text in rows.items())

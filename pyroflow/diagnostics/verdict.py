@@ -6,7 +6,7 @@ from pyroflow.diagnostics.report import Report
 
 NEAR_ESS = 0.95  # weights so even that the k-hat of their tail is of no account
 NEAR_GAP, NEAR_GAP_ESS = 0.03, 0.8  # the same by the bound, which is less noisy than the ESS
-FAILED = 0.01  # part of the draws that may be NaN
+FAILED = 0.01  # part of the draws that may be NaN, or rounded to an edge
 FEW_EFFECTIVE = 100
 
 
@@ -34,12 +34,16 @@ def judge(report: Report, failed: int, funnels: dict[str, list[str]]) -> None:
         funnels: sites with their scales, as ``find_funnels`` has them.
     """
     reliable = near_perfect(report) or report.khat <= report.khat_threshold
-    if failed > FAILED * report.num_samples or not reliable:
+    if max(failed, _rounded(report)) > FAILED * report.num_samples or not reliable:
         report.level = "bad"
     else:
         report.level = "good" if near_perfect(report) else "resample"
     report.verdict = _words(report, failed)
     report.advice = _advice(report, failed, funnels)
+
+
+def _rounded(report: Report) -> int:
+    return max(report.rounded_sites.values(), default=0)
 
 
 def _words(report: Report, failed: int) -> str:
@@ -52,6 +56,11 @@ def _words(report: Report, failed: int) -> str:
             words += f", but only {report.ess:.0f} draws are effective"
     elif failed > FAILED * report.num_samples:
         words = f"do not trust: the weights of {failed} of {report.num_samples} draws failed"
+    elif _rounded(report) > FAILED * report.num_samples:
+        words = (
+            f"do not trust: {_rounded(report)} of {report.num_samples} draws are nearer to an edge "
+            "of a support than their numbers can say, and the model's density depends on it"
+        )
     else:
         words = f"do not trust: {khat} is above {report.khat_threshold:.2f}"
     if undecided(report):
@@ -67,6 +76,12 @@ def _advice(report: Report, failed: int, funnels: dict[str, list[str]]) -> list[
         sites = ", ".join(map(repr, report.nonfinite_sites))
         what = "it is NaN or inf" if failed else "the guide leaves the support"
         advice.append(f"look at the log density of {sites}, where {what}")
+    if _rounded(report) > FAILED * report.num_samples:
+        sites = ", ".join(map(repr, report.rounded_sites))
+        advice.append(
+            f"let the model take {sites} in float64, or sample its logit or logarithm instead and "
+            "write the densities that depend on it by that"
+        )
     if report.level == "good":
         return advice
     if funnels:

@@ -11,7 +11,6 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from pyroflow.checks import check_choice, check_count, check_positive
 from pyroflow.guides.autoguide import MARGINAL_DRAWS, marginal_quantiles
@@ -295,4 +294,4 @@ class AmortizedPlanarGuide(SetUpGuide):
         local = q.sample(() if self._conditioned else (MARGINAL_DRAWS,))
         values = self.sites.unpack(self.sites.with_trailing_dims(local))
         nodes = self.prototype_trace.nodes
-        return {name: biject_to(nodes[name]["fn"].support)(v) for name, v in values.items()}
+        return {name: bijection(nodes[name]["fn"].support)(v) for name, v in values.items()}

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform
 
 from pyroflow.checks import check_choice, check_positive
 from pyroflow.flow import Flow
@@ -17,6 +17,7 @@ from pyroflow.guides.bases import base_of
 from pyroflow.guides.drop_in import DropIn
 from pyroflow.guides.given_transforms import Build, check_sizes, check_transforms, transforms_for
 from pyroflow.guides.sites import unconstrain
+from pyroflow.model.supports import bijection
 from pyroflow.path_derivative import AlongPath
 from pyroflow.seeds import seeded
 from pyroflow.transforms import Affine
@@ -196,7 +197,7 @@ class AutoFlow(DropIn):
 
     def _constrained(self, latent: Tensor) -> dict[str, Tensor]:
         return {
-            site["name"]: biject_to(site["fn"].support)(value)
+            site["name"]: bijection(site["fn"].support)(value)
             for site, value in self._unpack_latent(latent)
         }
 

@@ -10,7 +10,8 @@ import torch
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine import Trace
 from torch import Size, Tensor
-from torch.distributions import biject_to
+
+from pyroflow.model.supports import bijection
 
 
 @dataclass
@@ -116,7 +117,7 @@ def _unconstrained_rows(site: dict[str, Any], dim: int) -> Tensor:
     """The unconstrained start values of a local site, shape (B, *event)."""
     fn, value = site["fn"], site["value"]
     with helpful_support_errors(site):
-        transform = biject_to(fn.support)
+        transform = bijection(fn.support)
     start = transform.inv(value)
     rows = value.shape[dim - fn.event_dim]
     batch = value.shape[: value.dim() - fn.event_dim]

@@ -13,18 +13,41 @@ from pyro.distributions.util import sum_rightmost
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
-from torch.distributions import biject_to, register_kl
+from torch.distributions import register_kl
 from torch.distributions.constraints import Constraint, independent
 
+from pyroflow.model.supports import Preimage, bijection, remember
+
 Site = dict[str, Any]
+NO_SHAPE = Size()
 
 
 class Point(dist.Delta):
     """A draw of the guide at its site, with the log Jacobian of the map to the support.
 
     Pyro's Kullback-Leibler divergence of a ``Delta`` leaves its ``log_density`` out, so that
-    ``TraceMeanField_ELBO`` would lose the Jacobian of every constrained site.
+    ``TraceMeanField_ELBO`` would lose the Jacobian of every constrained site. And its draws
+    remember the latents that they come from, for priors to be scored there.
     """
+
+    def __init__(
+        self, v: Tensor, log_density: Tensor | float, event_dim: int, origin: Preimage
+    ) -> None:
+        super().__init__(v, log_density=log_density, event_dim=event_dim)
+        self.origin = origin
+
+    def expand(self, batch_shape: Size, _instance: object = None) -> Point:
+        """The same point in a larger batch."""
+        batch_shape = Size(batch_shape)
+        event = self.origin.latent.shape[len(self.batch_shape) :]
+        origin = self.origin._replace(latent=self.origin.latent.expand(batch_shape + event))
+        v = self.v.expand(batch_shape + self.event_shape)
+        return Point(v, self.log_density.expand(batch_shape), self.event_dim, origin)
+
+    def rsample(self, sample_shape: Size = NO_SHAPE) -> Tensor:
+        """The point, which remembers its latents."""
+        value = super().rsample(sample_shape)
+        return value if sample_shape else remember(value, *self.origin)
 
 
 @register_kl(Point, dist.Distribution)
@@ -34,13 +57,14 @@ def _kl_point(p: Point, q: dist.Distribution) -> Tensor:
 
 def point_at(site: Site, unconstrained: Tensor, masked: bool) -> Point:
     """The distribution of a site at unconstrained values; masked: no density is asked for."""
-    transform, event_dim = biject_to(site["fn"].support), site["fn"].event_dim
+    support, event_dim = site["fn"].support, site["fn"].event_dim
+    transform, origin = bijection(support), Preimage(unconstrained, support)
     value = transform(unconstrained)
     if masked:
-        return Point(value, log_density=0.0, event_dim=event_dim)
+        return Point(value, 0.0, event_dim, origin)
     log_det = transform.log_abs_det_jacobian(unconstrained, value)
     log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
-    return Point(value, log_density=-log_det, event_dim=event_dim)
+    return Point(value, -log_det, event_dim, origin)
 
 
 def keep_support_only(site: Site) -> None:
@@ -101,7 +125,7 @@ def unconstrain(
     latents, log_dets = [], []
     for site in sites:
         value = found[site["name"]].reshape(batch + site["value"].shape)
-        transform = biject_to(site["fn"].support)
+        transform = bijection(site["fn"].support)
         latent = _inside(site, transform.inv, value)
         log_det = transform.log_abs_det_jacobian(latent, value)
         latents.append(latent.reshape(*batch, latent[(0,) * len(batch)].numel()))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pyroflow.checks import check_count
 from pyroflow.inference.elbo import Problem
+from pyroflow.inference.records import Sites
+from pyroflow.inference.rounding import rounded_draws
 from pyroflow.seeds import seeded
 
 
@@ -28,12 +30,15 @@ class Draws:
         log_q: shape (S,), the guide's log density there, of the same values on the same support.
         nonfinite: by name, for how many of the draws the log density of a site of the model or
             the guide is NaN or +inf, or is −inf: draws outside the support count as −inf.
+        rounded: by name, for how many of the draws the value was rounded so near an edge of the
+            support that the rest of the model cannot be what it says there.
     """
 
     sites: dict[str, Tensor]
     log_p: Tensor
     log_q: Tensor
     nonfinite: dict[str, int] = field(default_factory=dict)
+    rounded: dict[str, int] = field(default_factory=dict)
 
     @property
     def log_weights(self) -> Tensor:
@@ -93,28 +98,40 @@ def draw(problem: Problem, num_samples: int, seed: int | None = None) -> Draws:
     with seeded(seed):
         guided = problem.guide_draws(num_samples)
         latents = {name: guided[name].values for name in problem.latents}
-        scored = problem.runs.evaluate(latents, num_samples)
-    by_site = [
-        {name: s.by_draw(torch.float64) for name, s in sites.items() if s.log_prob is not None}
-        for sites in (scored, guided)
-    ]
+        scored = _scores(problem.runs.evaluate(latents, num_samples))
+        rounded = rounded_draws(
+            latents,
+            scored,
+            lambda moved: _scores(problem.runs.evaluate(latents | moved, num_samples)),
+        )
+    by_site = [scored, _scores(guided)]
     log_p, log_q = (torch.stack(list(parts.values())).sum(0) for parts in by_site)
     nonfinite = {}
     for name, values in [pair for parts in by_site for pair in parts.items()]:
         if count := int((~values.isfinite()).sum()):
             nonfinite[name] = max(count, nonfinite.get(name, 0))
-    return Draws(latents, log_p, log_q, nonfinite)
+    return Draws(latents, log_p, log_q, nonfinite, rounded)
+
+
+def _scores(sites: Sites) -> dict[str, Tensor]:
+    """By site, the log density of each draw, shape (S,)."""
+    return {name: s.by_draw(torch.float64) for name, s in sites.items() if s.log_prob is not None}
 
 
 def join(parts: list[Draws]) -> Draws:
     """The draws of several runs as one."""
-    names = sorted({name for part in parts for name in part.nonfinite})
     return Draws(
         {name: torch.cat([part.sites[name] for part in parts]) for name in parts[0].sites},
         torch.cat([part.log_p for part in parts]),
         torch.cat([part.log_q for part in parts]),
-        {name: sum(part.nonfinite.get(name, 0) for part in parts) for name in names},
+        _summed([part.nonfinite for part in parts]),
+        _summed([part.rounded for part in parts]),
     )
+
+
+def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
+    names = sorted({name for part in counts for name in part})
+    return {name: sum(part.get(name, 0) for part in counts) for name in names}
 
 
 def _check_sites(guide: Trace, model: Trace) -> None:

@@ -15,6 +15,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyroflow.inference.comparison import PROBES, differs, spread
 from pyroflow.inference.records import Sites
 from pyroflow.inference.runs import Runs
+from pyroflow.model.priors import PriorsAtLatents
 from pyroflow.seeds import seeded
 
 
@@ -62,7 +63,7 @@ class Problem:
             replayed = poutine.trace(poutine.replay(model, trace=guide_trace))
             model_trace = replayed.get_trace(*args, **kwargs)
         _check_covered(guide_trace, model_trace)
-        return cls(model, guide, args, kwargs, guide_trace, model_trace)
+        return cls(PriorsAtLatents()(model), guide, args, kwargs, guide_trace, model_trace)
 
     @property
     def latents(self) -> list[str]:

@@ -11,12 +11,12 @@ import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from torch.autograd import Function
-from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflow.inference.comparison import FAILURES, PROBES, agree, differs, moves
 from pyroflow.inference.elbo import Problem
 from pyroflow.inference.records import Values
+from pyroflow.model.supports import bijection, remember
 from pyroflow.seeds import seeded
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -100,8 +100,9 @@ class LogJoint:
             shape = self.guide._unconstrained_shapes[name]
             part = z[:, start : start + shape.numel()].reshape(len(z), *shape)
             start += shape.numel()
-            transform = biject_to(site["fn"].support)
-            latents[name] = transform(part)
+            support = site["fn"].support
+            transform = bijection(support)
+            latents[name] = remember(transform(part), part, support)
             log_det = transform.log_abs_det_jacobian(part, latents[name])
             log_dets.append(log_det.reshape(len(z), -1).sum(1))
         return latents, torch.stack(log_dets).sum(0)

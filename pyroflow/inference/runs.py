@@ -30,6 +30,7 @@ from pyroflow.inference.records import (
     outside_support,
     tensors_of,
 )
+from pyroflow.model.supports import concatenated, moved, preimage, remember
 from pyroflow.seeds import seeded
 
 PARTICLES = "num_particles_vectorized"  # Pyro's own name for this plate
@@ -127,16 +128,20 @@ class Runs:
     def keep_records(self, latents: Values) -> None:
         """Make a run of its own, at the first draw, and keep its records."""
         if not self.records:
-            self.records = self._run(self.model, {name: v[0] for name, v in latents.items()})
+            self.records = self._run(self.model, _rows(latents, 0))
 
     def by_vmap(self, latents: Values, size: int, inside: Iterable[str] = ()) -> Sites:
         """Side by side, each as if it were alone: by construction, where torch can do it."""
+        origins = {name: o for name, value in latents.items() if (o := preimage(value))}
 
-        def alone(_: Tensor, values: Values) -> tuple[Values, Values]:
+        def alone(_: Tensor, values: Values, z: Values) -> tuple[Values, Values]:
+            for name, latent in z.items():
+                remember(values[name], latent, origins[name].support)
             return tensors_of(self._run(self.model, values, inside))
 
         run = torch.func.vmap(alone, randomness="different" if self.predict else "error")
-        values, log_probs = run(torch.arange(size), latents)
+        z = {name: origin.latent for name, origin in origins.items()}
+        values, log_probs = run(torch.arange(size), latents, z)
         return {
             name: SiteRuns(value, log_probs.get(name), self.records.get(name, {}))
             for name, value in values.items()
@@ -148,7 +153,7 @@ class Runs:
             raise ValueError("the depth of the model's plates is not known")
         self.keep_records(latents)
         values = {
-            name: _outermost(value, self.records[name]["fn"].event_dim, self.plates)
+            name: moved(value, self._outermost, self.records[name]["fn"].event_dim)
             for name, value in latents.items()
             if name in self.records
         }
@@ -161,7 +166,7 @@ class Runs:
         first: Run | None = None
         parts = []
         for index in range(size):
-            values = {name: value[index] for name, value in latents.items()}
+            values = _rows(latents, index)
             run = self._run(self.model, values, inside)
             first = first or run
             check_same_sites(run, first)
@@ -183,6 +188,13 @@ class Runs:
             if name not in inside and (outside := outside_support(record)) is not None:
                 record["log_prob"] = record["log_prob"].masked_fill(outside, -torch.inf)
         return sampled
+
+    def _outermost(self, value: Tensor, event_dim: int) -> Tensor:
+        """Draws of a site, shape (S, *batch, *event), with S left of all plates."""
+        missing = self.plates - (value.ndim - 1 - event_dim)
+        if missing < 0:
+            raise ValueError("the site has dimensions outside the plates, where the draws belong")
+        return value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
 
     def _keep_subsample(self, trace: poutine.Trace) -> None:
         for name, record in trace.nodes.items():
@@ -221,33 +233,32 @@ class _Unobserve(UnconditionMessenger):
             super()._pyro_sample(msg)
 
 
-def _rows(values: Values, index: Sequence[int]) -> Values:
-    return {name: value[list(index)] for name, value in values.items()}
-
-
-def _outermost(value: Tensor, event_dim: int, plates: int) -> Tensor:
-    """Draws of a site, shape (S, *batch, *event), with S left of all plates."""
-    missing = plates - (value.ndim - 1 - event_dim)
-    if missing < 0:
-        raise ValueError("the site has dimensions outside the plates, where the draws belong")
-    return value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
+def _rows(values: Values, index: Sequence[int] | int) -> Values:
+    index = index if isinstance(index, int) else list(index)
+    return {name: moved(value, lambda t, _: t[index]) for name, value in values.items()}
 
 
 def _site(record: Record, size: int, single: Record) -> SiteRuns:
-    values = _draws_first(record["value"], size, single["value"])
+    values = _draws_first(record["value"], size, single["value"], single["fn"].event_dim)
     if "log_prob" not in single:
         return SiteRuns(values, None, single)
     return SiteRuns(values, _draws_first(record["log_prob"], size, single["log_prob"]), single)
 
 
-def _draws_first(value: Any, size: int, single: Any) -> Tensor:
+def _draws_first(value: Any, size: int, single: Any, event_dim: int = 0) -> Tensor:
     """A run's tensor as (S, *shape), without the dimensions that vectorising brings in."""
-    value, shape = torch.as_tensor(value), torch.as_tensor(single).shape
-    if value.numel() == shape.numel():  # the same for all draws
-        return value.reshape(1, *shape).expand(size, *shape)
-    if value.shape[0] != size:
-        raise ValueError("the draws are not along the first dimension")
-    return value.reshape(size, *shape)
+    single = torch.as_tensor(single)
+    batch = single.shape[: single.dim() - event_dim]
+
+    def move(t: Tensor, event_dim: int) -> Tensor:
+        event = t.shape[t.dim() - event_dim :]
+        if t.shape[: t.dim() - event_dim].numel() == batch.numel():  # the same for all draws
+            return t.reshape(1, *batch, *event).expand(size, *batch, *event)
+        if t.shape[0] != size:
+            raise ValueError("the draws are not along the first dimension")
+        return t.reshape(size, *batch, *event)
+
+    return moved(torch.as_tensor(value), move, event_dim)
 
 
 def _joined(parts: Iterable[Sites]) -> Sites:
@@ -256,7 +267,7 @@ def _joined(parts: Iterable[Sites]) -> Sites:
         return parts[0]
     joined = {}
     for name, first in parts[0].items():
-        values = torch.cat([part[name].values for part in parts])
+        values = concatenated([part[name].values for part in parts])
         scored = first.log_prob is not None
         log_prob = torch.cat([part[name].log_prob for part in parts]) if scored else None
         joined[name] = SiteRuns(values, log_prob, first.record)
