@@ -20,6 +20,7 @@ from pyroflow.guides.local_sites import LocalSites
 from pyroflow.guides.own_name import take_own_name
 from pyroflow.guides.row_context import Context, Draw, RowContext, draw_of, pick_rows
 from pyroflow.guides.set_up_guide import SetUpGuide
+from pyroflow.model.supports import bijection
 from pyroflow.seeds import seeded
 from pyroflow.transforms.affine import AffineKind
 

@@ -40,9 +40,9 @@ def fit_density(
     """Fit a flow to data by maximum likelihood.
 
     A new flow is first placed on the data: its affine layer gets their mean and covariance. One
-    that was fitted, trained by hand or loaded goes on from where it is. Adam takes ``steps`` on mini-batches, its
-    learning rate warming up and then decaying to zero; L-BFGS on the full likelihood then goes
-    on for ``polish`` evaluations. Part of the rows are held out: the flow ends in the state
+    that was fitted, trained by hand or loaded goes on from where it is. Adam takes ``steps`` on
+    mini-batches, its learning rate warming up and then decaying to zero; L-BFGS on the full
+    likelihood then goes on for ``polish`` evaluations. Part of the rows are held out: the flow ends in the state
     with the lowest held-out loss, and the fit stops early where that no longer falls.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyroflow.checks import check_count
 from pyroflow.inference.elbo import Problem
-from pyroflow.inference.records import Sites
+from pyroflow.inference.records import Sites, Values
 from pyroflow.inference.rounding import rounded_draws
 from pyroflow.seeds import seeded
 
@@ -98,12 +98,12 @@ def draw(problem: Problem, num_samples: int, seed: int | None = None) -> Draws:
     with seeded(seed):
         guided = problem.guide_draws(num_samples)
         latents = {name: guided[name].values for name in problem.latents}
-        scored = _scores(problem.runs.evaluate(latents, num_samples))
-        rounded = rounded_draws(
-            latents,
-            scored,
-            lambda moved: _scores(problem.runs.evaluate(latents | moved, num_samples)),
-        )
+
+        def scores(latents: Values) -> dict[str, Tensor]:
+            return _scores(problem.runs.evaluate(latents, num_samples))
+
+        scored = scores(latents)
+        rounded = rounded_draws(latents, scored, lambda moved: scores(latents | moved))
     by_site = [scored, _scores(guided)]
     log_p, log_q = (torch.stack(list(parts.values())).sum(0) for parts in by_site)
     nonfinite = {}
