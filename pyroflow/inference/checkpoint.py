@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from pyroflow.io import packed, read_data, write_whole
 
 # Raised when the parameters of a transform, or the settings, mean something else: then no fit can
 # go on. Format 2 did not say which part of a fit it was of.
 FORMAT = 3
+
+
+@contextmanager
+def held(path: str | Path | None) -> Iterator[None]:
+    """Keep a checkpoint for one fit at a time; of a process that is killed, the lock goes too.
+
+    Args:
+        path: of the checkpoint, if there is one.
+
+    Raises:
+        ValueError: If another fit, of this process or another, has it.
+    """
+    if path is None:
+        yield
+        return
+    name = Path(f"{os.path.realpath(path)}.lock.partial")
+    lock = FileLock(name, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"checkpoint {path} is in use by another fit that is running: name another file, or "
+            "wait for it; where several processes do one fit, as under torchrun, pass checkpoint "
+            "in the one of rank 0 alone"
+        ) from error
+    except (OSError, NotImplementedError):  # no locks here: what is written is whole all the same
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            name.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_checkpoint(

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyroflow.checks import check_count, check_fraction
 from pyroflow.data_checks import check_data
 from pyroflow.flows import Flow
+from pyroflow.inference.checkpoint import held
 from pyroflow.inference.fit import Fit, check_options, trainable
 from pyroflow.inference.loop import Loop
 from pyroflow.seeds import seeded
@@ -89,7 +90,7 @@ def fit_density(
     rows = _rows(flow, data, context)
     settings = {"kind": "density", "batch_size": batch_size, "holdout": holdout, "seed": seed}
     settings["data"] = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in rows]
-    with seeded(seed):
+    with held(checkpoint), seeded(seed):
         held_out, training = _split(rows, holdout)
         flow.place("data_to_base", training[0])
         settings["flow"] = flow.get_extra_state()

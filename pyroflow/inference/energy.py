@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyroflow.flows import Flow
 from pyroflow.inference.annealing import described
+from pyroflow.inference.checkpoint import held
 from pyroflow.inference.fit import Fit, check_options, trainable
 from pyroflow.inference.loop import Loop
 from pyroflow.seeds import seeded
@@ -92,7 +93,7 @@ def fit_energy(
     flow.to(device)
     beta = (lambda step: 1.0) if annealing is None else annealing
     settings = {"kind": "energy", "num_particles": num_particles, "seed": seed}
-    with seeded(seed):
+    with held(checkpoint), seeded(seed):
         settings["energy"] = _check_energy(flow, energy)
         _warn_of_flat_axes(flow, energy)
         settings["annealing"] = described(annealing, steps)

@@ -15,6 +15,7 @@ from torch import nn
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.annealing import AdaptiveAnnealing, described
+from pyroflow.inference.checkpoint import held
 from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit, check_options
 from pyroflow.inference.flow_guide import PARTICLES, STEPS, Annealing, FlowFit, refuse_nonfinite
@@ -110,7 +111,7 @@ def fit_guide(
     options = {"lr": lr, "seed": seed, "checkpoint": checkpoint}
     check_options(steps=_or_one(steps), num_particles=_or_one(num_particles), **options)
     _check_objective(objective, group_size, num_particles)
-    with seeded(seed):
+    with held(checkpoint), seeded(seed):
         _check_latents(model, guide, tuple(args), dict(kwargs or {}))
         problem = _inspected(model, guide, args, kwargs)
         if not problem.latent:

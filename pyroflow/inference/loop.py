@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -98,7 +99,7 @@ class Loop:
         self.average: list[Tensor] = []
         self.best: list[Tensor] = []
         self.best_score = torch.tensor(math.inf)
-        self.seconds, self.stopped, self.polishing = 0.0, "", False
+        self.seconds, self.stopped, self.polishing, self.warned = 0.0, "", False, False
         self.mark: Mark | None = None
         self.spare: list[Tensor] = []  # for the next mark: that of now stays whole meanwhile
 
@@ -267,12 +268,23 @@ class Loop:
         )
 
     def _save(self) -> None:
+        """Write the checkpoint; where that fails the fit is worth more than the file."""
         if self.checkpoint is None:
             return
         loop = {name: getattr(self, name) for name in self.SAVED}
         loop["states"] = [part.state_dict() for part in self.stateful]
         loop["tensors"] = [t.detach() for t in [*self.parameters, *self.fixed]]
-        write_checkpoint(self.checkpoint, self.settings, loop, self.optimizer.state_dict())
+        try:
+            write_checkpoint(self.checkpoint, self.settings, loop, self.optimizer.state_dict())
+        except OSError as error:
+            if not self.warned:
+                warnings.warn(
+                    f"checkpoint {self.checkpoint} cannot be written ({error}): the fit goes on, "
+                    "tries again later, and leaves an older checkpoint as it is. Make room for it, "
+                    "or name another file",
+                    stacklevel=2,
+                )
+            self.warned = True
 
     def _resume(self) -> None:
         if self.checkpoint is None or not self.resume or not self.checkpoint.exists():
