@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -145,3 +146,10 @@ class AdaptiveAnnealing:
         if self.steps >= self.max_steps:
             return 1.0
         return self.start ** (1 - self.steps / self.max_steps)
+
+
+def described(annealing: Callable[[int], float] | AdaptiveAnnealing | None, steps: int) -> Any:
+    """By which a checkpoint knows an annealing again, without running all of it."""
+    if isinstance(annealing, AdaptiveAnnealing):
+        return annealing.state_dict()["settings"]
+    return annealing and [float(annealing(t)) for t in range(0, steps, max(1, steps // 7))]

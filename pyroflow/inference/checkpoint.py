@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from pyroflow.io import packed, read_data, write_whole
 
-FORMAT = 2  # raised when the parameters of a transform mean something else: then no fit can go on
+# Raised when the parameters of a transform, or the settings, mean something else: then no fit can
+# go on. Format 2 did not say which part of a fit it was of.
+FORMAT = 3
+
+
+@contextmanager
+def held(path: str | Path | None) -> Iterator[None]:
+    """Keep a checkpoint for one fit at a time; of a process that is killed, the lock goes too.
+
+    Args:
+        path: of the checkpoint, if there is one.
+
+    Raises:
+        ValueError: If another fit, of this process or another, has it.
+    """
+    if path is None:
+        yield
+        return
+    name = Path(f"{os.path.realpath(path)}.lock.partial")
+    lock = FileLock(name, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"checkpoint {path} is in use by another fit that is running: name another file, or "
+            "wait for it; where several processes do one fit, as under torchrun, pass checkpoint "
+            "in the one of rank 0 alone"
+        ) from error
+    except (OSError, NotImplementedError):  # no locks here: what is written is whole all the same
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            name.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_checkpoint(
@@ -17,18 +56,18 @@ def write_checkpoint(
     settings: dict[str, Any],
     loop: dict[str, Any],
     optimizer: dict[str, Any],
-    rng: torch.Tensor | None = None,
 ) -> None:
-    """Write the state of a fit.
+    """Write the state of a fit between two steps.
 
-    ``rng`` is the generator's state at the start of a step that was cut off.
+    Raises:
+        OSError: the file cannot be written; an older one stays.
     """
     state = {
         "format": FORMAT,
         "settings": settings,
         "loop": loop,
         "optimizer": optimizer,
-        "rng": torch.get_rng_state() if rng is None else rng,
+        "rng": torch.get_rng_state(),
     }
     write_whole(path, packed(state))
 
@@ -61,13 +100,14 @@ def check_settings(path: str | Path, saved: dict[str, Any], settings: dict[str, 
         )
 
 
-def saved_settings(path: str | Path) -> dict[str, Any]:
-    """The settings of the fit that wrote a checkpoint.
+def saved_settings(path: str | Path | None) -> dict[str, Any]:
+    """The settings of the fit that wrote a checkpoint; none where there is no file yet.
 
     Raises:
         ValueError: a file that is no checkpoint.
     """
-    return _read(Path(path))["settings"]
+    there = path is not None and Path(path).exists()
+    return _read(Path(path))["settings"] if there else {}
 
 
 def _read(path: Path) -> dict[str, Any]:

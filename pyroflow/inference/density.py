@@ -12,6 +12,7 @@ from torch import Tensor
 from pyroflow.checks import check_count, check_fraction
 from pyroflow.data_checks import check_data
 from pyroflow.flows import Flow
+from pyroflow.inference.checkpoint import held
 from pyroflow.inference.fit import Fit, check_options, trainable
 from pyroflow.inference.loop import Loop
 from pyroflow.seeds import seeded
@@ -42,8 +43,9 @@ def fit_density(
     A new flow is first placed on the data: its affine layer gets their mean and covariance. One
     that was fitted, trained by hand or loaded goes on from where it is. Adam takes ``steps`` on
     mini-batches, its learning rate warming up and then decaying to zero; L-BFGS on the full
-    likelihood then goes on for ``polish`` evaluations. Part of the rows are held out: the flow ends in the state
-    with the lowest held-out loss, and the fit stops early where that no longer falls.
+    likelihood then goes on for ``polish`` evaluations. Part of the rows are held out: the flow
+    ends in the state with the lowest held-out loss, and the fit stops early where that no longer
+    falls.
 
     Args:
         flow: the flow, trained in place.
@@ -89,7 +91,7 @@ def fit_density(
     rows = _rows(flow, data, context)
     settings = {"kind": "density", "batch_size": batch_size, "holdout": holdout, "seed": seed}
     settings["data"] = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in rows]
-    with seeded(seed):
+    with held(checkpoint), seeded(seed):
         held_out, training = _split(rows, holdout)
         flow.place("data_to_base", training[0])
         settings["flow"] = flow.get_extra_state()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pyroflow.flows import Flow
+from pyroflow.inference.annealing import described
+from pyroflow.inference.checkpoint import held
 from pyroflow.inference.fit import Fit, check_options, trainable
 from pyroflow.inference.loop import Loop
 from pyroflow.seeds import seeded
@@ -91,19 +93,19 @@ def fit_energy(
     flow.to(device)
     beta = (lambda step: 1.0) if annealing is None else annealing
     settings = {"kind": "energy", "num_particles": num_particles, "seed": seed}
-    with seeded(seed):
+    with held(checkpoint), seeded(seed):
         settings["energy"] = _check_energy(flow, energy)
         _warn_of_flat_axes(flow, energy)
-        settings["annealing"] = [beta(t) for t in range(0, steps, max(1, steps // 7))]
+        settings["annealing"] = described(annealing, steps)
         flow.place("base_to_data")
         settings["flow"] = flow.get_extra_state()
-        scored = int(torch.randint(2**31, ()))
+        scored = torch.randint(2**31, ())
 
         def loss(step: int) -> Tensor:
             return _free_energy(flow, energy, num_particles, beta(step)).mean()
 
         def score() -> Tensor:
-            with seeded(scored):
+            with seeded(int(scored)):
                 return _free_energy(flow, energy, SCORED_DRAWS, 1.0)
 
         loop = Loop(
@@ -112,7 +114,7 @@ def fit_energy(
             score,
             steps=steps,
             lr=lr,
-            fixed=list(flow.buffers()),
+            fixed=[*flow.buffers(), scored],
             settings=settings,
             label="fit_energy",
             progress=progress,

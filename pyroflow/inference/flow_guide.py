@@ -24,7 +24,10 @@ from pyroflow.inference.loop import Loop
 from pyroflow.inference.objectives import bound_loss
 from pyroflow.inference.stopping import StopRule
 from pyroflow.inference.traced_guide import (
+    FLOW,
+    GAUSSIAN,
     GAUSSIAN_PART,
+    GROWN,
     ONE_BY_ONE,
     has_path,
     layers_inside,
@@ -78,7 +81,8 @@ class FlowFit:
         self.spent = 0  # of the steps, on the affine layer alone
         self.early_stop = early_stop and annealing is None
         self.checkpoint, self.shared = checkpoint, shared
-        self.resumes = checkpoint is not None and Path(checkpoint).exists()
+        self.saved = saved_settings(checkpoint)
+        self.part = self.saved.get("part")  # that was cut off
         self.settings = settings | {"objective": objective, "group_size": group_size}
         self.settings |= {"num_particles": self.num_particles, "early_stop": self.early_stop}
         self.settings["steps in all"] = self.steps
@@ -86,7 +90,7 @@ class FlowFit:
         self.skipped = torch.zeros((), dtype=torch.long)
         self.scored_seed = int(torch.randint(2**31, ())) if seed is None else seed
         used = isinstance(annealing, AdaptiveAnnealing) and annealing.steps > 0
-        if used and not self.resumes:
+        if used and self.part in (None, GAUSSIAN):
             raise ValueError(
                 "annealing is an AdaptiveAnnealing that another fit has used, and is at its end: "
                 "pass a new one"
@@ -95,18 +99,19 @@ class FlowFit:
     def run(self) -> Fit:
         """Place the guide, train it, and grow it if it is to grow."""
         untouched, before = _untouched(self.guide), None
-        if self.resumes:
-            saved = saved_settings(self.checkpoint)
-            check_settings(self.checkpoint, saved, self.settings)
-            self.spent = self.steps - saved.get("steps", self.steps)
-            self._grow_to(saved.get("num_layers"))
-        elif untouched:
+        if self.saved:
+            check_settings(self.checkpoint, self.saved, self.settings)
+        if self.part in (FLOW, GROWN):
+            self.spent = self.steps - self.saved["steps"]
+            if self.part == GROWN:
+                self._grow_to(self.saved["num_layers"])
+        elif untouched or self.part == GAUSSIAN:
             before = self._place()
-        fit, gain = self._train(before, resume=True)
+        part = GROWN if self.part == GROWN else FLOW
+        fit, gain = self._train(before, part, resume=self.part == part)
         while self._may_grow() and gain >= LEAST_GAIN:
-            self.annealing = None  # the flow has found its modes
             self.guide.grow(min(self.guide.num_layers, DEEPEST - self.guide.num_layers))
-            fit, gain = self._train(fit, resume=False)
+            fit, gain = self._train(fit, GROWN, resume=False)
         with seeded(0), torch.no_grad():
             warn_of_mixing(self.log_joint.differs(self.guide.get_posterior().sample((3,))))
         return replace(fit, skipped_particles=int(self.skipped))
@@ -116,7 +121,8 @@ class FlowFit:
         guide = self.guide
         if guide.affine is None:
             return None
-        if self.warm_start and guide.latent_dim <= WIDEST_WARM_START:
+        fresh = self.part is None
+        if fresh and self.warm_start and guide.latent_dim <= WIDEST_WARM_START:
             found = best_gaussian(self.log_joint, guide._init_loc())
             if found is not None:
                 place(guide, found)
@@ -127,16 +133,19 @@ class FlowFit:
             return None
         gaussian = [p for p in guide.affine.parameters() if p.requires_grad]
         self.spent = max(1, round(GAUSSIAN_PART * self.steps))
-        options = {"steps": self.spent, "settings": self.settings}
-        options |= {"label": "fit_guide, Gaussian", **self.shared}
+        options = {"steps": self.spent, "settings": self.settings | {"part": GAUSSIAN}}
+        options |= {"label": "fit_guide, Gaussian", "checkpoint": self.checkpoint, **self.shared}
+        options["fixed"] = [*guide.buffers(), self.skipped]
         fit = self._run(Loop(gaussian, lambda step: self._loss(1.0), self._score, **options))
         guide.affine.absorb()
         return fit
 
-    def _train(self, before: Fit | None, *, resume: bool) -> tuple[Fit, float]:
+    def _train(self, before: Fit | None, part: str, *, resume: bool) -> tuple[Fit, float]:
         """Train all parameters; return the fit, and by how much it bettered the one before."""
         guide = self.guide
-        settings = self.settings | {"num_layers": getattr(guide, "num_layers", None)}
+        settings = self.settings | {"num_layers": getattr(guide, "num_layers", None), "part": part}
+        if part == GROWN:
+            self.annealing = None  # the flow has found its modes
         adaptive = isinstance(self.annealing, AdaptiveAnnealing)
         loop = Loop(
             trainable(guide),
@@ -193,9 +202,9 @@ class FlowFit:
     def _may_grow(self) -> bool:
         return getattr(self.guide, "grows", False) and self.guide.num_layers < DEEPEST
 
-    def _grow_to(self, num_layers: int | None) -> None:
+    def _grow_to(self, num_layers: int) -> None:
         """A fit that is resumed may have grown before it was cut off."""
-        if getattr(self.guide, "grows", False) and (num_layers or 0) > self.guide.num_layers:
+        if getattr(self.guide, "grows", False) and num_layers > self.guide.num_layers:
             self.guide.grow(num_layers - self.guide.num_layers)
 
 

@@ -14,10 +14,11 @@ from torch import nn
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
-from pyroflow.inference.annealing import AdaptiveAnnealing
+from pyroflow.inference.annealing import AdaptiveAnnealing, described
+from pyroflow.inference.checkpoint import held
 from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit, check_options, check_precision
-from pyroflow.inference.flow_guide import PARTICLES, Annealing, FlowFit, refuse_nonfinite
+from pyroflow.inference.flow_guide import PARTICLES, STEPS, Annealing, FlowFit, refuse_nonfinite
 from pyroflow.inference.objectives import OBJECTIVES
 from pyroflow.inference.traced_guide import fit_by_traces, has_path
 from pyroflow.seeds import seeded
@@ -110,7 +111,7 @@ def fit_guide(
     options = {"lr": lr, "seed": seed, "checkpoint": checkpoint}
     check_options(steps=_or_one(steps), num_particles=_or_one(num_particles), **options)
     _check_objective(objective, group_size, num_particles)
-    with seeded(seed):
+    with held(checkpoint), seeded(seed):
         _check_latents(model, guide, tuple(args), dict(kwargs or {}))
         problem = _inspected(model, guide, args, kwargs)
         if not problem.latents:
@@ -121,6 +122,7 @@ def fit_guide(
             guide.to(device)
             check_precision(guide)
         settings = {"kind": "guide", "seed": seed, "log joint of a draw": _fingerprint(problem)}
+        settings["annealing"] = described(annealing, steps or STEPS)
         common = {
             "steps": steps,
             "num_particles": num_particles,
@@ -203,7 +205,8 @@ def _has_parameters(problem: Problem) -> bool:
 
 def _fingerprint(problem: Problem) -> str:
     """What model and arguments have to say of a fixed draw, by which to know them again."""
-    with seeded(0), _quietly():
+    # At the start values of its parameters: a fit that was cut off has moved them.
+    with seeded(0), _quietly(), pyro.get_param_store().scope():
         trace = poutine.trace(problem.model).get_trace(*problem.args, **problem.kwargs)
         return f"{trace.log_prob_sum().item():.6g}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +17,13 @@ from tqdm.auto import tqdm
 from pyroflow.inference.checkpoint import read_checkpoint, write_checkpoint
 from pyroflow.inference.course import Course
 from pyroflow.inference.fit import Fit
+from pyroflow.inference.optimizers import Mark, adam, copy, lbfgs
 from pyroflow.inference.stopping import StopRule
 
 EVALUATIONS = 60  # scores taken in the course of Adam's steps
 CLEARLY_WORSE = 5  # evaluations in a row, each by three standard errors, that end a fit
 ROLLED_BACK_AFTER = 20  # steps in a row without a finite loss and gradient
 MAX_SKIPPED = 100  # of those in a row that end a fit
-POLISH_ITERATIONS = 20  # of L-BFGS between two scores
 POLISH_PATIENCE = 250  # evaluations of the polish loss without a better score that end a fit
 
 
@@ -48,6 +49,8 @@ class Loop:
         evaluations: scores taken in the course of Adam's steps.
         stateful: what else a checkpoint restores, by ``state_dict`` and ``load_state_dict``.
         resume: whether to go on from a checkpoint that exists; else it is written over.
+
+    A checkpoint is always of the time between two steps: one that is cut off is done again.
     """
 
     SAVED = (
@@ -87,7 +90,7 @@ class Loop:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.course, self.every = Course(steps, stop_rule), max(1, steps // evaluations)
         self.stateful, self.resume = [self.course, *stateful], resume
-        self.optimizer: torch.optim.Optimizer = _adam(self.parameters, lr)
+        self.optimizer: torch.optim.Optimizer = adam(self.parameters, lr)
         self.before = None if before is None else asdict(before)
         self.step = self.skipped = self.skipped_in_a_row = self.averaged = 0
         self.worse = self.unimproved = self.rolled_back = 0
@@ -96,27 +99,48 @@ class Loop:
         self.average: list[Tensor] = []
         self.best: list[Tensor] = []
         self.best_score = torch.tensor(math.inf)
-        self.seconds, self.stopped, self.polishing = 0.0, "", False
-        self.rng: Tensor | None = None
+        self.seconds, self.stopped, self.polishing, self.warned = 0.0, "", False, False
+        self.mark: Mark | None = None
+        self.spare: list[Tensor] = []  # for the next mark: that of now stays whole meanwhile
 
     def run(self) -> Fit:
         """Take the steps that are left; the parameters end in their best state, come what may."""
         self._resume()
+        shown = {"total": self.total, "initial": self.step, "desc": self.label}
+        try:
+            with tqdm(**shown, disable=not self.progress) as bar:
+                self._take_steps(bar)
+            self._save()
+        except BaseException:
+            if self.mark and not self.polishing:  # L-BFGS's last state is in the file already
+                self.mark.restore(self)
+                self._save()
+            raise
+        finally:
+            if self.best:
+                copy(self.best, self.parameters)
+        return self._result()
+
+    def _take_steps(self, bar: tqdm) -> None:
+        began = time.perf_counter() - self.seconds
+        self._note()
         if not self.best:
             self._evaluate()
-        began = time.perf_counter() - self.seconds
-        shown = {"total": self.total, "initial": self.step, "desc": self.label}
-        with tqdm(**shown, disable=not self.progress) as bar:
-            try:
-                while not self._ended():
-                    self.rng = torch.get_rng_state()
-                    (self._descend if self._descending() else self._polish)()
-                    self.seconds = time.perf_counter() - began
-                    self._show(bar)
-            finally:
+        while not self._ended():
+            self._note()
+            descends = self._descending()
+            if self.step % max(1, self.steps // 10) == 0 or not descends:
                 self._save()
-                _copy(self.best, self.parameters)
-        return self._result()
+            (self._descend if descends else self._polish)()
+            self.seconds = time.perf_counter() - began
+            self._show(bar)
+
+    def _note(self) -> None:
+        """Note the state between two steps of Adam, if a checkpoint is to have it."""
+        if self.checkpoint is not None and not self.polishing:
+            old = self.mark
+            self.mark = Mark(self, self.spare)
+            self.spare = old.copies if old else []
 
     def _descending(self) -> bool:
         """Whether Adam goes on.
@@ -149,15 +173,15 @@ class Loop:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.losses.append(loss.item() if finite else math.nan)
         self.course.update(self.step, self.losses[-1])
-        self.step, self.rng = self.step + 1, None
+        self.step += 1
         if self.skipped_in_a_row and self.skipped_in_a_row % ROLLED_BACK_AFTER == 0:
             self._roll_back()
         self._watch()
 
     def _roll_back(self) -> None:
         """Go back to the best state, with a fresh optimiser at half the rate."""
-        _copy(self.best, self.parameters)
-        self.optimizer = _adam(self.parameters, self.lr)
+        copy(self.best, self.parameters)
+        self.optimizer = adam(self.parameters, self.lr)
         self.rolled_back += 1
 
     def _watch(self) -> None:
@@ -165,8 +189,6 @@ class Loop:
             self._add_to_average()
         if self.step % self.every == 0 or self.step == self.course.end:
             self._evaluate()
-        if self.step % max(1, self.steps // 10) == 0:
-            self._save()
         if self.skipped_in_a_row >= MAX_SKIPPED:
             self.stopped = f"loss or gradient not finite for {MAX_SKIPPED} steps in a row"
         elif self.worse >= CLEARLY_WORSE and self.total == self.steps:
@@ -178,8 +200,8 @@ class Loop:
     def _polish(self) -> None:
         """Some iterations of L-BFGS, at first from the best state that Adam found."""
         if not self.polishing:
-            _copy(self.best, self.parameters)
-            self.optimizer, self.average, self.polishing = _lbfgs(self.parameters), [], True
+            copy(self.best, self.parameters)
+            self.optimizer, self.average, self.polishing = lbfgs(self.parameters), [], True
         before, best = self.step, self.best_score
         self.optimizer.step(self._closure)
         if not all(bool(p.isfinite().all()) for p in self.parameters):
@@ -189,7 +211,6 @@ class Loop:
         self.unimproved = 0 if self.best_score is not best else self.unimproved + self.step - before
         if self.unimproved >= POLISH_PATIENCE:
             self.stopped = f"held-out loss has not improved for {self.unimproved} evaluations"
-        self._save()
 
     def _closure(self) -> Tensor:
         self.optimizer.zero_grad()
@@ -204,17 +225,18 @@ class Loop:
         self.averaged += 1
         if not self.average:
             self.average = [p.detach().clone() for p in self.parameters]
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 / self.averaged)
+        now = [p.detach() for p in self.parameters]
+        self.average = torch._foreach_lerp(self.average, now, 1 / self.averaged)
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Score the average, or the iterate while there is none, and keep it if it is best."""
         current = [p.detach().clone() for p in self.parameters]
         candidate = self.average or current
-        _copy(candidate, self.parameters)
+        copy(candidate, self.parameters)
         score = self.score().double().cpu()
         score = torch.where(score.isnan(), torch.inf, score)
-        _copy(current, self.parameters)
+        copy(current, self.parameters)
         self.scores.append((self.step, score.mean().item()))
         if not self.best or self.keep_last or score.mean() < self.best_score.mean():
             self.best_score, self.best, self.worse = score, [t.clone() for t in candidate], 0
@@ -246,12 +268,23 @@ class Loop:
         )
 
     def _save(self) -> None:
-        if self.checkpoint is not None:
-            loop = {name: getattr(self, name) for name in self.SAVED}
-            loop["states"] = [part.state_dict() for part in self.stateful]
-            loop["tensors"] = [t.detach() for t in [*self.parameters, *self.fixed]]
-            state = self.optimizer.state_dict()
-            write_checkpoint(self.checkpoint, self.settings, loop, state, self.rng)
+        """Write the checkpoint; where that fails the fit is worth more than the file."""
+        if self.checkpoint is None:
+            return
+        loop = {name: getattr(self, name) for name in self.SAVED}
+        loop["states"] = [part.state_dict() for part in self.stateful]
+        loop["tensors"] = [t.detach() for t in [*self.parameters, *self.fixed]]
+        try:
+            write_checkpoint(self.checkpoint, self.settings, loop, self.optimizer.state_dict())
+        except OSError as error:
+            if not self.warned:
+                warnings.warn(
+                    f"checkpoint {self.checkpoint} cannot be written ({error}): the fit goes on, "
+                    "tries again later, and leaves an older checkpoint as it is. Make room for it, "
+                    "or name another file",
+                    stacklevel=2,
+                )
+            self.warned = True
 
     def _resume(self) -> None:
         if self.checkpoint is None or not self.resume or not self.checkpoint.exists():
@@ -261,32 +294,7 @@ class Loop:
             setattr(self, name, loop[name])
         for part, state in zip(self.stateful, loop["states"], strict=True):
             part.load_state_dict(state)
-        _copy(loop["tensors"], [*self.parameters, *self.fixed])
+        copy(loop["tensors"], [*self.parameters, *self.fixed])
         if self.polishing:
-            self.optimizer = _lbfgs(self.parameters)
+            self.optimizer = lbfgs(self.parameters)
         self.optimizer.load_state_dict(optimizer)
-
-
-@torch.no_grad()
-def _copy(values: list[Tensor], targets: list[Tensor]) -> None:
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
-
-
-def _adam(parameters: list[Tensor], lr: float) -> torch.optim.Adam:
-    """Adam, fused where all parameters allow it: a third of the time."""
-    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.Adam(parameters, lr=lr, fused=fused)
-
-
-def _lbfgs(parameters: list[Tensor]) -> torch.optim.LBFGS:
-    for p in parameters:  # it views each gradient as a flat vector
-        p.data = p.data.contiguous()
-    return torch.optim.LBFGS(
-        parameters,
-        max_iter=POLISH_ITERATIONS,
-        history_size=100,
-        tolerance_grad=0.0,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )

@@ -16,6 +16,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO
 from torch import Tensor, nn
 
 from pyroflow.guides import AutoFlow
+from pyroflow.inference.checkpoint import saved_settings
 from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit
@@ -28,6 +29,9 @@ ONE_BY_ONE = {"particles": 16, "scored": 16}  # where each draw takes a run of t
 STEPS = 3000
 GAUSSIAN_PART = 0.2  # of the steps
 ANNEALED_PART = 0.5  # of the rest
+
+# The parts of a fit, one of which a checkpoint is of.
+GAUSSIAN, FLOW, GROWN = "affine layer alone", "all", "all, after growing"
 
 
 def fit_by_traces(
@@ -51,18 +55,24 @@ def fit_by_traces(
     with _along_path(guide, not importance_weighted):
         draws = ONE_BY_ONE if problem.plates is None else VECTORIZED
         num_particles = num_particles or draws["particles"]
-        loss, score = _objective(problem, num_particles, draws["scored"], importance_weighted)
+        scored = torch.randint(2**31, ())
+        loss, score = _objective(
+            problem, num_particles, draws["scored"], importance_weighted, scored
+        )
         parameters = _parameters(loss)
-        shared["settings"] = settings | {"num_particles": num_particles}
+        settings = settings | {"num_particles": num_particles}
         shared["keep_last"] = problem.subsampled
         inner = layers_inside(guide)
         first = round(GAUSSIAN_PART * steps) if inner else 0
         start = None
-        if first and not (checkpoint is not None and Path(checkpoint).exists()):
+        placing = first > 0 and saved_settings(checkpoint).get("part") != FLOW
+        fixed = list(guide.buffers()) if isinstance(guide, nn.Module) else []
+        options = {"fixed": [*fixed, scored], "checkpoint": checkpoint, **shared}
+        if placing:
             gaussian = [p for p in parameters if p not in inner]
-            label = "fit_guide, Gaussian"
-            options = {"steps": first, "label": label, **shared}
-            start = _run(Loop(gaussian, lambda step: loss(1.0), score, **options))
+            part = {"steps": first, "label": "fit_guide, Gaussian"}
+            part["settings"] = settings | {"part": GAUSSIAN}
+            start = _run(Loop(gaussian, lambda step: loss(1.0), score, **part, **options))
             guide.affine.absorb()
         annealed = ANNEALED_PART * (steps - first)
         if annealing is None:
@@ -71,12 +81,12 @@ def fit_by_traces(
             parameters,
             lambda step: loss(annealing(step)),
             score,
-            fixed=list(guide.buffers()) if isinstance(guide, nn.Module) else [],
             before=start,
             steps=steps - first,
             label="fit_guide",
-            checkpoint=checkpoint,
-            **shared,
+            settings=settings | {"part": FLOW},
+            resume=not placing,
+            **options,
         )
         fit = _run(loop)
         if problem.plates is not None:
@@ -103,10 +113,9 @@ def _run(loop: Loop) -> Fit:
 
 
 def _objective(
-    problem: Problem, num_particles: int, scored: int, importance_weighted: bool
+    problem: Problem, num_particles: int, scored: int, importance_weighted: bool, seed: Tensor
 ) -> tuple[Callable[[float], Tensor], Callable[[], Tensor]]:
     """The training loss as a function of β, and −(log p − log q) of a fixed set of draws."""
-    seed = int(torch.randint(2**31, ()))
     kind = partial(RenyiELBO, alpha=0.0) if importance_weighted else Trace_ELBO
     options = {} if problem.plates is None else {"max_plate_nesting": problem.plates}
     elbo = kind(
@@ -121,7 +130,7 @@ def _objective(
         return elbo.differentiable_loss(poutine.scale(model, scale=beta), guide)
 
     def score() -> Tensor:
-        with seeded(seed):
+        with seeded(int(seed)):
             return -draw(problem, scored).log_weights
 
     return loss, score
