@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import csv
+import io
+import math
 import zipfile
 from collections.abc import Sequence
+from decimal import Decimal
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyroflow.checks import check_choice
 from pyroflow.cifar_files import Cifar10, cifar10
 from pyroflow.data_checks import check_shape, to_tensor
 from pyroflow.image_files import Mnist, binarize, mnist, patches, scale_to_open_interval
@@ -24,6 +28,9 @@ from pyroflow.synthetic import (
     two_moons,
     two_moons_log_prob,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "SINE_ENTROPY",
@@ -45,26 +52,40 @@ __all__ = [
 
 Columns = Sequence[int | str] | int | str | None
 
+MISSING = {"nan", "na", "n/a", "null", "none"}
+YEARS = range(1800, 2201)
 
-def read_table(path: str | PathLike[str], *, columns: Columns = None) -> Tensor:
+
+def read_table(
+    path: str | PathLike[str],
+    *,
+    columns: Columns = None,
+    header: bool | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     r"""Reads a table of numbers from a .csv, .npy or .npz file; no pickle is ever executed.
 
-    A .csv file is comma separated. Its first line is a header when no cell of it is a number. An
-    .npz file must hold a single array. Missing values that are written as ``nan`` are read as such:
-    :func:`check_data` reports them.
+    A .csv file is comma separated, with decimal points. Blank lines between its rows are skipped.
+    Missing values that are written as nan, NA, N/A, null or None are read as NaN, which
+    :func:`check_data` reports; an empty cell is refused. An .npz file must hold a single array.
 
     Args:
         path: The file.
         columns: Columns to keep, in this order: positions from 0 or names of the header. All of
             them by default.
+        header: Whether the first line of a .csv file holds names. By default it does when no cell
+            of it is a number; years or 0, 1, 2, ... above other numbers are refused, as they may
+            be either.
+        dtype: ``torch.float32`` or ``torch.float64``; torch's default dtype by default.
 
     Returns:
-        The table with shape :math:`(n, d)` in torch's default dtype.
+        The table with shape :math:`(n, d)`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is of another kind, empty, ragged or not numeric, or if a column
-            does not exist.
+        ValueError: If the file is of another kind, empty, ragged or not numeric, if a column does
+            not exist, or if ``dtype`` cannot hold the numbers: one is too large or too small, an
+            integer is not exact, or values far from 0 become equal.
 
     Example:
         >>> import tempfile, pathlib
@@ -74,69 +95,124 @@ def read_table(path: str | PathLike[str], *, columns: Columns = None) -> Tensor:
         >>> read_table(path, columns=["height"]).shape
         torch.Size([3, 1])
     """
-    path = Path(path)
+    path, dtype = Path(path), dtype or torch.get_default_dtype()
+    check_choice("dtype", dtype, (torch.float32, torch.float64))
     if not path.is_file():
         raise FileNotFoundError(f"read_table: there is no file {path}.")
-    readers = {".csv": _read_csv, ".npy": _read_numpy, ".npz": _read_numpy}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"read_table: {path} is none of {', '.join(readers)}; convert it first.")
-    names, values = readers[path.suffix.lower()](path)
-    table = to_tensor(values, str(path)).to(torch.get_default_dtype())
+    kind = path.suffix.lower()
+    if kind == ".csv":
+        return _read_csv(path, columns, header, dtype)
+    if kind not in (".npy", ".npz"):
+        raise ValueError(f"read_table: {path} is none of .csv, .npy, .npz; convert it first.")
+    table = to_tensor(_load_array(path), str(path), dtype)
     check_shape(table, None, str(path), rows=1)
-    return table[:, _positions(columns, names, table.shape[1], path)]
+    return table[:, _positions(columns, None, table.shape[1], path)]
 
 
-def _read_csv(path: Path) -> tuple[list[str] | None, object]:
-    rows = _csv_rows(path)
-    if not rows:
-        raise ValueError(f"{path} is empty; expected comma-separated numbers.")
-    header = None if any(_is_number(cell) for cell in rows[0][1]) else rows.pop(0)[1]
-    names = header and [cell.strip().lstrip("# ") for cell in header]
-    if not rows:
+def _read_csv(path: Path, columns: Columns, header: bool | None, dtype: torch.dtype) -> Tensor:
+    import pandas as pd  # here, as it would double the time that importing pyroflow takes
+
+    cells = _csv_cells(path)
+    names = None
+    if _starts_with_names(cells, path) if header is None else header:
+        names, cells = [cell.strip().lstrip("# ") for cell in cells.iloc[0]], cells.iloc[1:]
+    if not len(cells):
         raise ValueError(f"{path} has no rows below its header {names}.")
-    width = len(names or rows[0][1])
-    return names, [_parse_row(row, width, names, f"{path}, line {line}") for line, row in rows]
-
-
-def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, skipinitialspace=True)
-            return [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not comma-separated text in UTF-8 ({error}).") from error
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _parse_row(row: list[str], width: int, names: list[str] | None, where: str) -> list[float]:
-    if len(row) != width:
-        raise ValueError(f"{where}: expected {width} cells as in the first line, got {len(row)}.")
-    try:
-        return [float(cell) for cell in row]
-    except ValueError:
-        column = [_is_number(cell) for cell in row].index(False)
-        label = f" ({names[column]!r})" if names else ""
+    cells = cells.iloc[:, _positions(columns, names, cells.shape[1], path)]
+    numbers = cells.apply(pd.to_numeric, errors="coerce")
+    wrong = numbers.isna() & ~cells.apply(lambda cell: cell.str.strip().str.lower().isin(MISSING))
+    if wrong.any(axis=None):
+        row, column = wrong.to_numpy().nonzero()
         raise ValueError(
-            f"{where}, column {column}{label}: expected a number, got {row[column]!r}. Numbers use"
-            " a decimal point, cells are separated by commas, missing values are written nan."
-        ) from None
+            f"{_place(path, cells, names, row[0], column[0])}: expected a number, got"
+            f" {cells.iat[row[0], column[0]]!r}. Numbers use a decimal point, cells are separated"
+            " by commas, missing values are written nan; names in the first line need header=True."
+        )
+    table = to_tensor(numbers.to_numpy(float), str(path), dtype)
+    _check_exact(path, cells, names, table)
+    return table
 
 
-def _read_numpy(path: Path) -> tuple[None, object]:
+def _csv_cells(path: Path) -> pd.DataFrame:
+    """The cells as text, in rows of equal length; the index has the numbers of their lines."""
+    import pandas as pd
+
+    try:
+        text = path.read_text(encoding="utf-8-sig").rstrip()
+        if not text:
+            raise ValueError(f"{path} is empty; expected comma-separated numbers.")
+        cells = pd.read_csv(
+            io.StringIO(text),
+            engine="python",  # the other one fills short rows up
+            dtype=str,
+            header=None,
+            index_col=False,
+            keep_default_na=False,
+            skip_blank_lines=False,
+            skipinitialspace=True,
+        )
+    except (UnicodeDecodeError, pd.errors.ParserError) as error:
+        raise ValueError(f"{path} is not comma-separated text in UTF-8 ({error}).") from error
+    cells.index += 1
+    absent, width = cells.isna().sum(axis=1), cells.shape[1]
+    if width > 1:
+        blank = (absent == width) | ((absent == width - 1) & (cells[0] == ""))
+        cells, absent = cells[~blank], absent[~blank]
+    if absent.any():
+        line = absent.index[absent > 0][0]
+        raise ValueError(
+            f"{path}, line {line}: expected {width} cells as in the first line, got"
+            f" {width - absent[line]}."
+        )
+    return cells
+
+
+def _place(path: Path, cells: pd.DataFrame, names: list[str] | None, row: int, column: int) -> str:
+    position = cells.columns[column]
+    label = f" ({names[position]!r})" if names else ""
+    return f"{path}, line {cells.index[row]}, column {position}{label}"
+
+
+def _starts_with_names(cells: pd.DataFrame, path: Path) -> bool:
+    """Whether no cell of the first line is a number."""
+    import pandas as pd
+
+    first = cells.iloc[0].str.strip()
+    numbers = pd.to_numeric(first, errors="coerce")
+    if numbers.isna().all():
+        return not first.str.lower().isin(MISSING).any()
+    years = numbers.isin(YEARS).all() and numbers.is_unique
+    years &= not cells.apply(pd.to_numeric, errors="coerce").isin(YEARS).all(axis=None)
+    if years or (len(first) > 2 and first.tolist() == [str(i) for i in range(len(first))]):
+        raise ValueError(
+            f"{path}: the first line, {first.tolist()}, may hold names or numbers; pass"
+            " header=True or header=False."
+        )
+    return False
+
+
+def _check_exact(path: Path, cells: pd.DataFrame, names: list[str] | None, table: Tensor) -> None:
+    """Refuse numbers that became infinite or 0, and integers that became others."""
+    doubtful = (table == 0) | (table.abs() >= 2 / torch.finfo(table.dtype).eps)
+    for row, column in doubtful.nonzero().tolist():
+        text, number = cells.iat[row, column].strip(), table[row, column].item()
+        exact, whole = Decimal(text), text.lstrip("+-").isdigit()
+        if exact != number and (whole or number == 0 or exact.is_finite() > math.isfinite(number)):
+            raise ValueError(
+                f"{_place(path, cells, names, row, column)}: {text} would become {number:.17g} in"
+                f" {table.dtype}; pass dtype=torch.float64 if that holds it, or subtract an offset"
+                " or scale the column before it is written."
+            )
+
+
+def _load_array(path: Path) -> np.ndarray:
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return None, loaded
+            return loaded
         with loaded:
             if len(loaded.files) == 1:
-                return None, loaded[loaded.files[0]]
+                return loaded[loaded.files[0]]
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} does not hold a plain array of numbers ({error}); save one with numpy.save."

@@ -1,17 +1,18 @@
-"""Known values of the sine data, and what each reader and check refuses."""
+"""Known values of the sine data, and what the check of data refuses."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from pyroflow import fit_density, planar_flow
 from pyroflow.data_checks import check_data
-from pyroflow.datasets import SINE_ENTROPY, read_table, sine, sine_log_prob
+from pyroflow.datasets import SINE_ENTROPY, sine, sine_log_prob
 
 
 def varied(rows: int = 5, columns: int = 3) -> Tensor:
@@ -78,131 +79,6 @@ def test_sine_log_prob_shapes() -> None:
 
 def test_sine_log_prob_keeps_nan() -> None:
     assert sine_log_prob(torch.tensor([[0.0, math.nan]])).isnan().all()
-
-
-# Reading tables.
-
-
-def write(folder: Path, text: str, name: str = "table.csv") -> Path:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["a,b\n1,2\n3,4.5\n", "1,2\n3,4.5\n", "\ufeffa, b\n1, 2\n\n3, 4.5\n", "# a,b\n1,2\n3,4.5"],
-    ids=["header", "bare", "bom, blanks", "numpy header"],
-)
-def test_csv(tmp_path: Path, text: str) -> None:
-    table = read_table(write(tmp_path, text))
-    assert table.dtype == torch.get_default_dtype()
-    assert table.tolist() == [[1.0, 2.0], [3.0, 4.5]]
-
-
-@pytest.mark.parametrize("columns", [["c", "a"], [2, 0], ["c", 0]], ids=str)
-def test_csv_columns(tmp_path: Path, columns: list[int | str]) -> None:
-    path = write(tmp_path, "a,b,c\n1,2,3\n4,5,6\n")
-    assert read_table(path, columns=columns).tolist() == [[3.0, 1.0], [6.0, 4.0]]
-
-
-def test_csv_one_column(tmp_path: Path) -> None:
-    path = write(tmp_path, "age,height\n1,2\n3,4\n")
-    assert read_table(path, columns="height").tolist() == [[2.0], [4.0]]
-    assert read_table(path, columns=1).tolist() == [[2.0], [4.0]]
-
-
-def test_csv_keeps_one_row_and_nan(tmp_path: Path) -> None:
-    table = read_table(write(tmp_path, "nan,1\n"))
-    assert table.shape == (1, 2)
-    assert table[0, 0].isnan()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", r"table\.csv is empty"),
-        ("\n \n", r"table\.csv is empty"),
-        ("a,b\n", r"no rows below its header \['a', 'b'\]"),
-        ("a,b\n1,2\n3\n", "line 3: expected 2 cells as in the first line, got 1"),
-        ("a,b\n1,2\n3,x\n", r"line 3, column 1 \('b'\): expected a number, got 'x'"),
-        ("1,2\n3,\n", "line 2, column 1: expected a number, got ''"),
-        ("1,oops\n3,4\n", "line 1, column 1: expected a number, got 'oops'"),
-        ("1;2\n3;4\n", "got '3;4'. Numbers use a decimal point, cells are separated by commas"),
-        (",a\n0,1\n1,2\n", r"column 0 has no name.*columns=\[\.\.\.\] out of \['', 'a'\]"),
-    ],
-)
-def test_csv_refuses(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_table(write(tmp_path, text))
-
-
-def test_csv_refuses_other_text(tmp_path: Path) -> None:
-    (tmp_path / "latin.csv").write_bytes("größe\n1\n2\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.csv is not comma-separated text in UTF-8"):
-        read_table(tmp_path / "latin.csv")
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        (["z"], r"column 'z' does not exist; there are \[0, 1, 'a', 'a'\]"),
-        ([2], "column 2 does not exist"),
-        ([-1], "column -1 does not exist"),
-        (["a"], "column 'a' is there more than once"),
-    ],
-)
-def test_columns_refused(tmp_path: Path, columns: list[int | str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_table(write(tmp_path, "a,a\n1,2\n3,4\n"), columns=columns)
-
-
-def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere\.csv"):
-        read_table(tmp_path / "nowhere.csv")
-
-
-def test_other_suffix(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"table\.xlsx is none of \.csv, \.npy, \.npz"):
-        read_table(write(tmp_path, "1,2", "table.xlsx"))
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int32, ">f8"])
-def test_npy(tmp_path: Path, dtype: str | type) -> None:
-    np.save(tmp_path / "a.npy", np.array([[1, 2, 3], [4, 5, 6]], dtype=dtype))
-    table = read_table(tmp_path / "a.npy", columns=[1])
-    assert table.dtype == torch.get_default_dtype()
-    assert table.tolist() == [[2.0], [5.0]]
-
-
-def test_npz(tmp_path: Path) -> None:
-    np.savez(tmp_path / "one.npz", y=np.eye(2))
-    np.savez(tmp_path / "two.npz", y=np.eye(2), z=np.eye(3))
-    assert read_table(tmp_path / "one.npz").tolist() == [[1.0, 0.0], [0.0, 1.0]]
-    with pytest.raises(ValueError, match=r"expects a single array, got \['y', 'z'\]"):
-        read_table(tmp_path / "two.npz")
-
-
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        (np.array([[1, "a"]], dtype=object), "does not hold a plain array of numbers"),
-        (np.array([["a", "b"]]), "expects real numbers, got dtype <U1"),
-        (np.zeros(4), r"got shape \(4,\); use data\[:, None\]"),
-        (np.zeros((0, 2)), r"got shape \(0, 2\); pass at least 1 row"),
-    ],
-    ids=["object", "text", "flat", "empty"],
-)
-def test_npy_refuses(tmp_path: Path, array: np.ndarray, message: str) -> None:
-    np.save(tmp_path / "a.npy", array, allow_pickle=True)
-    with pytest.raises(ValueError, match=message):
-        read_table(tmp_path / "a.npy")
-
-
-def test_npy_refuses_garbage(tmp_path: Path) -> None:
-    for name in ("a.npy", "a.npz"):
-        with pytest.raises(ValueError, match="does not hold a plain array of numbers"):
-            read_table(write(tmp_path, "not an array", name))
 
 
 # Checking data.
@@ -297,3 +173,38 @@ def test_check_refuses_masked_entries() -> None:
 def test_check_allows_small_but_real_changes() -> None:
     data = 1000 + 1e-9 * varied()
     assert check_data(data) is data
+
+
+NARROWED = {
+    "too large": ([[1.0, 2.0], [3.0, -1e39]], r"got -1e\+39 in row 1, column 1 .*flow.double\(\)"),
+    "too small": ([[1.0, 2.0], [1e-60, 3.0]], "got 1e-60 in row 1, column 0"),
+    "offset": ([[1.7e9 + 0.25, 2.0], [1.7e9 + 1.5, 3.0]], "different ones of column 0 .*equal"),
+    "time stamps over a year": (
+        np.array([[1_700_000_000, 0], [1_700_000_001, 1], [1_731_536_000, 2]]),
+        "different ones of column 0 .*subtract an offset",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NARROWED)
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor], ids=["array", "tensor"])
+def test_check_refuses_what_the_dtype_cannot_hold(case: str, kind: Callable) -> None:
+    data, message = NARROWED[case]
+    wide = check_data(kind(data), dtype=torch.float64)
+    assert wide.tolist() == np.asarray(data, dtype=float).tolist()
+    with pytest.raises(ValueError, match=message):
+        check_data(kind(data), dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        fit_density(planar_flow(2, 2).float(), kind(data), seed=0, progress=False)
+    conditional = planar_flow(2, 2, 2).float()
+    with pytest.raises(ValueError, match="context expects"):
+        fit_density(conditional, np.eye(3)[:, :2][: len(data)], context=data, progress=False)
+
+
+@pytest.mark.parametrize("loc", [0.0, 5.0, -40.0])
+def test_check_rounds_ordinary_data(loc: float) -> None:
+    """Some of 20,000 normal draws meet in float32, at 1e-7 of their spread."""
+    data = loc + torch.randn(20_000, 2)
+    found = check_data(data, dtype=torch.float32)
+    assert torch.equal(found, data.float())
+    assert len(found[:, 0].unique()) < len(data)

@@ -68,7 +68,8 @@ def fit_density(
 
     Raises:
         ValueError: data with a NaN or inf (naming the row), of the wrong width, with fewer than
-            two rows, not two-dimensional, or with a constant column; a context that does not
+            two rows, not two-dimensional, with a constant column, or that the flow's dtype cannot
+            hold; a context that does not
             fit; an option out of range; a checkpoint of another fit.
 
     Example:
@@ -121,10 +122,7 @@ def fit_density(
 def _rows(flow: Flow, data: Any, context: Any) -> list[Tensor]:
     """The checked data, and the context if there is one, in the flow's dtype and place."""
     like = trainable(flow)[0]
-    rows = [check_data(data, width=flow.input_dim)]
-    if rows[0].dtype != like.dtype:  # a narrower type may overflow, or lose what varies
-        rows = [check_data(rows[0].to(like.dtype))]
-    rows = [rows[0].to(like)]
+    rows = [check_data(data, width=flow.input_dim, dtype=like.dtype).to(like)]
     if flow.conditional != (context is not None):
         raise ValueError(
             "context is needed by a conditional flow, got None"
@@ -132,7 +130,8 @@ def _rows(flow: Flow, data: Any, context: Any) -> list[Tensor]:
             else "context must be None for a flow without conditional transforms"
         )
     if context is not None:
-        rows.append(check_data(context, name="context", varying=False).to(like))
+        context = check_data(context, name="context", varying=False, dtype=like.dtype)
+        rows.append(context.to(like))
         if len(rows[1]) != len(rows[0]):
             raise ValueError(
                 f"context must have one row for each of the {len(rows[0])} rows of data, "
