@@ -68,7 +68,7 @@ def fit_density(
     Raises:
         ValueError: data with a NaN or inf (naming the row), of the wrong width, with fewer than
             two rows, not two-dimensional, or with a constant column; a context that does not
-            fit; an option out of range; a checkpoint of another fit.
+            fit; an option out of range; a checkpoint of another fit, or in use by one.
 
     Example:
         >>> from pyroflow import datasets, planar_flow
