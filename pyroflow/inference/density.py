@@ -69,8 +69,8 @@ def fit_density(
     Raises:
         ValueError: data with a NaN or inf (naming the row), of the wrong width, with fewer than
             two rows, not two-dimensional, with a constant column, or that the flow's dtype cannot
-            hold; a context that does not
-            fit; an option out of range; a checkpoint of another fit.
+            hold; a context that does not fit; an option out of range; a checkpoint of another fit,
+            or in use by one.
 
     Example:
         >>> from pyroflow import datasets, planar_flow

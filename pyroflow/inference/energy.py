@@ -73,7 +73,7 @@ def fit_energy(
     Raises:
         ValueError: a conditional flow, an energy of the wrong shape or with an infinite
             ``log_normalizer``, an annealing that is not 1 at the last step, an option out of
-            range, a checkpoint of another fit.
+            range, a checkpoint of another fit or in use by one.
 
     Example:
         >>> from pyroflow import planar_flow

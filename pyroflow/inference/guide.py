@@ -98,7 +98,7 @@ def fit_guide(
         ValueError: a latent site that is discrete or that the guide does not sample (naming the
             site), a model whose density is finite nowhere near the start (naming the sites), one
             whose latents are not those that the guide was made for, a guide without parameters,
-            an option out of range, a checkpoint of another fit.
+            an option out of range, a checkpoint of another fit or in use by one.
 
     Example:
         >>> from pyroflow import AutoPlanarFlow

@@ -252,9 +252,8 @@ class Loop:
             bar.set_postfix(loss=f"{self.losses[-1]:.4f}", best=f"{best:.4f}", refresh=False)
 
     def _result(self) -> Fit:
-        nothing = {"losses": [], "scores": [], "steps": 0, "seconds": 0.0, "skipped": 0}
-        nothing["rolled_back"] = 0
-        before = self.before or nothing
+        nothing = dict.fromkeys(("steps", "seconds", "skipped", "rolled_back"), 0)
+        before = self.before or {"losses": [], "scores": [], **nothing}
         steps = before["steps"] + self.step
         return Fit(
             losses=before["losses"] + self.losses,
