@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from xarray import Dataset, DataTree
 
 
-MIN_DRAWS = 25  # with fewer there is no tail to smooth, and k-hat is infinite
-
-
 def to_arviz(
     model: Callable,
     guide: Callable,
@@ -207,9 +204,7 @@ def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:
         smoothed, khat = torch.full_like(log_weights, torch.nan), math.nan
     else:
         usable = log_weights.masked_fill(~log_weights.isfinite(), -torch.inf)
-        smoothed, khat = usable.log_softmax(0).cpu(), math.inf
-        if len(draws) >= MIN_DRAWS:
-            smoothed, _, khat = pareto_smooth(usable)
+        smoothed, _, khat = pareto_smooth(usable)
     if resample:
         rows = systematic(smoothed, len(draws))
         sites = {name: values[rows.to(values.device)] for name, values in draws.sites.items()}

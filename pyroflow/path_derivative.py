@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyro.distributions as dist
 from torch import Tensor
+from torch.distributions import TransformedDistribution
 
 from pyroflow.transforms import Bijection
 
@@ -44,3 +45,25 @@ class AlongPath(dist.TransformedDistribution):
             value, step, origin = t.inverse_along_path(value, origin)
             log_det = log_det + step
         return self.base_dist.log_prob(value) - log_det
+
+
+def log_prob_at_fixed(q: TransformedDistribution, z: Tensor) -> Tensor | None:
+    """A number for each sample z = z(θ, ε) of q, with the gradient ∂ log q/∂θ at z held fixed.
+
+    Among pyroflow's transforms that is the gradient of log q(z(θ, ε)) less the part along the path,
+    and takes no root search.
+
+    Args:
+        q: the distribution; it may be an :class:`AlongPath`.
+        z: the sample that it has just made, shape (*, D).
+
+    Returns:
+        Shape (*); None where a transform can be run forwards only.
+    """
+    full = dist.TransformedDistribution(q.base_dist, q.transforms)
+    if all(isinstance(t, Bijection) for t in q.transforms):
+        return full.log_prob(z) - AlongPath(q.base_dist, q.transforms).log_prob(z)
+    try:
+        return full.log_prob(z.detach())
+    except (KeyError, NotImplementedError):  # Pyro's and torch's own for an inverse there is not
+        return None

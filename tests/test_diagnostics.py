@@ -226,7 +226,7 @@ class TestFunnels:
 
         problem = Problem.inspect(model, AutoNormal(model), (), None)
         draws = draw(problem, 500, seed=0)
-        assert scale_pairs(problem, draws) == {"x": ["v"], "t": ["a"]}
+        assert scale_pairs(problem, draws) == {"x": (["v"], False), "t": (["a"], False)}
 
     def test_even_weights_are_no_signature(self) -> None:
         """A funnel by its form, of which the guide is exactly the prior."""
@@ -243,5 +243,58 @@ class TestFunnels:
 
         problem = Problem.inspect(model, guide, (), None)
         draws = draw(problem, 2000, seed=0)
-        assert scale_pairs(problem, draws) == {"x": ["v"]}
+        assert scale_pairs(problem, draws) == {"x": (["v"], False)}
         assert find_funnels(problem, draws) == {}
+
+    @pytest.mark.parametrize("kind", ["covariance", "scale_tril", "low rank", "student", "lkj"])
+    def test_matrix_scales_are_found(self, kind: str) -> None:
+        """A funnel in s, by a covariance that s multiplies; the guide is far too even for it."""
+
+        def model() -> None:
+            s = pyro.sample("s", dist.Normal(0.0, 2.0)).exp()[..., None, None]
+            eye = torch.eye(3)
+            fn = {
+                "covariance": lambda: dist.MultivariateNormal(torch.zeros(3), s**2 * eye),
+                "scale_tril": lambda: dist.MultivariateNormal(torch.zeros(3), scale_tril=s * eye),
+                "low rank": lambda: dist.LowRankMultivariateNormal(
+                    torch.zeros(3), s * torch.ones(3, 1), s[..., 0] ** 2 * torch.ones(3)
+                ),
+                "student": lambda: dist.MultivariateStudentT(9.0, torch.zeros(3), s * eye),
+                "lkj": lambda: dist.MultivariateNormal(
+                    torch.zeros(3), scale_tril=s * pyro.sample("L", dist.LKJCholesky(3, 2.0))
+                ),
+            }[kind]()
+            pyro.sample("x", fn)
+
+        report = pf.diagnose(model, AutoNormal(model, init_scale=1.0), num_samples=2000)
+        assert report.level == "bad"
+        (advice,) = (line for line in report.advice if "funnel" in line)
+        assert "funnel in" in advice
+        assert "s: write 'x' as loc + scale_tril @ eps" in advice or kind == "lkj"
+        assert "LocScaleReparam" not in advice
+
+    def test_no_advice_costs_the_report(self) -> None:
+        """NumPy refuses tensors with gradients, which only the search for funnels has."""
+
+        def model() -> None:
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.factor("f", torch.as_tensor(-10 * x.numpy() ** 2))
+
+        report = pf.diagnose(model, AutoNormal(model, init_scale=1.0), num_samples=200)
+        assert report.level == "bad"
+        assert report.advice
+
+    def test_a_distribution_whose_properties_fail(self) -> None:
+        class Broken(dist.Normal):
+            @property
+            def covariance_matrix(self) -> None:
+                raise RuntimeError("no covariance")
+
+            mean = covariance_matrix
+
+        def model() -> None:
+            v = pyro.sample("v", dist.Normal(0.0, 3.0))
+            pyro.sample("x", Broken(0.0, (v / 2).exp()))
+
+        problem = Problem.inspect(model, AutoNormal(model), (), None)
+        assert scale_pairs(problem, draw(problem, 500, seed=0)) == {"x": (["v"], False)}

@@ -74,9 +74,7 @@ def diagnose(
             sets.append(draw(problem, num_samples))
             report = _report(sets)
     funnels = {} if report.level == "good" else find_funnels(problem, report.draws)
-    weights = report.draws.log_weights
-    failed = int((weights.isnan() | weights.isposinf()).sum())
-    judge(report, failed, funnels)
+    judge(report, funnels)
     return report
 
 
@@ -103,7 +101,8 @@ def _report(sets: list[Draws]) -> Report:
     khat = sum(khats) / len(khats)
     smoothed, log_sum, _ = pareto_smooth(_weights(draws))
     ess = 1 / (2 * smoothed).exp().sum().item()
-    outside = bool(raw.isneginf().any())
+    outside = int((draws.log_p.isneginf() & draws.log_q.isfinite()).sum())
+    weighted = max(1, len(finite) // len(sets))
     return Report(
         elbo=-math.inf if outside else finite.mean().item(),
         elbo_se=math.nan if outside else (finite.std() / math.sqrt(len(finite))).item(),
@@ -112,10 +111,11 @@ def _report(sets: list[Draws]) -> Report:
         ess=ess,
         ess_fraction=ess / num,
         khat=khat,
-        khat_interval=khat_interval(khat, len(sets[0]), len(sets)),
-        khat_threshold=khat_threshold(len(sets[0])),
+        khat_interval=khat_interval(khat, weighted, len(sets)),
+        khat_threshold=khat_threshold(weighted),
         num_samples=num,
         num_sets=len(sets),
+        outside=outside / num,
         num_nonfinite=num - len(finite),
         nonfinite_sites=draws.nonfinite,
         rounded_sites=draws.rounded,

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyroflow.inference.draws import Draws
 from pyroflow.inference.elbo import Problem
 
 PARTS = 5  # fifths of the draws, in the order of the scale
+# Where torch's and Pyro's distributions keep a scale: of numbers, of multivariate normals and
+# Student-t, of those of low rank.
+SCALES = ("scale", "_unbroadcasted_scale_tril", "cov_factor", "cov_diag")
 SCATTER = 1.5  # of the log weights, in an outer fifth against the middle one
 
 
-def find_funnels(problem: Problem, draws: Draws) -> dict[str, list[str]]:
+class Funnel(NamedTuple):
+    """A site of a location-scale prior, by the latents that its scale depends on.
+
+    Attributes:
+        scales: their names.
+        matrix: whether the scale is a matrix, as that of a multivariate normal.
+    """
+
+    scales: list[str]
+    matrix: bool
+
+
+def find_funnels(problem: Problem, draws: Draws) -> dict[str, Funnel]:
     """Sites whose prior scale is another latent, where the weights scatter with it.
 
     Such a pair is a funnel where the data say little of the first site: its posterior is
@@ -27,22 +44,30 @@ def find_funnels(problem: Problem, draws: Draws) -> dict[str, list[str]]:
     site's draws as in the middle fifth.
 
     Returns:
-        The first sites of all such pairs, each with its scales.
+        The first sites of all such pairs, each with its scales; none where the model cannot be run
+        with gradients: what is looked for here is advice, which must not cost the report.
     """
-    pairs = scale_pairs(problem, draws)
-    return {
-        site: scattering
-        for site, scales in pairs.items()
-        if (scattering := [s for s in scales if _scatters(draws.log_weights, draws.sites[s])])
+    try:
+        pairs = scale_pairs(problem, draws)
+    except Exception:
+        return {}
+    scatters = {
+        name: _scatters(draws.log_weights, draws.sites[name])
+        for name in {name for pair in pairs.values() for name in pair.scales}
     }
+    found = {
+        site: pair._replace(scales=[name for name in pair.scales if scatters[name]])
+        for site, pair in pairs.items()
+    }
+    return {site: pair for site, pair in found.items() if pair.scales}
 
 
-def scale_pairs(problem: Problem, draws: Draws) -> dict[str, list[str]]:
+def scale_pairs(problem: Problem, draws: Draws) -> dict[str, Funnel]:
     """Latents of a location-scale prior, each with the latents that its scale depends on.
 
     The dependence is read off the gradient of the scale at one draw.
     """
-    best = int(draws.log_weights.nan_to_num(-torch.inf).argmax())
+    best = int(draws.log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf).argmax())
     values = {name: value[best].clone() for name, value in draws.sites.items()}
     leaves = {name: v.requires_grad_() for name, v in values.items() if v.is_floating_point()}
     with torch.enable_grad(), poutine.block(), pyro.validation_enabled(False):
@@ -52,26 +77,32 @@ def scale_pairs(problem: Problem, draws: Draws) -> dict[str, list[str]]:
             trace = conditioned.get_trace(*problem.args, **problem.kwargs)
     pairs = {}
     for name, site in prune_subsample_sites(trace).nodes.items():
-        scale = _scale(site) if name in leaves else None
-        if scale is not None and scale.requires_grad:
+        found = _scale(site) if name in leaves else {}
+        scale = {key: t for key, t in found.items() if t.requires_grad}
+        if scale:
             grads = torch.autograd.grad(
-                scale.sum(), list(leaves.values()), allow_unused=True, retain_graph=True
+                sum(t.sum() for t in scale.values()),
+                list(leaves.values()),
+                allow_unused=True,
+                retain_graph=True,
             )
             used = [
                 other
                 for other, g in zip(leaves, grads, strict=True)
                 if g is not None and bool(g.any())
             ]
-            pairs[name] = [other for other in used if other != name]
-    return {name: others for name, others in pairs.items() if others}
+            used = [other for other in used if other != name]
+            pairs[name] = Funnel(used, matrix="scale" not in scale)
+    return {name: pair for name, pair in pairs.items() if pair.scales}
 
 
-def _scale(site: dict[str, Any]) -> Tensor | None:
-    """The scale of a site's distribution, if it has a location and a scale."""
+def _scale(site: dict[str, Any]) -> dict[str, Tensor]:
+    """What a site's distribution has for a scale, if it has a location and a scale."""
     fn = site["fn"]
-    while hasattr(fn, "base_dist") and not hasattr(fn, "scale"):
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
-    return fn.scale if hasattr(fn, "loc") and isinstance(fn.scale, Tensor) else None
+    held = vars(fn)  # a property may compute, and fail
+    return {name: held[name] for name in SCALES if name in held} if "loc" in held else {}
 
 
 def _scatters(log_weights: Tensor, scale: Tensor) -> bool:

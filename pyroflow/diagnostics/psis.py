@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LEAST_DRAWS = 25  # with fewer there is no tail to smooth
 CONFIDENCE = 1.645  # standard deviations of a 90 % interval
 ROUNDING = 1e-9  # spread of log weights, relative, that is no more than rounding
 
@@ -22,7 +23,9 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float, float]:
 
     Returns:
         The smoothed log weights, shape (S,), which sum to one; the log of the sum that was
-        divided out; and k-hat, −inf where the largest weights are equal and so are no tail.
+        divided out; and k-hat, −inf where the largest weights are equal and so are no tail, and
+        inf where fewer than 25 are positive, too few to have one. Weights of zero are no part of
+        the distribution whose tail is fitted.
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry, Pareto Smoothed Importance Sampling, 2024,
@@ -34,16 +37,19 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float, float]:
         1.0
     """
     log_weights = log_weights.detach().double().cpu()
-    if _no_tail(log_weights):
+    positive = log_weights[log_weights.isfinite()]
+    few = len(positive) < LEAST_DRAWS
+    if few or _no_tail(positive):
         log_sum = log_weights.logsumexp(0)
-        return log_weights - log_sum, log_sum.item(), -math.inf
+        return log_weights - log_sum, log_sum.item(), math.inf if few else -math.inf
     with np.errstate(all="ignore"):  # the fit tries shapes whose likelihood overflows
-        values, khat = _psislw()(log_weights.numpy().copy())
-    smoothed = torch.as_tensor(values)
+        values, khat = _psislw()(positive.numpy().copy())
+    values = torch.as_tensor(values)
+    smoothed = torch.full_like(log_weights, -torch.inf)
+    smoothed[log_weights.isfinite()] = values
     # The smallest weight is below the tail, so that only the sum was taken off it.
-    finite = log_weights.isfinite().nonzero().flatten()
-    body = finite[log_weights[finite].argmin()]
-    return smoothed, (log_weights[body] - smoothed[body]).item(), float(khat)
+    body = positive.argmin()
+    return smoothed, (positive[body] - values[body]).item(), float(khat)
 
 
 def tail_length(num_samples: int) -> int:
@@ -67,7 +73,7 @@ def khat_threshold(num_samples: int) -> float:
         >>> round(khat_threshold(1000), 3), khat_threshold(10_000)
         (0.667, 0.7)
     """
-    return min(1 - 1 / math.log10(num_samples), 0.7)
+    return min(1 - 1 / math.log10(max(num_samples, 10)), 0.7)
 
 
 def khat_interval(khat: float, num_samples: int, num_sets: int = 1) -> tuple[float, float]:

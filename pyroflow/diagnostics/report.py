@@ -20,8 +20,8 @@ class Report:
     """The report of :func:`~pyroflow.diagnose`, in nats where it is a log density.
 
     Attributes:
-        elbo: mean of log p − log q over the draws where it is a number; −inf if the guide left
-            the model's support.
+        elbo: mean of log p − log q over the draws where it is a number; −inf if a draw lies
+            where the model's density is zero.
         elbo_se: its standard error; NaN where the ELBO is −inf.
         log_evidence: log of the mean Pareto smoothed weight. Smoothing costs a bias that is
             small against the error of the raw mean, which has no finite variance from k = 0.5
@@ -33,15 +33,18 @@ class Report:
         khat: shape of the Pareto tail of the weights, a mean over the sets of draws; −inf if the
             largest weights are equal.
         khat_interval: 90 % interval of it.
-        khat_threshold: the k-hat up to which a set of draws is enough.
+        khat_threshold: the k-hat up to which as many draws as a set has with a weight are enough.
         num_samples: draws in all, S.
         num_sets: sets that they were drawn in.
-        num_nonfinite: draws whose weight is not a positive finite number; it was taken as zero.
+        outside: part of the draws that lie where the model's density is zero.
+        num_nonfinite: draws whose weight is not a positive finite number, those and the ones where
+            a density is NaN or infinite; it was taken as zero.
         nonfinite_sites: by site, the draws where its log density is not finite.
         rounded_sites: by site, the draws so near an edge of its support that the value is
             rounded, where the rest of the model would say something else of the draw.
         level: "good": the guide's draws can be used as they are; "resample": those of
-            :meth:`resample` can; "bad": neither.
+            :meth:`resample` can; "bad": neither. A guide with more than 1 % of its draws outside
+            is never "good", and one with fewer than 100 effective draws always "bad".
         verdict: the same in words, with the reason.
         advice: what to try next, most promising first; empty where nothing is amiss.
         draws: the draws themselves, with log p and log q.
@@ -59,6 +62,7 @@ class Report:
     khat_threshold: float
     num_samples: int
     num_sets: int
+    outside: float
     num_nonfinite: int
     nonfinite_sites: dict[str, int]
     rounded_sites: dict[str, int]
@@ -108,7 +112,8 @@ class Report:
         }
         if self.num_nonfinite:
             sites = ", ".join(f"{name!r}: {n}" for name, n in self.nonfinite_sites.items())
-            rows["zero weight"] = f"{self.num_nonfinite} draws, not finite at {sites}"
+            part = f"{self.num_nonfinite / self.num_samples:.1%}"
+            rows["zero weight"] = f"{self.num_nonfinite} draws ({part}), not finite at {sites}"
         if self.rounded_sites:
             sites = ", ".join(f"{name!r}: {n}" for name, n in self.rounded_sites.items())
             rows["rounded"] = f"draws at an edge of the support, at {sites}"

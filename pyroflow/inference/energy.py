@@ -16,6 +16,8 @@ from pyroflow.inference.annealing import described
 from pyroflow.inference.checkpoint import held
 from pyroflow.inference.fit import Fit, check_options, trainable
 from pyroflow.inference.loop import Loop
+from pyroflow.inference.objectives import bound_scores, cut_loss
+from pyroflow.path_derivative import log_prob_at_fixed
 from pyroflow.seeds import seeded
 
 STEPS_AT_FULL_WEIGHT = 5000  # the default number of steps after annealing has ended
@@ -102,11 +104,18 @@ def fit_energy(
         scored = torch.randint(2**31, ())
 
         def loss(step: int) -> Tensor:
-            return _free_energy(flow, energy, num_particles, beta(step)).mean()
+            q = flow()
+            z = q.rsample((num_particles,))
+            log_weights = -beta(step) * energy(z) - q.log_prob(z)
+            if bool(log_weights.isfinite().all()):
+                return -log_weights.mean()
+            return cut_loss(log_weights, "elbo", 1, z, log_prob_at_fixed(q, z), path=False)
 
         def score() -> Tensor:
             with seeded(int(scored)):
-                return _free_energy(flow, energy, SCORED_DRAWS, 1.0)
+                q = flow()
+                z = q.rsample((SCORED_DRAWS,))
+            return bound_scores(-energy(z) - q.log_prob(z))
 
         loop = Loop(
             trainable(flow),
@@ -121,12 +130,6 @@ def fit_energy(
             checkpoint=checkpoint,
         )
         return loop.run()
-
-
-def _free_energy(flow: Flow, energy: Callable, num_particles: int, beta: float) -> Tensor:
-    q = flow()
-    z = q.rsample((num_particles,))
-    return q.log_prob(z) + beta * energy(z)
 
 
 def _default_steps(annealing: Callable[[int], float] | None) -> int:

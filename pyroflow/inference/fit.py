@@ -26,7 +26,7 @@ class Fit:
         skipped: steps whose loss or gradient was not finite, and so left no trace.
         rolled_back: how often, after twenty of those in a row, the fit went back to its best
             state, to go on at half the rate.
-        skipped_particles: draws left out of a step because their log weight was not finite.
+        skipped_particles: draws of all steps whose log weight was not finite.
     """
 
     losses: list[float] = field(repr=False)

@@ -21,7 +21,7 @@ from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit, trainable
 from pyroflow.inference.log_joint import LogJoint
 from pyroflow.inference.loop import Loop
-from pyroflow.inference.objectives import bound_loss
+from pyroflow.inference.objectives import bound_loss, bound_scores, cut_loss
 from pyroflow.inference.stopping import StopRule
 from pyroflow.inference.traced_guide import (
     FLOW,
@@ -34,6 +34,7 @@ from pyroflow.inference.traced_guide import (
     warn_of_mixing,
 )
 from pyroflow.inference.warm_start import Gaussian, best_gaussian
+from pyroflow.path_derivative import log_prob_at_fixed
 from pyroflow.seeds import seeded
 
 STEPS, PARTICLES = 3000, 128
@@ -183,21 +184,22 @@ class FlowFit:
         if adapt:
             self.annealing.update(log_p)
         log_weights = beta * log_p - q.log_prob(z)
-        self.skipped += int((~log_weights.isfinite()).sum())
-        return bound_loss(log_weights, self.objective, self.group_size)
+
+        lost = int((~log_weights.isfinite()).sum())
+        if not lost:
+            return bound_loss(log_weights, self.objective, self.group_size)
+        self.skipped += lost
+        log_q = log_prob_at_fixed(q, z)
+        options = self.objective, self.group_size, z, log_q
+        return cut_loss(log_weights, *options, path=self.path or self.objective == "dreg")
 
     def _score(self) -> Tensor:
-        """The loss on fixed draws; those without a finite weight count as the worst."""
+        """The loss on fixed draws."""
         with seeded(self.scored_seed):
             q = self.guide.get_posterior()
             z = q.sample((self.scored,))
-        score = q.log_prob(z) - self.log_joint.values(z)
-        finite = score.isfinite()
-        worst = score[finite].max() if bool(finite.any()) else score.new_tensor(torch.inf)
-        score = torch.where(finite, score, worst)
-        if self.objective == "elbo":
-            return score
-        return math.log(self.group_size) - (-score).reshape(-1, self.group_size).logsumexp(1)
+        log_weights = self.log_joint.values(z) - q.log_prob(z)
+        return bound_scores(log_weights, 1 if self.objective == "elbo" else self.group_size)
 
     def _may_grow(self) -> bool:
         return getattr(self.guide, "grows", False) and self.guide.num_layers < DEEPEST

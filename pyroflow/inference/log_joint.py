@@ -141,7 +141,7 @@ class _Evaluated(Function):
         value, gradient = log_joint.values_and_gradients(z)
         finite = gradient.isfinite().all(-1)
         ctx.save_for_backward(gradient.where(finite.unsqueeze(-1), 0.0))
-        return value.where(finite, torch.nan)
+        return value.where(finite | value.isneginf(), torch.nan)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

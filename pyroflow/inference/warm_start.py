@@ -10,15 +10,20 @@ from torch import Tensor
 
 from pyroflow.inference.ascent import Points, ascend
 from pyroflow.inference.log_joint import LogJoint
+from pyroflow.inference.objectives import bound_scores, edge_factors
 
 PATHS = 8
-SPREAD = 2.0  # starts lie within this of the guide's own, along each latent
+TRIED = 128  # points at which a start is looked for, at each reach
+# How far the starts lie from the guide's own, along each latent; tried in turn.
+REACHES = (2.0, 1.0, 4.0, 0.5, 8.0, 0.1, 16.0, 0.01)
 STEPS = 60  # of a path, at most
 ALONG = 12  # points of a path at which a Gaussian is tried
+SMALLER = (1 / 4, 1 / 16, 1 / 64)  # sizes of a Gaussian that has draws of weight zero, tried too
 DRAWS = 32  # behind the bound of a Gaussian, as antithetic pairs
 BEST = 3  # Gaussians that are moved towards the optimum
 ROUNDS = (6, 20)  # of those moves, for each and for the best of them
 MOVED_BY = 256  # draws behind a move
+LEAST_MOVED_BY = 16  # of them inside the support
 TESTED_BY = 512  # draws on which they are compared
 LARGEST = 1e12  # magnitude of a location that is still one
 
@@ -49,7 +54,10 @@ def best_gaussian(log_joint: LogJoint, start: Tensor) -> Gaussian | None:
         return None
     noise = _antithetic(DRAWS, start)
     points = ascend(log_joint, starts, STEPS)
-    found = [_scored(log_joint, z, scale, noise) for z, scale in _along(points)]
+    loc, scale = (torch.stack(parts) for parts in zip(*_along(points), strict=True))
+    found, lost = _scored(log_joint, loc, scale, noise)
+    for size in SMALLER if bool(lost.any()) else ():  # an edge tells no Hessian how far off it is
+        found += _scored(log_joint, loc[lost], size * scale[lost], noise)[0]
     found = sorted((g for g in found if math.isfinite(g.bound)), key=lambda g: -g.bound)[:BEST]
     if not found:
         return None
@@ -73,16 +81,17 @@ def _antithetic(num: int, like: Tensor) -> Tensor:
 
 
 def _starts(log_joint: LogJoint, start: Tensor) -> Tensor | None:
-    """The guide's own start and points around it, nearer where the density is not finite."""
-    offsets = SPREAD * (2 * torch.rand(PATHS, len(start), dtype=start.dtype).to(start) - 1)
-    offsets[0] = 0.0
-    for _ in range(10):
-        value, gradient = log_joint.values_and_gradients(start + offsets)
-        finite = value.isfinite() & gradient.isfinite().all(-1)
-        if bool(finite.all()):
+    """The guide's own start and points around it; nearer and farther ones where few are finite."""
+    found = []
+    for reach in REACHES:
+        offsets = torch.rand(TRIED, len(start), dtype=start.dtype).to(start)
+        points = start + reach * (2 * offsets - 1)
+        points[0] = start
+        value, gradient = log_joint.values_and_gradients(points)
+        found += points[value.isfinite() & gradient.isfinite().all(-1)]
+        if len(found) >= PATHS:
             break
-        offsets = torch.where(finite.unsqueeze(-1), offsets, offsets / 2)
-    return (start + offsets)[finite] if bool(finite.any()) else None
+    return torch.stack(found[:PATHS]) if found else None
 
 
 def _along(points: Points) -> list[tuple[Tensor, Tensor]]:
@@ -96,22 +105,22 @@ def _along(points: Points) -> list[tuple[Tensor, Tensor]]:
     return chosen
 
 
-def _scored(log_joint: LogJoint, loc: Tensor, scale: Tensor, noise: Tensor) -> Gaussian:
-    """The Gaussian with its bound on fixed draws; −∞ where half of them have no finite weight.
+def _scored(
+    log_joint: LogJoint, loc: Tensor, scale: Tensor, noise: Tensor
+) -> tuple[list[Gaussian], Tensor]:
+    """The Gaussians N(loc, scale scaleᵀ), shapes (C, D) and (C, D, D), with bounds on fixed draws.
 
-    A draw without one counts as the worst of the others: a guide cannot keep clear of the edge
-    of a support that the model does not declare.
+    Those without a finite bound have −∞. The second value is whether draws of each were lost.
     """
-    value, _ = log_joint.values_and_gradients(loc + noise @ scale.mT)
-    log_q = -noise.square().sum(-1) / 2 - len(loc) / 2 * math.log(2 * math.pi)
-    log_weights = value - log_q
-    finite = log_weights.isfinite()
-    if int(finite.sum()) <= len(noise) // 2:
-        return Gaussian(loc, scale, -math.inf)
-    worst = log_weights[finite].min()
-    mean = torch.where(finite, log_weights, worst).mean().item()
-    bound = mean + torch.linalg.slogdet(scale).logabsdet.item()
-    return Gaussian(loc, scale, bound if math.isfinite(bound) else -math.inf)
+    draws = loc.unsqueeze(1) + noise @ scale.mT
+    value, _ = log_joint.values_and_gradients(draws.flatten(0, 1))
+    log_q = -noise.square().sum(-1) / 2 - noise.shape[-1] / 2 * math.log(2 * math.pi)
+    log_weights = value.reshape(draws.shape[:2]) - log_q
+    bound = torch.linalg.slogdet(scale).logabsdet
+    bound = bound - torch.stack([bound_scores(row).mean() for row in log_weights])
+    bound = bound.where(bound.isfinite(), -torch.inf).tolist()
+    found = [Gaussian(*parts) for parts in zip(loc, scale, bound, strict=True)]
+    return found, ~log_weights.isfinite().all(1)
 
 
 def _moved_on(log_joint: LogJoint, start: Gaussian, rounds: int, test: Tensor) -> Gaussian:
@@ -122,27 +131,49 @@ def _moved_on(log_joint: LogJoint, start: Gaussian, rounds: int, test: Tensor) -
     loc, scale = start.loc, start.scale
     for t in range(rounds):
         noise = _antithetic(max(MOVED_BY, 4 * len(loc)), loc)
-        _, gradient = log_joint.values_and_gradients(loc + noise @ scale.mT)
-        finite = gradient.isfinite().all(-1)
-        if int(finite.sum()) < len(noise) // 2:
+        value, gradient = log_joint.values_and_gradients(loc + noise @ scale.mT)
+        inside = value.isfinite() & gradient.isfinite().all(-1)
+        if int(inside.sum()) < max(LEAST_MOVED_BY, 2 * len(loc)):
             break
-        loc, scale = _moved(loc, scale, noise[finite], (gradient @ scale)[finite], 1 / (2 + t / 4))
-    first, last = (_scored(log_joint, *g, test) for g in (start[:2], (loc, scale)))
-    return max(first, last, key=lambda g: g.bound)
+        rate = 1 / (2 + t / 4)
+        if bool(inside.all()):
+            shift, slope = gradient.mean(0) @ scale, _slope(noise, gradient @ scale)
+        else:
+            log_weights = (value + noise.square().sum(-1) / 2).where(inside, -torch.inf)
+            shift, slope = _cut(noise, log_weights, gradient @ scale)
+        loc, scale = _moved(loc, scale, shift, slope, rate)
+    both = (torch.stack(parts) for parts in zip(start[:2], (loc, scale), strict=True))
+    return max(_scored(log_joint, *both, test)[0], key=lambda g: g.bound)
 
 
 def _moved(
-    loc: Tensor, scale: Tensor, noise: Tensor, gradient: Tensor, rate: float
+    loc: Tensor, scale: Tensor, gradient: Tensor, slope: Tensor, rate: float
 ) -> tuple[Tensor, Tensor]:
-    """One natural-gradient step of at most one standard deviation, in whitened coordinates.
-
-    The expected Hessian is the slope of a regression of gradients on draws: exact with few draws
-    where the density is Gaussian.
-    """
-    slope = -torch.cholesky_solve(noise.mT @ gradient, torch.linalg.cholesky(noise.mT @ noise))
+    """One natural-gradient step of at most one standard deviation, in whitened coordinates."""
     precision = (1 - rate) * torch.eye(len(loc)).to(loc) + rate * (slope + slope.mT) / 2
     values, vectors = torch.linalg.eigh(precision)
     values = values.clamp(0.25, 4.0)
-    shift = rate * (vectors / values) @ vectors.mT @ gradient.mean(0)
+    shift = rate * (vectors / values) @ vectors.mT @ gradient
     shift = shift / max(1.0, float(torch.linalg.vector_norm(shift)))
     return loc + scale @ shift, scale @ (vectors / values.sqrt()) @ vectors.mT
+
+
+def _slope(noise: Tensor, gradient: Tensor) -> Tensor:
+    """The negative expected Hessian, as the slope of a regression of gradients on draws.
+
+    That is exact with few draws where the density is Gaussian.
+    """
+    return -torch.cholesky_solve(noise.mT @ gradient, torch.linalg.cholesky(noise.mT @ noise))
+
+
+def _cut(noise: Tensor, log_weights: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The expected gradient and negative Hessian of a bound that is cut to a support.
+
+    See :func:`~pyroflow.inference.objectives.cut_loss`.
+    """
+    inside = log_weights.isfinite()
+    factor = edge_factors(log_weights, 1, noise, path=True).unsqueeze(1)
+    gradient = (gradient + noise)[inside]
+    hessian = gradient.mT @ noise[inside] / len(gradient) + noise.mT @ (factor * noise)
+    mean = gradient.mean(0) + (factor * noise).sum(0)
+    return mean, torch.eye(noise.shape[-1]).to(noise) - hessian
