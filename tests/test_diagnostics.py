@@ -267,7 +267,7 @@ class TestFunnels:
             pyro.sample("x", fn)
 
         report = pf.diagnose(model, AutoNormal(model, init_scale=1.0), num_samples=2000)
-        assert report.level == "bad"
+        assert report.level != "good"
         (advice,) = (line for line in report.advice if "funnel" in line)
         assert "funnel in" in advice
         assert "s: write 'x' as loc + scale_tril @ eps" in advice or kind == "lkj"
