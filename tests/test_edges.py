@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyroflow import AutoPlanarFlow
+from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
 from pyroflow.inference.log_joint import LogJoint
 from pyroflow.model.supports import bijection, preimage
@@ -245,14 +246,23 @@ def test_weights_of_draws_by_traces_are_exact() -> None:
     guide = AutoPlanarFlow(model, num_layers=0, init_scale=60.0).setup()
     problem = Problem.inspect(model, guide, (), None)
     assert problem.plates == 1
-    q, m = problem.traces(200, 1)
-    z = preimage(q.nodes["x"]["value"]).latent
-    assert z.abs().max() > 100
-    log_p = m.nodes["x"]["fn"].log_prob(m.nodes["x"]["value"]).double()
+    particles = pyro.plate("particles", 200, dim=-2)  # as Pyro's ELBOs have them
+    q = pyro.poutine.trace(particles(guide)).get_trace()
+    m = pyro.poutine.trace(pyro.poutine.replay(particles(problem.model), trace=q)).get_trace()
+    by_traces = m.nodes["x"]["fn"].log_prob(m.nodes["x"]["value"]).double()
+    check(preimage(q.nodes["x"]["value"]).latent, by_traces)
+    draws = draw(problem, 200)
+    check(preimage(draws.sites["x"]).latent, draws.log_p, dims=1)
+
+
+def check(z: Tensor, log_p: Tensor, dims: int = 0) -> None:
+    """Beta(0.1, 0.1) at the latents z, summed over the last ``dims`` dimensions."""
     z = z.double()
+    assert z.abs().max() > 100
     log_det = torch.nn.functional.logsigmoid(z) + torch.nn.functional.logsigmoid(-z)
-    log_norm = 2 * math.lgamma(0.1) - math.lgamma(0.2)
-    torch.testing.assert_close(log_p, -0.9 * log_det - log_norm, rtol=1e-5, atol=1e-4)
+    expected = -0.9 * log_det - (2 * math.lgamma(0.1) - math.lgamma(0.2))
+    expected = expected.sum(-1) if dims else expected
+    torch.testing.assert_close(log_p, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_subclass_with_a_density_of_its_own_keeps_it() -> None:
