@@ -38,11 +38,11 @@ class Point(dist.Delta):
 
     def expand(self, batch_shape: Size, _instance: object = None) -> Point:
         """The same point in a larger batch."""
-        batch_shape = Size(batch_shape)
-        event = self.origin.latent.shape[len(self.batch_shape) :]
-        origin = self.origin._replace(latent=self.origin.latent.expand(batch_shape + event))
-        v = self.v.expand(batch_shape + self.event_shape)
-        return Point(v, self.log_density.expand(batch_shape), self.event_dim, origin)
+        latent, support = self.origin
+        event = latent.shape[len(self.batch_shape) :]
+        new = super().expand(batch_shape, _instance=Point.__new__(Point))
+        new.origin = Preimage(latent.expand(new.batch_shape + event), support)
+        return new
 
     def rsample(self, sample_shape: Size = NO_SHAPE) -> Tensor:
         """The point, which remembers its latents."""

@@ -15,12 +15,18 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
 from torch import distributions as td
-from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import AffineTransform, PowerTransform
 from torch.nn.functional import logsigmoid, softplus
 
-from pyroflow.model.supports import CorrCholesky, StickBreaking, bijection, is_real, preimage
+from pyroflow.model.supports import (
+    CorrCholesky,
+    StickBreaking,
+    bijection,
+    is_real,
+    plain_bijection,
+    preimage,
+)
 
 NO_SHAPE = Size()
 
@@ -108,7 +114,7 @@ def _transformed(fn: td.TransformedDistribution, z: Tensor) -> Tensor:
     *first, last = fn.transforms
     inner = td.TransformedDistribution(fn.base_dist, first) if first else fn.base_dist
     support, to_value = _elementwise(fn.support), bijection(fn.support)
-    if is_real(inner.support) and last == biject_to(support):
+    if is_real(inner.support) and last == plain_bijection(support):
         log_det = to_value.log_abs_det_jacobian(z, to_value(z))
         return inner.log_prob(z) - log_det
     if isinstance(inner, td.LKJCholesky) and support is constraints.corr_matrix:

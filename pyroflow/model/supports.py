@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import (
+    AffineTransform,
     ComposeTransform,
     CorrCholeskyTransform,
     IndependentTransform,
@@ -44,7 +45,7 @@ def bijection(support: Constraint) -> Transform:
         return IndependentTransform(base, support.reinterpreted_batch_ndims)
     if support is constraints.corr_matrix:
         return ComposeTransform([CorrCholesky(), CorrMatrixCholeskyTransform().inv])
-    transform = biject_to(support)
+    transform = plain_bijection(support)
     if isinstance(transform, StickBreakingTransform):
         return StickBreaking()
     if isinstance(transform, CorrCholeskyTransform):
@@ -52,6 +53,14 @@ def bijection(support: Constraint) -> Transform:
     if hasattr(support, "lower_bound") or hasattr(support, "upper_bound"):
         return _Inside(transform, support)
     return transform
+
+
+def plain_bijection(support: Constraint) -> Transform:
+    """``biject_to(support)``, without its shift of positive numbers by zero."""
+    transform = biject_to(support)
+    shift = transform.parts[-1] if isinstance(transform, ComposeTransform) else None
+    numbers = isinstance(shift, AffineTransform) and not isinstance(shift.loc, Tensor)
+    return transform.parts[0] if numbers and (shift.loc, shift.scale) == (0, 1) else transform
 
 
 class StickBreaking(StickBreakingTransform):
