@@ -9,9 +9,9 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Size, Tensor
-from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
+from pyroflow.model.supports import bijection
 from pyroflow.saving.description import UndescribedError
 from pyroflow.saving.recipes import DESCRIPTIONS
 
@@ -83,7 +83,7 @@ def _node(site: Description, shape: Size, frames: tuple, like: Tensor) -> dict[s
         "type": "sample",
         "name": site["name"],
         "fn": dist.ImproperUniform(support, Size(site["batch_shape"]), Size(site["event_shape"])),
-        "value": biject_to(support)(like.new_zeros(shape)),
+        "value": bijection(support)(like.new_zeros(shape)),
         "is_observed": False,
         "cond_indep_stack": frames,
         "args": (),
