@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from pyroflow.inference.traced_guide import (
     ONE_BY_ONE,
     has_path,
     layers_inside,
+    path_derivative,
     warn_of_mixing,
 )
 from pyroflow.inference.warm_start import Gaussian, best_gaussian
@@ -169,7 +169,7 @@ class FlowFit:
 
     def _run(self, loop: Loop) -> Fit:
         # Validation of every distribution would cost as much as the rest of a step.
-        with pyro.validation_enabled(False), _path_derivative(self.guide, self.path):
+        with pyro.validation_enabled(False), path_derivative(self.guide, self.path):
             return loop.run()
 
     def _beta(self, step: int) -> float:
@@ -264,12 +264,3 @@ def _untouched(guide: AutoFlow) -> bool:
     offset, _, *lower = guide.affine.trained()
     placed = bool(guide.affine.centre.any())
     return not placed and torch.equal(offset, guide._init_loc()) and not any(t.any() for t in lower)
-
-
-@contextmanager
-def _path_derivative(guide: AutoFlow, wanted: bool):  # noqa: ANN202
-    before, guide.path_derivative = guide.path_derivative, wanted
-    try:
-        yield
-    finally:
-        guide.path_derivative = before
