@@ -35,6 +35,7 @@ from pyroflow.labelled import (
     renamed,
 )
 from pyroflow.seeds import seeded
+from pyroflow.threads import one_at_a_time
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 MIN_DRAWS = 25  # with fewer there is no tail to smooth, and k-hat is infinite
 
 
+@one_at_a_time
 def to_arviz(
     model: Callable,
     guide: Callable,

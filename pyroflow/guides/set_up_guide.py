@@ -17,6 +17,7 @@ from pyro.nn.module import _make_name
 from torch import Tensor
 
 from pyroflow.guides.sites import Site, keep_support_only, move_support, point_at
+from pyroflow.threads import one_at_a_time
 
 
 class SetUpGuide(AutoGuide):
@@ -51,6 +52,7 @@ class SetUpGuide(AutoGuide):
             self._setup_prototype(*args, **kwargs)
         return self
 
+    @one_at_a_time
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         if self._model is None:
             raise RuntimeError(

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-FORMAT = 2  # raised when the parameters of a transform mean something else: then no fit can go on
+# Raised when the file has other parts, or the parameters of a transform mean something else: then
+# no fit can go on. Format 2 had the state of one generator.
+FORMAT = 3
 
 
 def write_checkpoint(
@@ -17,26 +19,26 @@ def write_checkpoint(
     settings: dict[str, Any],
     loop: dict[str, Any],
     optimizer: dict[str, Any],
-    rng: torch.Tensor | None = None,
+    rng: dict[str, torch.Tensor],
 ) -> None:
     """Write the state of a fit beside ``path``, then move it there.
 
-    ``rng`` is the generator's state at the start of a step that was cut off.
+    ``rng`` has the states of the generators, those at the start of a step that was cut off.
     """
     state = {
         "format": FORMAT,
         "settings": settings,
         "loop": loop,
         "optimizer": optimizer,
-        "rng": torch.get_rng_state() if rng is None else rng,
+        "rng": rng,
     }
     partial = path.with_name(path.name + ".partial")
     torch.save(state, partial)
     os.replace(partial, path)
 
 
-def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Restore the random generator, and return the states of loop and optimiser.
+def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the states of loop, optimiser and generators.
 
     Raises:
         ValueError: a file that is no checkpoint, or one of a fit with other settings.
@@ -44,8 +46,7 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any
     state = _read(path)
     saved = state["settings"]
     check_settings(path, saved, settings)
-    torch.set_rng_state(state["rng"])
-    return state["loop"], state["optimizer"]
+    return state["loop"], state["optimizer"], state["rng"]
 
 
 def check_settings(path: str | Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pyroflow.data_checks import check_data
 from pyroflow.flows import Flow
 from pyroflow.inference.fit import Fit, check_options, trainable
 from pyroflow.inference.loop import Loop
-from pyroflow.seeds import seeded
+from pyroflow.seeds import drawing, seeded
 
 # A network's weights want smaller and more steps, and are too many for L-BFGS.
 UNCONDITIONAL = {"steps": 1000, "polish": 1000, "lr": 0.04}
@@ -55,7 +55,8 @@ def fit_density(
         batch_size: rows a step, drawn with replacement.
         lr: highest learning rate; by default 0.04, and 0.005 for a conditional flow.
         holdout: fraction of the rows held out, in (0, 1).
-        seed: makes the fit reproducible, without touching the global generator.
+        seed: makes the fit reproducible, without touching the global generator, whatever other
+            threads draw; None draws from the global one.
         progress: show a progress bar.
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
             needs a seed.
@@ -95,7 +96,8 @@ def fit_density(
         settings["flow"] = flow.get_extra_state()
 
         def loss(step: int) -> Tensor:
-            index = torch.randint(len(training[0]), (batch_size,))
+            with drawing():
+                index = torch.randint(len(training[0]), (batch_size,))
             return _negative_log_prob(flow, [t[index] for t in training]).mean()
 
         polished = [t[:POLISHED_ROWS] for t in training]

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyroflow.flows import Flow
+from pyroflow.flow import Flow, draw_from
 from pyroflow.inference.fit import Fit, check_options, trainable
 from pyroflow.inference.loop import Loop
-from pyroflow.seeds import seeded
+from pyroflow.seeds import between_draws, quick, seeded
 
 STEPS_AT_FULL_WEIGHT = 5000  # the default number of steps after annealing has ended
 SCORED_DRAWS = 4096
@@ -59,7 +59,8 @@ def fit_energy(
         steps: optimiser steps; by default 5000 more than annealing needs.
         num_particles: draws a step.
         lr: highest learning rate; it warms up and decays to zero along a cosine.
-        seed: makes the fit reproducible, without touching the global generator.
+        seed: makes the fit reproducible, without touching the global generator, whatever other
+            threads draw; None draws from the global one.
         progress: show a progress bar.
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
             needs a seed.
@@ -102,9 +103,11 @@ def fit_energy(
         def loss(step: int) -> Tensor:
             return _free_energy(flow, energy, num_particles, beta(step)).mean()
 
+        scored_energy = quick(lambda: _free_energy(flow, energy, SCORED_DRAWS, 1.0))
+
         def score() -> Tensor:
-            with seeded(scored):
-                return _free_energy(flow, energy, SCORED_DRAWS, 1.0)
+            with seeded(scored), between_draws():
+                return scored_energy()
 
         loop = Loop(
             trainable(flow),
@@ -123,7 +126,7 @@ def fit_energy(
 
 def _free_energy(flow: Flow, energy: Callable, num_particles: int, beta: float) -> Tensor:
     q = flow()
-    z = q.rsample((num_particles,))
+    z = draw_from(q, num_particles)
     return q.log_prob(z) + beta * energy(z)
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import TransformedDistribution
 from torch import Tensor
 
+from pyroflow.flow import draw_from
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.annealing import AdaptiveAnnealing
 from pyroflow.inference.checkpoint import check_settings, saved_settings
@@ -30,7 +32,7 @@ from pyroflow.inference.traced_guide import (
     layers_inside,
 )
 from pyroflow.inference.warm_start import Gaussian, best_gaussian
-from pyroflow.seeds import seeded
+from pyroflow.seeds import between_draws, drawing, quick, seeded
 
 STEPS, PARTICLES = 3000, 128
 SCORED = 2048  # draws on which states are compared
@@ -83,6 +85,7 @@ class FlowFit:
         self.settings["steps in all"] = self.steps
         self.path = objective != "iwae" and has_path(self.guide)
         self.skipped = torch.zeros((), dtype=torch.long)
+        self.scored_draws = quick(self._draw)
         self.scored_seed = int(torch.randint(2**31, ())) if seed is None else seed
         used = isinstance(annealing, AdaptiveAnnealing) and annealing.steps > 0
         if used and not self.resumes:
@@ -91,6 +94,7 @@ class FlowFit:
                 "pass a new one"
             )
 
+    @between_draws()
     def run(self) -> Fit:
         """Place the guide, train it, and grow it if it is to grow."""
         untouched, before = _untouched(self.guide), None
@@ -104,7 +108,8 @@ class FlowFit:
         fit, gain = self._train(before, resume=True)
         while self._may_grow() and gain >= LEAST_GAIN:
             self.annealing = None  # the flow has found its modes
-            self.guide.grow(min(self.guide.num_layers, DEEPEST - self.guide.num_layers))
+            with drawing():
+                self.guide.grow(min(self.guide.num_layers, DEEPEST - self.guide.num_layers))
             fit, gain = self._train(fit, resume=False)
         return replace(fit, skipped_particles=int(self.skipped))
 
@@ -165,8 +170,7 @@ class FlowFit:
         return 1.0 if self.annealing is None else self.annealing(step)
 
     def _loss(self, beta: float, *, adapt: bool = False) -> Tensor:
-        q = self.guide.get_posterior()
-        z = q.rsample((self.num_particles,))
+        q, z = self._draw(self.num_particles)
         log_p = self.log_joint(z)
         if adapt:
             self.annealing.update(log_p)
@@ -174,11 +178,14 @@ class FlowFit:
         self.skipped += int((~log_weights.isfinite()).sum())
         return bound_loss(log_weights, self.objective, self.group_size)
 
+    def _draw(self, num: int) -> tuple[TransformedDistribution, Tensor]:
+        q = self.guide.get_posterior()
+        return q, draw_from(q, num)
+
     def _score(self) -> Tensor:
         """The loss on fixed draws; those without a finite weight count as the worst."""
-        with seeded(self.scored_seed):
-            q = self.guide.get_posterior()
-            z = q.sample((self.scored,))
+        with seeded(self.scored_seed), between_draws():
+            q, z = self.scored_draws(self.scored)
         score = q.log_prob(z) - self.log_joint.values(z)
         finite = score.isfinite()
         worst = score[finite].max() if bool(finite.any()) else score.new_tensor(torch.inf)
@@ -193,7 +200,8 @@ class FlowFit:
     def _grow_to(self, num_layers: int | None) -> None:
         """A fit that is resumed may have grown before it was cut off."""
         if getattr(self.guide, "grows", False) and (num_layers or 0) > self.guide.num_layers:
-            self.guide.grow(num_layers - self.guide.num_layers)
+            with drawing():
+                self.guide.grow(num_layers - self.guide.num_layers)
 
 
 def refuse_nonfinite(problem: Problem) -> None:

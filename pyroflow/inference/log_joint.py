@@ -17,7 +17,7 @@ from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflow.inference.elbo import PARTICLES, Problem, log_prob_by_particle
-from pyroflow.seeds import seeded
+from pyroflow.seeds import quick, seeded
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -46,6 +46,7 @@ class LogJoint:
         self.problem, self.guide, self.num = problem, guide, num
         self._batched = self._find_batched()
         self._graph = self._record()
+        self._evaluate = self._graph or quick(self._value_and_gradient)
 
     @property
     def one_by_one(self) -> bool:
@@ -72,8 +73,7 @@ class LogJoint:
 
     def values_and_gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The log joint at z (S, D) and its gradient, shapes (S,) and (S, D)."""
-        run = self._graph or self._value_and_gradient
-        parts = [run(_padded(part, self.num)) for part in z.detach().split(self.num)]
+        parts = [self._evaluate(_padded(part, self.num)) for part in z.detach().split(self.num)]
         value, gradient = (torch.cat(found)[: len(z)] for found in zip(*parts, strict=True))
         return value, gradient
 

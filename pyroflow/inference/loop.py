@@ -17,6 +17,7 @@ from pyroflow.inference.checkpoint import read_checkpoint, write_checkpoint
 from pyroflow.inference.course import Course
 from pyroflow.inference.fit import Fit
 from pyroflow.inference.stopping import StopRule
+from pyroflow.seeds import between_draws, own_generators, quick
 
 EVALUATIONS = 60  # scores taken in the course of Adam's steps
 CLEARLY_WORSE = 5  # evaluations in a row, each by three standard errors, that end a fit
@@ -32,7 +33,7 @@ class Loop:
     Args:
         parameters: the tensors that are trained.
         fixed: tensors that are not, but belong to the state that a checkpoint restores.
-        loss: step ↦ scalar training loss.
+        loss: step ↦ scalar training loss; what it draws itself it draws inside ``drawing``.
         score: () ↦ losses of fixed points or draws, shape (n,). States are compared on their
             mean; with a ``polish_loss``, pairwise differences also decide on stopping.
         before: the course of an earlier part, which the result begins with.
@@ -78,8 +79,9 @@ class Loop:
         stateful: Sequence[Any] = (),
         resume: bool = True,
     ) -> None:
-        self.parameters, self.fixed, self.loss, self.score = parameters, fixed, loss, score
-        self.keep_last, self.polish_loss = keep_last, polish_loss
+        self.parameters, self.fixed, self.keep_last = parameters, fixed, keep_last
+        self.loss, self.score = quick(loss), quick(score)
+        self.polish_loss = None if polish_loss is None else quick(polish_loss)
         self.steps, self.total, self.lr = steps, steps + polish, lr
         self.settings = settings | {"steps": steps, "polish": polish, "lr": lr}
         self.settings["shapes"] = [list(t.shape) for t in [*parameters, *fixed]]
@@ -97,8 +99,10 @@ class Loop:
         self.best: list[Tensor] = []
         self.best_score = torch.tensor(math.inf)
         self.seconds, self.stopped, self.polishing = 0.0, "", False
-        self.rng: Tensor | None = None
+        self.generators = own_generators()
+        self.rng: dict[str, Tensor] | None = None
 
+    @between_draws()
     def run(self) -> Fit:
         """Take the steps that are left; the parameters end in their best state, come what may."""
         self._resume()
@@ -109,7 +113,7 @@ class Loop:
         with tqdm(**shown, disable=not self.progress) as bar:
             try:
                 while not self._ended():
-                    self.rng = torch.get_rng_state()
+                    self.rng = self._generator_states()
                     (self._descend if self._descending() else self._polish)()
                     self.seconds = time.perf_counter() - began
                     self._show(bar)
@@ -182,6 +186,7 @@ class Loop:
             self.optimizer, self.average, self.polishing = _lbfgs(self.parameters), [], True
         before, best = self.step, self.best_score
         self.optimizer.step(self._closure)
+        self.rng = None
         if not all(bool(p.isfinite().all()) for p in self.parameters):
             self.stopped = "L-BFGS left the finite numbers; the best state before it is kept"
             return
@@ -251,12 +256,20 @@ class Loop:
             loop["states"] = [part.state_dict() for part in self.stateful]
             loop["tensors"] = [t.detach() for t in [*self.parameters, *self.fixed]]
             state = self.optimizer.state_dict()
-            write_checkpoint(self.checkpoint, self.settings, loop, state, self.rng)
+            rng = self._generator_states() if self.rng is None else self.rng
+            write_checkpoint(self.checkpoint, self.settings, loop, state, rng)
+
+    def _generator_states(self) -> dict[str, Tensor]:
+        """Where the generators are, if a checkpoint is to keep that."""
+        kept = self.checkpoint is not None and self.generators is not None
+        return self.generators.state_dict() if kept else {}
 
     def _resume(self) -> None:
         if self.checkpoint is None or not self.resume or not self.checkpoint.exists():
             return
-        loop, optimizer = read_checkpoint(self.checkpoint, self.settings)
+        loop, optimizer, rng = read_checkpoint(self.checkpoint, self.settings)
+        if self.generators is not None:
+            self.generators.load_state_dict(rng)
         for name in self.SAVED:
             setattr(self, name, loop[name])
         for part, state in zip(self.stateful, loop["states"], strict=True):

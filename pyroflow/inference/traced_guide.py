@@ -12,13 +12,15 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import default_process_message
 from torch import Tensor, nn
 
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit
 from pyroflow.inference.loop import Loop
-from pyroflow.seeds import seeded
+from pyroflow.seeds import between_draws, drawing, quick, seeded
 from pyroflow.transforms import Bijection
 
 VECTORIZED = {"particles": 256, "scored": 1024}
@@ -101,13 +103,25 @@ def _objective(
     guide = partial(problem.guide, *problem.args, **problem.kwargs)
 
     def loss(beta: float) -> Tensor:
-        return elbo.differentiable_loss(poutine.scale(model, scale=beta), guide)
+        with _DrawingAtSites():
+            return elbo.differentiable_loss(poutine.scale(model, scale=beta), guide)
+
+    weigh = quick(_DrawingAtSites()(problem.log_weights))
 
     def score() -> Tensor:
-        with seeded(seed):
-            return -problem.log_weights(scored)
+        with seeded(seed), between_draws():
+            return -weigh(scored)
 
     return loss, score
+
+
+class _DrawingAtSites(Messenger):
+    """Lets sample sites draw inside of ``drawing``, and nothing else of model and guide."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if not msg["done"] and msg["value"] is None:
+            with drawing():
+                default_process_message(msg)
 
 
 def layers_inside(guide: Callable) -> set[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyroflow.inference.ascent import Points, ascend
 from pyroflow.inference.log_joint import LogJoint
+from pyroflow.seeds import drawing
 
 PATHS = 8
 SPREAD = 2.0  # starts lie within this of the guide's own, along each latent
@@ -68,13 +69,16 @@ def _lower(factor: Tensor) -> Tensor:
 
 
 def _antithetic(num: int, like: Tensor) -> Tensor:
-    half = torch.randn(num // 2, len(like), dtype=like.dtype).to(like)
+    with drawing():
+        half = torch.randn(num // 2, len(like), dtype=like.dtype, device="cpu").to(like)
     return torch.cat([half, -half])
 
 
 def _starts(log_joint: LogJoint, start: Tensor) -> Tensor | None:
     """The guide's own start and points around it, nearer where the density is not finite."""
-    offsets = SPREAD * (2 * torch.rand(PATHS, len(start), dtype=start.dtype).to(start) - 1)
+    with drawing():
+        uniform = torch.rand(PATHS, len(start), dtype=start.dtype, device="cpu").to(start)
+    offsets = SPREAD * (2 * uniform - 1)
     offsets[0] = 0.0
     for _ in range(10):
         value, gradient = log_joint.values_and_gradients(start + offsets)

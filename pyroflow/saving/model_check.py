@@ -16,6 +16,7 @@ from torch.distributions import biject_to
 from pyroflow.saving.recipes import DESCRIPTIONS
 from pyroflow.saving.sites import Description, describe_sites
 from pyroflow.seeds import seeded
+from pyroflow.threads import one_at_a_time
 
 
 def init_anywhere(site: dict[str, Any]) -> Tensor:
@@ -94,6 +95,7 @@ def _refuse(difference: str) -> None:
     )
 
 
+@one_at_a_time
 def _sites_of(
     model: Callable, args: tuple, kwargs: dict[str, Any], seed: int
 ) -> dict[str, Description]:
