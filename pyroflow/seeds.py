@@ -195,7 +195,7 @@ def _with_tensors(func: Any, args: tuple) -> tuple:
     dtypes = {float: torch.float64, int: torch.int64, bool: torch.bool}
     given = zip(func._schema.arguments, args, strict=False)
     return tuple(
-        torch.tensor(a, dtype=dtypes[type(a)])
+        torch.tensor(a, dtype=dtypes[type(a)], device="cpu")
         if type(a) in dtypes and str(expected.type) == "Tensor"
         else a
         for expected, a in given

@@ -39,7 +39,7 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float, float]:
         return log_weights - log_sum, log_sum.item(), -math.inf
     with np.errstate(all="ignore"):  # the fit tries shapes whose likelihood overflows
         values, khat = _psislw()(log_weights.numpy().copy())
-    smoothed = torch.as_tensor(values)
+    smoothed = torch.as_tensor(values, device="cpu")
     # The smallest weight is below the tail, so that only the sum was taken off it.
     finite = log_weights.isfinite().nonzero().flatten()
     body = finite[log_weights[finite].argmin()]
@@ -96,10 +96,11 @@ def systematic(log_weights: Tensor, num: int) -> Tensor:
     least noise; drawing without replacement would flatten the weights.
     """
     weights = log_weights.exp()
-    points = (torch.arange(num, dtype=weights.dtype) + torch.rand((), dtype=weights.dtype)) / num
+    at = {"dtype": weights.dtype, "device": weights.device}
+    points = (torch.arange(num, **at) + torch.rand((), **at)) / num
     edges = weights.cumsum(0) / weights.sum()
     index = torch.searchsorted(edges, points, right=True).clamp(max=len(weights) - 1)
-    return index[torch.randperm(num)]
+    return index[torch.randperm(num, device=weights.device)]
 
 
 def _psislw() -> Callable:

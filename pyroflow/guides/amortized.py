@@ -138,12 +138,13 @@ class AmortizedPlanarGuide(SetUpGuide):
         features, size = 0, self.sites.size if self.context is None else 0
         if self.context is not None:
             features = self._prepare_features(self.context.rows(args, kwargs), init_loc)
-        if self._conditioned:
-            if self.context is None:
-                features = EMBEDDING
-                self.embedding = nn.Parameter(torch.randn(size, EMBEDDING).to(init_loc))
-            features += self.global_guide.latent_dim
-        return LocalFlow(init_loc, features=features, rows=size, **self._local, **self._shared)
+        with init_loc.device:
+            if self._conditioned:
+                if self.context is None:
+                    features = EMBEDDING
+                    self.embedding = nn.Parameter(torch.randn(size, EMBEDDING).to(init_loc))
+                features += self.global_guide.latent_dim
+            return LocalFlow(init_loc, features=features, rows=size, **self._local, **self._shared)
 
     @torch.no_grad()
     def _prepare_features(self, rows: Tensor, like: Tensor) -> int:
@@ -268,12 +269,13 @@ class AmortizedPlanarGuide(SetUpGuide):
         self.setup(*args, **kwargs)
         rows = None if self.context is None else self.context.rows(args, kwargs)
         size = self.sites.size if rows is None else len(rows)
-        levels = torch.as_tensor(quantiles).to(self.local_flow.base.loc)
+        like = self.local_flow.base.loc
+        levels = torch.as_tensor(quantiles, dtype=like.dtype, device=like.device)
         with seeded(0):
-            latent = self._global_draws()
+            latent, numbers = self._global_draws(), torch.arange(size, device=like.device)
             found = [
                 self._local_draws(rows, index, latent).quantile(levels, dim=0)
-                for index in torch.arange(size).split(max(1, AT_ONCE // MARGINAL_DRAWS))
+                for index in numbers.split(max(1, AT_ONCE // MARGINAL_DRAWS))
             ]
         local = self.sites.with_trailing_dims(torch.cat(found, 1))
         result = {} if latent is None else self.global_guide.quantiles(quantiles)

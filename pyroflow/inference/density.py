@@ -97,7 +97,7 @@ def fit_density(
 
         def loss(step: int) -> Tensor:
             with drawing():
-                index = torch.randint(len(training[0]), (batch_size,))
+                index = torch.randint(len(training[0]), (batch_size,), device="cpu")
             return _negative_log_prob(flow, [t[index] for t in training]).mean()
 
         polished = [t[:POLISHED_ROWS] for t in training]
@@ -144,7 +144,7 @@ def _rows(flow: Flow, data: Any, context: Any) -> list[Tensor]:
 def _split(rows: list[Tensor], holdout: float) -> tuple[list[Tensor], list[Tensor]]:
     n = len(rows[0])
     held = min(n - 1, max(1, round(holdout * n)))
-    order = torch.randperm(n)
+    order = torch.randperm(n, device="cpu")
     return [t[order[:held]] for t in rows], [t[order[held:]] for t in rows]
 
 

@@ -68,7 +68,7 @@ class Problem:
         """Return log p(x, z) − log q(z) of S draws, shape (S,); the mean estimates the ELBO."""
         if self.plates is None:
             pairs = (self.traces() for _ in range(num_samples))
-            return torch.stack([m.log_prob_sum() - g.log_prob_sum() for g, m in pairs])
+            return torch.stack([log_prob(m) - log_prob(g) for g, m in pairs])
         guide_trace, model_trace = self.traces(num_samples, self.plates)
         log_p = log_prob_by_particle(model_trace, self.plates)
         return log_p - log_prob_by_particle(guide_trace, self.plates)
@@ -96,7 +96,15 @@ class Problem:
             elif name in single.nodes and name in guide_trace.nodes and site["type"] == "sample":
                 values[name] = site["value"][index].reshape(single.nodes[name]["value"].shape)
         conditioned = poutine.trace(poutine.condition(self.model, data=values))
-        return conditioned.get_trace(*self.args, **self.kwargs).log_prob_sum()
+        return log_prob(conditioned.get_trace(*self.args, **self.kwargs))
+
+
+def log_prob(trace: Trace) -> Tensor:
+    """The log density of a trace.
+
+    Without plates, whose zeros have torch's default dtype and device.
+    """
+    return prune_subsample_sites(trace).log_prob_sum()
 
 
 def log_prob_by_particle(trace: Trace, plates: int) -> Tensor:

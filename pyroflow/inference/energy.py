@@ -98,7 +98,7 @@ def fit_energy(
         settings["annealing"] = [beta(t) for t in range(0, steps, max(1, steps // 7))]
         flow.place("base_to_data")
         settings["flow"] = flow.get_extra_state()
-        scored = int(torch.randint(2**31, ()))
+        scored = int(torch.randint(2**31, (), device="cpu"))
 
         def loss(step: int) -> Tensor:
             return _free_energy(flow, energy, num_particles, beta(step)).mean()
@@ -150,7 +150,8 @@ def _check_annealing(annealing: Callable[[int], float] | None, steps: int) -> No
 def _check_energy(flow: Flow, energy: Callable) -> list[float]:
     """Refuse what is no energy; return its values at fixed points, by which to know it again."""
     like = trainable(flow)[0]
-    z = torch.linspace(-2, 2, 3 * flow.input_dim).reshape(3, -1).to(like).requires_grad_()
+    at = {"dtype": like.dtype, "device": like.device}
+    z = torch.linspace(-2, 2, 3 * flow.input_dim, **at).reshape(3, -1).requires_grad_()
     value = energy(z)
     if not isinstance(value, Tensor) or value.shape != (3,):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -178,7 +179,8 @@ def _check_proper(energy: Callable) -> None:
 
 def _warn_of_flat_axes(flow: Flow, energy: Callable) -> None:
     """Warn where U does not rise along an axis, far out."""
-    axes = torch.eye(flow.input_dim).to(trainable(flow)[0])
+    like = trainable(flow)[0]
+    axes = torch.eye(flow.input_dim, dtype=like.dtype, device=like.device)
     try:
         flat = [
             i for i, axis in enumerate(axes) if min(_rise(energy, s * axis) for s in (1, -1)) < RISE
@@ -202,6 +204,6 @@ def _rise(energy: Callable, direction: Tensor) -> float:
     Along an axis a proper density falls faster than 1/r, heavy tails included, and then U gains
     more than ln 100 = 4.6 here. Medians over many radii are what waves do not disturb.
     """
-    radii = torch.logspace(2, 6, 128).to(direction)
+    radii = torch.logspace(2, 6, 128, dtype=direction.dtype, device=direction.device)
     near, far = energy(radii.unsqueeze(-1) * direction).double().view(2, 64).median(-1).values
     return (far - near).item()

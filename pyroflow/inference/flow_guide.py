@@ -84,9 +84,10 @@ class FlowFit:
         self.settings |= {"num_particles": self.num_particles, "early_stop": self.early_stop}
         self.settings["steps in all"] = self.steps
         self.path = objective != "iwae" and has_path(self.guide)
-        self.skipped = torch.zeros((), dtype=torch.long)
+        self.skipped = torch.zeros((), dtype=torch.long, device="cpu")
         self.scored_draws = quick(self._draw)
-        self.scored_seed = int(torch.randint(2**31, ())) if seed is None else seed
+        drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        self.scored_seed = drawn
         used = isinstance(annealing, AdaptiveAnnealing) and annealing.steps > 0
         if used and not self.resumes:
             raise ValueError(

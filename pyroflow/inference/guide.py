@@ -15,7 +15,7 @@ from torch import nn
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.annealing import AdaptiveAnnealing
-from pyroflow.inference.elbo import Problem
+from pyroflow.inference.elbo import Problem, log_prob
 from pyroflow.inference.fit import Fit, check_options
 from pyroflow.inference.flow_guide import PARTICLES, Annealing, FlowFit, refuse_nonfinite
 from pyroflow.inference.objectives import OBJECTIVES
@@ -208,7 +208,7 @@ def _fingerprint(problem: Problem) -> str:
     """What model and arguments have to say of a fixed draw, by which to know them again."""
     with seeded(0), _quietly():
         trace = poutine.trace(problem.model).get_trace(*problem.args, **problem.kwargs)
-        return f"{trace.log_prob_sum().item():.6g}"
+        return f"{float(log_prob(trace)):.6g}"
 
 
 def _or_one(count: int | None) -> int:

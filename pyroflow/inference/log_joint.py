@@ -166,7 +166,8 @@ class LogJoint:
     def _spread_points(self, num: int, seed: int = 0) -> Tensor:
         with seeded(seed):
             start = self.guide._init_loc()
-            return start + torch.randn(num, len(start), dtype=start.dtype).to(start)
+            noise = torch.randn(num, len(start), dtype=start.dtype, device="cpu")
+            return start + noise.to(start)
 
 
 class _Evaluated(Function):

@@ -97,7 +97,7 @@ class Loop:
         self.scores: list[tuple[int, float]] = []
         self.average: list[Tensor] = []
         self.best: list[Tensor] = []
-        self.best_score = torch.tensor(math.inf)
+        self.best_score = torch.tensor(math.inf, device="cpu")
         self.seconds, self.stopped, self.polishing = 0.0, "", False
         self.generators = own_generators()
         self.rng: dict[str, Tensor] | None = None

@@ -91,7 +91,7 @@ def _objective(
     problem: Problem, num_particles: int, scored: int, importance_weighted: bool
 ) -> tuple[Callable[[float], Tensor], Callable[[], Tensor]]:
     """The training loss as a function of β, and −(log p − log q) of a fixed set of draws."""
-    seed = int(torch.randint(2**31, ()))
+    seed = int(torch.randint(2**31, (), device="cpu"))
     kind = partial(RenyiELBO, alpha=0.0) if importance_weighted else Trace_ELBO
     options = {} if problem.plates is None else {"max_plate_nesting": problem.plates}
     elbo = kind(

@@ -95,7 +95,7 @@ def _along(points: Points) -> list[tuple[Tensor, Tensor]]:
     for path in range(points.z.shape[1]):
         moved = points.value[1:, path] != points.value[:-1, path]
         last = int(moved.nonzero().max()) + 1 if bool(moved.any()) else 0
-        steps = torch.linspace(last, 0, ALONG).round().long().unique().tolist()
+        steps = torch.linspace(last, 0, ALONG, device="cpu").round().long().unique().tolist()
         chosen += [(points.z[t, path], points.scale[t, path]) for t in steps]
     return chosen
 
@@ -144,7 +144,8 @@ def _moved(
     where the density is Gaussian.
     """
     slope = -torch.cholesky_solve(noise.mT @ gradient, torch.linalg.cholesky(noise.mT @ noise))
-    precision = (1 - rate) * torch.eye(len(loc)).to(loc) + rate * (slope + slope.mT) / 2
+    identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+    precision = (1 - rate) * identity + rate * (slope + slope.mT) / 2
     values, vectors = torch.linalg.eigh(precision)
     values = values.clamp(0.25, 4.0)
     shift = rate * (vectors / values) @ vectors.mT @ gradient.mean(0)
