@@ -127,7 +127,7 @@ def coloured_lines(base: Tensor, image: Tensor) -> LineCollection:
     low, high = base.amin((0, 1)), base.amax((0, 1))
     s, t = ((place - low) / (high - low)).unbind(-1)
     weights = torch.stack([(1 - s) * (1 - t), s * (1 - t), (1 - s) * t, s * t], dim=-1)
-    colours = weights @ torch.tensor(CORNERS, dtype=weights.dtype)
+    colours = weights @ weights.new_tensor(CORNERS)
     segments = torch.stack([image[:, :-1], image[:, 1:]], dim=2).flatten(0, 1)
     return LineCollection(
         segments.numpy(), colors=colours.numpy(), linewidths=1.2, capstyle="round"

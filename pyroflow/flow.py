@@ -14,6 +14,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.checks import check_count
 from pyroflow.foreign import forget, modules_within
+from pyroflow.seeds import drawing
 from pyroflow.transforms import (
     Affine,
     Bijection,
@@ -182,6 +183,15 @@ class Flow(nn.Module):
         """Restore what :meth:`get_extra_state` gave."""
         self._inverted = list(state["inverted"])
         self._undecided, self.fitted = state["undecided"], state["fitted"]
+
+
+def draw_from(q: dist.TransformedDistribution, num: int) -> Tensor:
+    """``q.rsample((num,))``, between draws but for those of the base."""
+    with drawing():
+        x = q.base_dist.rsample((num,))
+    for t in q.transforms:
+        x = t(x)
+    return x
 
 
 def _flatten(t: Transform | ConditionalTransform) -> list[Transform | ConditionalTransform]:

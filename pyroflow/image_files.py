@@ -175,7 +175,7 @@ def binarize(images: Tensor, seed: int = 0) -> Tensor:
             " start again from the grey images"
         )
     generator = torch.Generator().manual_seed(check_count("seed", seed, 0))
-    uniform = torch.rand(probability.shape, generator=generator, dtype=torch.float32)
+    uniform = torch.rand(probability.shape, generator=generator, dtype=torch.float32, device="cpu")
     return (uniform < probability).to(images.device, torch.uint8)
 
 
@@ -214,7 +214,8 @@ def patches(images: Tensor, count: int, size: int = 8, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(check_count("seed", seed, 0))
     n, c, h, w = images.shape
     limits = (n, h - size + 1, w - size + 1)
-    draws = (torch.randint(limit, (count, 1, 1, 1), generator=generator) for limit in limits)
+    on_cpu = {"generator": generator, "device": "cpu"}
+    draws = (torch.randint(limit, (count, 1, 1, 1), **on_cpu) for limit in limits)
     image, top, left = (t.to(images.device) for t in draws)
     offset = torch.arange(size, device=images.device)
     channel = torch.arange(c, device=images.device)[:, None, None]

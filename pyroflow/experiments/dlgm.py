@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, SigmoidTransform, Transform
 
 from pyroflow.checks import check_count
+from pyroflow.flow import draw_from
 
 MAX_LOG_SCALE = 5.0  # of the logit-normal: colours that repeat exactly have no finite likelihood
 
@@ -129,7 +130,7 @@ class DLGM(nn.Module):
     def forward(self, x: Tensor, samples: int = 1) -> Terms:
         """The terms of the bound at images x (N, X), with S samples for each."""
         q = self.posterior(x)
-        z = q.rsample((samples,))
+        z = draw_from(q, samples)
         return Terms(self.log_joint(x, z), q.log_prob(z))
 
     def posterior(self, x: Tensor) -> Distribution:

@@ -19,10 +19,10 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Tenso
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count, check_positive
-from pyroflow.experiments.dlgm import DLGM
+from pyroflow.experiments.dlgm import DLGM, Terms
 from pyroflow.experiments.processes import ALONE, Processes
 from pyroflow.io import packed, read_data, write_whole
-from pyroflow.seeds import seeded
+from pyroflow.seeds import between_draws, seeded
 
 MAX_SKIPPED = 100  # updates in a row without a finite gradient
 
@@ -136,12 +136,13 @@ def train(
         mininterval=5.0,
     )
     began, before, failed = time.perf_counter(), state.seconds, 0
-    with bar, seeded(seed):
+    with bar:
         for x in islice(batches(state.updates), schedule.updates - state.updates):
             t = state.updates
             _set_rates(optimiser, schedule, t)
-            torch.manual_seed(_noise_seed(seed, processes.rank, t))
-            loss, bound = _update(shared, x.to(dlgm.centre), optimiser, schedule, t)
+            with seeded(_noise_seed(seed, processes.rank, t)), between_draws():
+                terms = shared(x.to(dlgm.centre))
+            loss, bound = _update(shared, terms, optimiser, schedule, t)
             failed = 0 if loss else failed + 1
             state.skipped += not loss
             if failed == MAX_SKIPPED:
@@ -167,13 +168,12 @@ def digest(images: Tensor) -> str:
 
 def _update(
     shared: torch.nn.Module,
-    x: Tensor,
+    terms: Terms,
     optimiser: torch.optim.Optimizer,
     schedule: Schedule,
     t: int,
 ) -> tuple[bool, float]:
     """One update; whether its gradient was finite, and the mean of F over the batch."""
-    terms = shared(x)
     optimiser.zero_grad()
     terms.bound(schedule.beta(t)).mean().backward()
     parameters = list(shared.parameters())
@@ -209,7 +209,8 @@ def _batches(images: Tensor, size: int, seed: int, processes: Processes) -> Any:
         range(len(images)), processes.count, processes.rank, seed=seed, drop_last=True
     )
     shares = BatchSampler(sampler, size // processes.count, drop_last=True)
-    loader = DataLoader(TensorDataset(images), batch_size=None, sampler=shares)
+    options = {"batch_size": None, "generator": torch.Generator()}  # else it draws a seed
+    loader = DataLoader(TensorDataset(images), sampler=shares, **options)
 
     def after(updates: int) -> Iterator[Tensor]:
         epoch, done = divmod(updates, len(shares))
