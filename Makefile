@@ -3,6 +3,7 @@ VENV := .venv
 JAX_VENV := .venv-jax
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PAPER := ../$(BIN)/python -m rezende_mohamed_2015
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test lint slow notebooks bench posteriordb paper clean
@@ -32,11 +33,11 @@ posteriordb: $(INSTALLED)  ## Ten posteriors, ours beside rivals and NUTS, with 
 
 paper: export OMP_NUM_THREADS := 1
 paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MNIST is the folder of the four files.
-	$(BIN)/pyroflow reproduce figure1
-	$(BIN)/pyroflow reproduce figure3
-	$(BIN)/pyroflow reproduce mnist --data $(PYROFLOW_MNIST)
-	$(BIN)/pyroflow reproduce sylvester --data $(PYROFLOW_MNIST)
-	$(BIN)/python tests/benchmarks/mnist_speed.py
+	cd notebooks && $(PAPER) figure1
+	cd notebooks && $(PAPER) figure3
+	cd notebooks && $(PAPER) mnist --data $(abspath $(PYROFLOW_MNIST))
+	cd notebooks && $(PAPER) mnist_speed
+	cd notebooks && $(PAPER) sylvester --data $(abspath $(PYROFLOW_MNIST))
 
 clean:
 	rm -rf $(VENV) $(JAX_VENV)
