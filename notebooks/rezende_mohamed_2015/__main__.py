@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from rezende_mohamed_2015.results import Options
+from rezende_mohamed_2015.tables import frame
 
 EXPERIMENTS = {
     "figure1": "planar and radial layers on a Gaussian and a uniform (Figure 1)",
@@ -24,7 +25,7 @@ app = typer.Typer(add_completion=False)
 
 
 def experiment(name: str) -> ModuleType:
-    """The module of an experiment, with ``run(options) -> report`` and ``table(report) -> str``."""
+    """The module of an experiment, with ``run(options) -> report``."""
     return import_module(f"rezende_mohamed_2015.{name}")
 
 
@@ -45,7 +46,7 @@ def reproduce(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data files.")] = None,
     only: Annotated[
-        str | None, typer.Option(help='Runs to do: "planar K=8,NICE", parts of keys.')
+        str | None, typer.Option(help='Runs to do: "planar K=8,NICE", parts of labels.')
     ] = None,
 ) -> None:
     """Repeat an experiment of the paper."""
@@ -53,11 +54,10 @@ def reproduce(
         raise typer.BadParameter(f"NAME must be one of {', '.join(EXPERIMENTS)}; got {name!r}")
     parts = tuple(part.strip() for part in (only or "").split(",") if part.strip())
     if only is not None and not parts:
-        raise typer.BadParameter(f"--only must name parts of keys, got {only!r}")
+        raise typer.BadParameter(f"--only must name parts of labels, got {only!r}")
     options = Options(out=out, quick=quick, seeds=seeds, data=data, only=parts)
-    module = experiment(name)
     try:
-        report = module.run(options)
+        report = experiment(name).run(options)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     except FloatingPointError as error:
@@ -67,7 +67,7 @@ def reproduce(
         typer.echo(f"interrupted; what was finished is in {out}, and a rerun goes on from there")
         raise typer.Exit(130) from None
     if report is not None:
-        typer.echo("\n" + module.table(report))
+        typer.echo("\n" + frame(name, report).to_string(index=False))
         typer.echo(f"numbers and figures are in {out}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from rezende_mohamed_2015.dlgm import DLGM, LOGIT_NORMAL, MAX_LOG_SCALE
 from rezende_mohamed_2015.dlgm_study import Study, run_study
 from rezende_mohamed_2015.dlgm_training import Schedule
 from rezende_mohamed_2015.mnist_drawing import NAMES, curves
-from rezende_mohamed_2015.results import Options
+from rezende_mohamed_2015.results import Options, Run
 
 LATENT, HIDDEN = 30, 400
 SIDE = 8  # pixels of a patch
@@ -39,7 +39,7 @@ def run(options: Options) -> dict[str, Any] | None:
     Under torchrun the processes share each batch, and rank 0 writes.
 
     Returns:
-        The report: the runs by key. None on other ranks than 0.
+        The report: the runs. None on other ranks than 0.
 
     Raises:
         ValueError: no ``data``.
@@ -86,8 +86,8 @@ def study(
 
     Example:
         >>> import torch
-        >>> list(study(torch.rand(100, 192), torch.rand(10, 192)).flows)
-        ['planar K=0', 'planar K=2', 'planar K=5', 'planar K=10']
+        >>> [flow["K"] for flow in study(torch.rand(100, 192), torch.rand(10, 192)).flows]
+        [0, 2, 5, 10]
     """
     for name, x in {"training": training, "test": test}.items():
         low, high = x.aminmax()
@@ -104,7 +104,8 @@ def study(
         training=training,
         test=test,
         model=partial(model, training.mean(0), start, latent, hidden),
-        flows={f"planar K={K}": partial(planar, latent, hidden, K) for K in PAPER},
+        flows=[{"kind": "planar", "K": K} for K in PAPER],
+        layers=partial(layers, latent, hidden),
         schedule=schedule,
         samples=samples,
         facts={"latent": latent, "hidden": hidden, "max_log_scale": MAX_LOG_SCALE},
@@ -132,12 +133,12 @@ def model(
     return dlgm
 
 
-def planar(latent: int, hidden: int, num_layers: int) -> list[Transform]:
+def layers(latent: int, hidden: int, kind: str, K: int) -> list[Transform]:
     """K amortised planar layers: w, u and b are linear in the inference network's hidden units."""
-    return [ConditionalPlanar(latent, hidden, num_layers, hidden_dims=())] if num_layers else []
+    return [ConditionalPlanar(latent, hidden, K, hidden_dims=())] if K else []
 
 
-def draw(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
+def draw(runs: Sequence[Run]) -> Figure:
     """−ln p(x) against K, the paper's dashed."""
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     ours = curves(runs, "planar", "nll")
@@ -147,14 +148,3 @@ def draw(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
     ax.set(title=NAMES["nll"], xlabel="flow length K", ylabel="nats", xticks=list(PAPER))
     ax.legend(frameon=False)
     return figure
-
-
-def table(report: dict[str, Any]) -> str:
-    """−ELBO, KL and −ln p(x) by K, and the paper's −ln p(x)."""
-    rows = {name: curves(report["runs"], "planar", name) for name in NAMES}
-    rows["the paper's nll"] = PAPER
-    lines = [f"{'nats, test patches':<26}" + "".join(f"{f'K={K}':>9}" for K in PAPER)]
-    for name, row in rows.items():
-        cells = (f"{row[K]:>9.2f}" if K in row else f"{'':>9}" for K in PAPER)
-        lines.append(f"{name:<26}" + "".join(cells))
-    return "\n".join(lines)

@@ -16,7 +16,7 @@ from rezende_mohamed_2015.dlgm import DLGM
 from rezende_mohamed_2015.dlgm_scores import scores
 from rezende_mohamed_2015.dlgm_training import Schedule, digest, train
 from rezende_mohamed_2015.processes import Processes, processes
-from rezende_mohamed_2015.results import Options, Results, checkpoint_folder
+from rezende_mohamed_2015.results import Options, Results, Run, checkpoint_folder, label
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Study:
         training: images to train on, shape (N, X).
         test: images to score, shape (M, X).
         model: transforms ↦ DLGM.
-        flows: by key, a function that makes the transforms.
+        flows: the columns that tell each flow from the others.
+        layers: columns of a flow ↦ its transforms.
         schedule: of the training, the same for all.
         samples: importance samples for each test image.
         facts: what else the results depend on, for the JSON file.
@@ -40,7 +41,8 @@ class Study:
     training: Tensor
     test: Tensor
     model: Callable[[Sequence[Transform]], DLGM]
-    flows: Mapping[str, Callable[[], list[Transform]]]
+    flows: Sequence[Run]
+    layers: Callable[..., list[Transform]]
     schedule: Schedule
     samples: int
     facts: Mapping[str, Any]
@@ -65,31 +67,30 @@ def run_study(study: Study, options: Options) -> dict[str, Any] | None:
     Under torchrun the processes share each batch, and rank 0 writes.
 
     Returns:
-        The report: the runs by key, such as "planar K=10 seed=0". None on other ranks than 0.
+        The report: the runs. None on other ranks than 0.
     """
-    keys = [f"{flow} seed={seed}" for seed in range(options.seeds or 1) for flow in study.flows]
-    chosen = options.chosen(keys)
+    planned = [{**flow, "seed": seed} for seed in range(options.seeds or 1) for flow in study.flows]
+    selected = options.selected(planned)
     with processes() as ours:
         results = Results(options.out / f"{study.name}.json", settings(study, options.quick))
         folder = checkpoint_folder(options, study.checkpoints)
-        for key in ours.agree([key for key in chosen if key not in results.runs]):
-            found = _run(study, key, folder, ours, options.progress)
+        for run in ours.agree(results.missing(selected)):
+            found = _run(study, run, folder, ours, options.progress)
             if ours.writes:
-                results.add(key, found)
+                results.add(run, found)
         if not ours.writes:
             return None
-        runs = Results(results.path, results.settings).runs
-        return {"runs": {key: runs[key] for key in keys if key in runs} | runs}
+        return {"runs": Results(results.path, results.settings).ordered(planned)}
 
 
-def _run(study: Study, key: str, folder: Path, ours: Processes, progress: bool) -> dict[str, Any]:
-    flow, _, number = key.rpartition(" seed=")
-    with seeded(int(number)):
-        transforms = study.flows[flow]()
-    with seeded(int(number)):  # the networks start alike, whatever the flow has drawn
+def _run(study: Study, run: Run, folder: Path, ours: Processes, progress: bool) -> dict[str, Any]:
+    seed, name = run["seed"], label(run)
+    with seeded(seed):
+        transforms = study.layers(**{c: v for c, v in run.items() if c != "seed"})
+    with seeded(seed):  # the networks start alike, whatever the flow has drawn
         dlgm = study.model(transforms).to(ours.device)
     quiet = {"processes": ours, "progress": progress}
-    options = {"seed": int(number), "checkpoint": folder / f"{key}.pt", "name": key} | quiet
+    options = {"seed": seed, "checkpoint": folder / f"{name}.pt", "name": name} | quiet
     done = train(dlgm, study.training, study.schedule, **options)
     began = time.perf_counter()
     scored = scores(dlgm, study.test, samples=study.samples, **quiet)

@@ -40,28 +40,18 @@ def run(options: Options) -> dict[str, Any]:
     cells = 600 if options.quick else 1600
     settings = {"quick": options.quick, "cells": cells, "layers_seed": SEED}
     results = Results(options.out / "figure1.json", settings)
-    keys = [f"{base} {kind} K={K}" for base in BASES for kind in LAYERS for K in LENGTHS]
-    chosen = [key for key in options.chosen(keys) if key not in results.runs]
-    for key in tqdm(chosen, desc="figure1", disable=not options.progress):
+    planned = [
+        {"base": base, "kind": kind, "K": K} for base in BASES for kind in LAYERS for K in LENGTHS
+    ]
+    left = results.missing(options.selected(planned))
+    for run in tqdm(left, desc="figure1", disable=not options.progress):
         began = time.perf_counter()
-        base, kind, K = key.split()
-        panel = integrate(BASES[base], LAYERS[kind](int(K[2:])), cells)
-        results.add(key, panel | {"seconds": round(time.perf_counter() - began, 2)})
+        panel = integrate(BASES[run["base"]], LAYERS[run["kind"]](run["K"]), cells)
+        results.add(run, panel | {"seconds": round(time.perf_counter() - began, 2)})
     save_figure(draw(1 if options.quick else 3), options.out / "figure1.png")
-    errors = [abs(panel["integral"] - 1) for panel in results.runs.values()]
-    results.write(worst_error=max(errors), complete=len(results.runs) == len(keys))
-    return {"runs": results.runs, **results.summary}
-
-
-def table(report: dict[str, Any]) -> str:
-    """The integrals as a text table."""
-    lines = [f"{'∫ q_K(z) dz':<14}" + "".join(f"{f'K={K}':>10}" for K in LENGTHS)]
-    for base in BASES:
-        for kind in LAYERS:
-            found = [report["runs"].get(f"{base} {kind} K={K}", {}) for K in LENGTHS]
-            numbers = (f"{run.get('integral', math.nan):>10.5f}" for run in found)
-            lines.append(f"{base + ' ' + kind:<16}" + "".join(numbers))
-    return "\n".join(lines)
+    errors = [abs(panel["integral"] - 1) for panel in results.runs]
+    results.write(worst_error=max(errors), complete=not results.missing(planned))
+    return {"runs": results.ordered(planned), **results.summary}
 
 
 def planar_layers(num_layers: int) -> ConditionedPlanar:

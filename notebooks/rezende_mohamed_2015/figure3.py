@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
@@ -21,11 +21,12 @@ from pyroflow.targets.energies import Energy
 from pyroflow.transforms import Affine, Planar
 from rezende_mohamed_2015 import figure3_drawing
 from rezende_mohamed_2015.nice import nice_layers, volume_preserving_floor
-from rezende_mohamed_2015.results import Options, Results, checkpoint_folder
+from rezende_mohamed_2015.results import Options, Results, Run, checkpoint_folder, label
 
-ENERGIES = (1, 2, 3, 4)
+ENERGIES = {f"U{number}": number for number in (1, 2, 3, 4)}
 LENGTHS = (2, 8, 32)
 KINDS = ("planar", "NICE permutation", "NICE orthogonal")
+CELL = ["energy", "kind", "K"]  # the columns that seeds share
 SEEDS = 5
 RATES = {"planar": 0.03, "NICE permutation": 0.01, "NICE orthogonal": 0.01}  # better for each
 HIDDEN = 32  # units of each NICE coupling
@@ -36,10 +37,10 @@ EDGE = 4.5  # of the square whose share of the mass is reported
 # KL of a plain recipe by energy, at K = 2, 8, 32: the same flows, Adam 5e-3, 4000 updates, β
 # rising over the first fifth; the best of one or two seeds. The paper prints no numbers.
 REFERENCE = {
-    1: (0.247, 0.032, 0.009),
-    2: (0.82, 0.245, 0.007),
-    3: (0.59, 0.284, 0.048),
-    4: (0.84, 0.41, 0.022),
+    "U1": (0.247, 0.032, 0.009),
+    "U2": (0.82, 0.245, 0.007),
+    "U3": (0.59, 0.284, 0.048),
+    "U4": (0.84, 0.41, 0.022),
 }
 
 
@@ -50,27 +51,42 @@ def run(options: Options) -> dict[str, Any]:
     outside (−4, 4)²: without, three of the four are improper.
 
     Returns:
-        The report: the runs, and a summary by energy, flow and length.
+        The report: the runs, and by energy the floor of NICE and the least bound.
     """
     budget = _budget(options.quick)
     settings = {"hidden": HIDDEN, "annealed": ANNEALED, "lr": RATES, "quick": options.quick}
     results = Results(options.out / "figure3.json", settings | budget)
-    chosen = [key for key in options.chosen(_keys(options)) if key not in results.runs]
-    folder = checkpoint_folder(options, "figure3")
-    for key in _with_progress(chosen, options):
-        results.add(key, _fitted(key, folder, **budget))
-        _checkpoint(folder, key).unlink(missing_ok=True)
-    floors = {f"U{number}": volume_preserving_floor(energy(number)) for number in ENERGIES}
-    summary = summarise(results.runs)
-    limits = {f"U{number}": -energy(number).log_normalizer for number in ENERGIES}
-    results.write(nice_floors=floors, bound_limits=limits, summary=summary)
-    save_figure(figure3_drawing.lengths(summary, floors, limits), options.out / "figure3_kl.png")
+    planned, folder = _planned(options), checkpoint_folder(options, "figure3")
+    _fit_all(results.missing(options.selected(planned)), folder, options, budget, results.add)
+    floors = {name: volume_preserving_floor(energy(i)) for name, i in ENERGIES.items()}
+    limits = {name: -energy(i).log_normalizer for name, i in ENERGIES.items()}
+    results.write(nice_floors=floors, bound_limits=limits)
+    cells = summarise(results.runs)
+    save_figure(figure3_drawing.lengths(cells, floors, limits), options.out / "figure3_kl.png")
     picture, best = options.out / "figure3_densities.png", figure3_drawing.shown(results.runs)
     if not picture.exists() or results.summary.get("pictured") != best:
-        files = _densities(best, folder, options, budget)
-        save_figure(figure3_drawing.densities(files), picture)
+        missing = [run for run in best if not _density_file(folder, run).exists()]
+        _fit_all(missing, folder, options, budget)  # as in a fresh clone
+        panels = [(run, _density_file(folder, run)) for run in best]
+        save_figure(figure3_drawing.densities(panels), picture)
         results.write(pictured=best)
-    return {"runs": results.runs, **results.summary}
+    return {"runs": results.ordered(planned), **results.summary}
+
+
+def summarise(runs: Sequence[Run]) -> pd.DataFrame:
+    """By energy, kind and K: KL over the seeds, with the best of the first three, and seconds."""
+    frame = pd.DataFrame(runs)
+    frame["first"] = frame.kl.where(frame.seed < 3)
+    return frame.groupby(CELL, as_index=False).agg(
+        seeds=("seed", "size"),
+        median=("kl", "median"),
+        low=("kl", "min"),
+        high=("kl", "max"),
+        best_of_three=("first", "min"),
+        least_mass_inside=("mass_inside", "min"),
+        fastest=("seconds", "min"),
+        slowest=("seconds", "max"),
+    )
 
 
 def make_flow(kind: str, K: int) -> Flow:
@@ -92,37 +108,14 @@ def annealing(steps: int) -> Callable[[int], float]:
     return lambda step: min(1.0, 0.01 + step / (ANNEALED * steps))
 
 
-def summarise(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Median and range of KL over seeds, and the best of the first three, by cell."""
-    cells: dict[str, dict[int, dict[str, Any]]] = {}
-    for key, found in runs.items():
-        cell, seed = key.split(" seed=")
-        cells.setdefault(cell, {})[int(seed)] = found
-    return {cell: _summary(by_seed) for cell, by_seed in sorted(cells.items())}
-
-
-def table(report: dict[str, Any]) -> str:
-    """KL by energy and length: medians and ranges over seeds, and the best of three."""
-    head = f"{'KL, nats':<12}{'reference':>10}{'best of 3':>11}"
-    lines = [head + "".join(f"{kind:>26}" for kind in KINDS) + f"{'NICE floor':>12}"]
-    for number in ENERGIES:
-        for K, reference in zip(LENGTHS, REFERENCE[number], strict=True):
-            cells = [report["summary"].get(f"U{number} {kind} K={K}") for kind in KINDS]
-            line = f"U{number}, K = {K:<5}{reference:>10.3f}{_best(cells[0]):>11}"
-            line += "".join(f"{_span(cell):>26}" for cell in cells)
-            lines.append(line + f"{report['nice_floors'][f'U{number}']:>12.3f}")
-    lines.append("planar and NICE: median (lowest to highest); reference: planar, a plain recipe")
-    return "\n".join(lines)
-
-
-def _keys(options: Options) -> list[str]:
+def _planned(options: Options) -> list[Run]:
     """The runs in their order: planar flows first."""
     return [
-        f"U{number} {kind} K={K} seed={seed}"
+        {"energy": name, "kind": kind, "K": K, "seed": seed}
         for kind in KINDS
         for seed in range(options.seeds or (1 if options.quick else SEEDS))
         for K in LENGTHS
-        for number in ENERGIES
+        for name in ENERGIES
     ]
 
 
@@ -132,24 +125,24 @@ def _budget(quick: bool) -> dict[str, int]:
     return {"steps": 3000, "num_particles": 256, "fresh": 100_000}
 
 
-def _fitted(key: str, folder: Path, *, fresh: int, **options: int) -> dict[str, Any]:
+def _fitted(run: Run, folder: Path, *, fresh: int, **options: int) -> dict[str, Any]:
     """One fit, and its numbers from fresh draws; a picture of its density is left in the folder."""
-    number, kind, K, seed = _parts(key)
+    target, kind, seed = energy(ENERGIES[run["energy"]]), run["kind"], run["seed"]
     with seeded(seed):
-        flow = make_flow(kind, K)
+        flow = make_flow(kind, run["K"])
     fit = fit_energy(
         flow,
-        energy(number),
+        target,
         annealing=annealing(options["steps"]),
         lr=RATES[kind],
         seed=seed,
         progress=False,
-        checkpoint=_checkpoint(folder, key),
+        checkpoint=_checkpoint(folder, run),
         **options,
     )
     q = copy.deepcopy(flow).double()()
-    judged = _judged(q, energy(number), fresh)
-    figure3_drawing.keep_density(q.log_prob, judged["kl"], _density_file(folder, key))
+    judged = _judged(q, target, fresh)
+    figure3_drawing.keep_density(q.log_prob, judged["kl"], _density_file(folder, run))
     return judged | {
         "parameters": sum(p.numel() for p in flow.parameters()),
         "updates": fit.steps,
@@ -158,22 +151,17 @@ def _fitted(key: str, folder: Path, *, fresh: int, **options: int) -> dict[str, 
     }
 
 
-def _with_progress(keys: list[str], options: Options) -> Iterator[str]:
-    for key in (bar := tqdm(keys, desc="figure3", disable=not (keys and options.progress))):
-        bar.set_postfix_str(key)
-        yield key
-
-
-def _densities(
-    keys: dict[str, str], folder: Path, options: Options, budget: dict[str, int]
-) -> dict[str, Path]:
-    """By cell, the file of the panel; what is missing, as in a fresh clone, is fitted again."""
-    files = {cell: _density_file(folder, key) for cell, key in keys.items()}
-    missing = [keys[cell] for cell, file in files.items() if not file.exists()]
-    for key in _with_progress(missing, options):
-        _fitted(key, folder, **budget)
-        _checkpoint(folder, key).unlink(missing_ok=True)
-    return files
+def _fit_all(
+    runs: Sequence[Run],
+    folder: Path,
+    options: Options,
+    budget: dict[str, int],
+    keep: Callable[[Run, dict[str, Any]], None] = lambda run, found: None,
+) -> None:
+    for run in (bar := tqdm(runs, desc="figure3", disable=not (runs and options.progress))):
+        bar.set_postfix_str(label(run))
+        keep(run, _fitted(run, folder, **budget))
+        _checkpoint(folder, run).unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -191,36 +179,9 @@ def _judged(q: Distribution, target: Energy, fresh: int) -> dict[str, float]:
     }
 
 
-def _summary(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    kl = {seed: found["kl"] for seed, found in by_seed.items()}
-    first = [kl[seed] for seed in range(3) if seed in kl]
-    return {
-        "seeds": len(kl),
-        "median": median(kl.values()),
-        "low": min(kl.values()),
-        "high": max(kl.values()),
-        "best_of_three": min(first) if first else None,
-        "least_mass_inside": min(found["mass_inside"] for found in by_seed.values()),
-    }
+def _checkpoint(folder: Path, run: Run) -> Path:
+    return folder / f"{label(run)}.pt"
 
 
-def _span(cell: dict[str, Any] | None) -> str:
-    return f"{cell['median']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})" if cell else "-"
-
-
-def _best(cell: dict[str, Any] | None) -> str:
-    return f"{cell['best_of_three']:.4f}" if cell and cell["best_of_three"] is not None else "-"
-
-
-def _parts(key: str) -> tuple[int, str, int, int]:
-    """Energy, kind, K and seed of a run."""
-    name, *kind, length, seed = key.split()
-    return int(name[1:]), " ".join(kind), int(length[2:]), int(seed[5:])
-
-
-def _checkpoint(folder: Path, key: str) -> Path:
-    return folder / f"{key}.pt"
-
-
-def _density_file(folder: Path, key: str) -> Path:
-    return folder / f"{key} density.pt"
+def _density_file(folder: Path, run: Run) -> Path:
+    return folder / f"{label(run)} density.pt"

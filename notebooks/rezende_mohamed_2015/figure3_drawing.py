@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,10 +15,11 @@ from torch import Tensor
 from pyroflow.drawing import COLOURS
 from pyroflow.io import packed, read_data, write_whole
 from pyroflow.targets import energy
+from rezende_mohamed_2015.results import Run
 
 WINDOW = 4.0
 PIXELS = 140
-COLUMNS = [f"{kind} K={K}" for kind in ("planar", "NICE orthogonal") for K in (2, 8, 32)]
+COLUMNS = [(kind, K) for kind in ("planar", "NICE orthogonal") for K in (2, 8, 32)]
 STYLES = {"planar": "o-", "NICE permutation": "s--", "NICE orthogonal": "^:"}
 
 
@@ -26,41 +28,34 @@ def keep_density(log_prob: Callable[[Tensor], Tensor], kl: float, file: Path) ->
     write_whole(file, packed((_density(log_prob), kl)))
 
 
-def shown(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The runs that have a panel, by cell, such as "U1 planar K=2": those of the least KL."""
-    best: dict[str, str] = {}
-    for key, found in runs.items():
-        cell = key.split(" seed=")[0]
-        if cell[3:] in COLUMNS and (cell not in best or found["kl"] < runs[best[cell]]["kl"]):
-            best[cell] = key
-    return best
+def shown(runs: Sequence[Run]) -> list[Run]:
+    """Of the runs that have a panel, the columns of that with the least KL of its seeds."""
+    frame = pd.DataFrame(runs).sort_values(["energy", "kind", "K", "kl"])
+    best = frame.drop_duplicates(["energy", "kind", "K"])[["energy", "kind", "K", "seed"]]
+    return [run for run in best.to_dict("records") if (run["kind"], run["K"]) in COLUMNS]
 
 
-def densities(files: Mapping[str, Path]) -> Figure:
-    """The exact densities, and the fit of each cell's file, an energy a row.
+def densities(files: Sequence[tuple[Run, Path]]) -> Figure:
+    """The exact densities, and the fit in the file of each run, an energy a row.
 
     Colours go up to the value that one pixel in a thousand exceeds, in each panel.
     """
-    panels = {cell: read_data(file) for cell, file in files.items()}
-    columns = ["exact", *COLUMNS]
-    figure = Figure(figsize=(1.75 * len(columns), 7.9), layout="compressed")
-    grid = figure.subplots(4, len(columns))
+    panels = {(run["energy"], run["kind"], run["K"]): read_data(file) for run, file in files}
+    figure = Figure(figsize=(1.75 * (1 + len(COLUMNS)), 7.9), layout="compressed")
+    grid = figure.subplots(4, 1 + len(COLUMNS))
     for number, row in enumerate(grid, start=1):
-        content = {"exact": (_exact(number), None)} | {
-            column: panels.get(f"U{number} {column}", (None, None)) for column in COLUMNS
-        }
-        for ax, (column, (density, kl)) in zip(row, content.items(), strict=True):
-            _panel(ax, density, kl)
-            if number == 1:
-                ax.set_title(column.replace(" K=", "\nK = "), fontsize=9)
+        _panel(row[0], _exact(number), None)
         row[0].set_ylabel(f"$U_{number}$")
+        for ax, (kind, K) in zip(row[1:], COLUMNS, strict=True):
+            _panel(ax, *panels.get((f"U{number}", kind, K), (None, None)))
+            if number == 1:
+                ax.set_title(f"{kind}\nK = {K}", fontsize=9)
+    grid[0, 0].set_title("exact", fontsize=9)
     figure.suptitle("Densities on $(-4, 4)^2$; of each fit, the best seed", fontsize=10)
     return figure
 
 
-def lengths(
-    summary: dict[str, dict[str, Any]], floors: dict[str, float], limits: dict[str, float]
-) -> Figure:
+def lengths(cells: pd.DataFrame, floors: dict[str, float], limits: dict[str, float]) -> Figure:
     """Figure 3(d): KL, and the bound F = KL − ln Z, against the flow length, an energy a column.
 
     Lines are medians over the seeds, bands their ranges.
@@ -70,8 +65,9 @@ def lengths(
     for ax, below, (name, floor) in zip(upper, lower, floors.items(), strict=True):
         for colour, (kind, style) in zip(COLOURS, STYLES.items(), strict=False):
             options = {"color": colour, "label": kind}
-            _curve(ax, summary, f"{name} {kind}", style, 0.0, **options)
-            _curve(below, summary, f"{name} {kind}", style, limits[name], **options)
+            found = cells[(cells.energy == name) & (cells.kind == kind)].sort_values("K")
+            _curve(ax, found, style, 0.0, **options)
+            _curve(below, found, style, limits[name], **options)
         ax.axhline(floor, color="0.4", linewidth=1, label="least KL of any NICE")
         below.axhline(limits[name], color="k", linewidth=1, linestyle=":", label="$-$ln Z")
         ax.sharey(upper[0])
@@ -87,16 +83,10 @@ def lengths(
     return figure
 
 
-def _curve(
-    ax: Axes, summary: dict[str, dict], name: str, style: str, shift: float, **options: Any
-) -> None:
-    found = [(K, summary[f"{name} K={K}"]) for K in (2, 8, 32) if f"{name} K={K}" in summary]
-    x = [K for K, _ in found]
-    low, middle, high = (
-        [cell[part] + shift for _, cell in found] for part in ("low", "median", "high")
-    )
-    ax.plot(x, middle, style, markersize=4, **options)
-    ax.fill_between(x, low, high, color=options["color"], alpha=0.15, linewidth=0)
+def _curve(ax: Axes, cells: pd.DataFrame, style: str, shift: float, **options: Any) -> None:
+    ax.plot(cells.K, cells["median"] + shift, style, markersize=4, **options)
+    low, high = cells.low + shift, cells.high + shift
+    ax.fill_between(cells.K, low, high, color=options["color"], alpha=0.15, linewidth=0)
 
 
 def _panel(ax: Axes, density: Tensor | None, kl: float | None) -> None:

@@ -17,7 +17,7 @@ from rezende_mohamed_2015.dlgm import DLGM
 from rezende_mohamed_2015.dlgm_study import Study, run_study
 from rezende_mohamed_2015.dlgm_training import Schedule
 from rezende_mohamed_2015.nice import nice_layers
-from rezende_mohamed_2015.results import Options
+from rezende_mohamed_2015.results import Options, Run
 
 LATENT, HIDDEN = 40, 400
 LENGTHS = (10, 20, 40, 80)
@@ -33,27 +33,23 @@ def run(options: Options) -> dict[str, Any] | None:
     Under torchrun the processes share each batch, and rank 0 writes.
 
     Returns:
-        The report: the runs by key. None on other ranks than 0.
+        The report: the runs. None on other ranks than 0.
 
     Raises:
         ValueError: no ``data``.
         OSError: no MNIST there.
     """
-    flows = {"planar K=0": list}
-    flows |= {f"planar K={K}": partial(planar, K) for K in LENGTHS}
-    flows |= {f"NICE K={K}": partial(nice, K) for K in LENGTHS}
-    report = run_study(study("mnist", flows, options), options)
+    flows = [{"kind": "planar", "K": 0}]
+    flows += [{"kind": kind, "K": K} for kind in ("planar", "NICE") for K in LENGTHS]
+    report = run_study(study("mnist", flows, layers, options), options)
     if report is not None:
         save_figure(mnist_drawing.draw(report["runs"]), options.out / "mnist.png")
     return report
 
 
-def table(report: dict[str, Any]) -> str:
-    """The three curves of Figure 4 as a text table, beside the paper's."""
-    return mnist_drawing.table(report["runs"])
-
-
-def study(name: str, flows: dict[str, Callable[[], list[Transform]]], options: Options) -> Study:
+def study(
+    name: str, flows: Sequence[Run], layers: Callable[..., list[Transform]], options: Options
+) -> Study:
     """A comparison of flows on binarised MNIST."""
     if options.data is None:
         raise ValueError("--data must name the folder of the four MNIST files")
@@ -71,6 +67,7 @@ def study(name: str, flows: dict[str, Callable[[], list[Transform]]], options: O
         test=test,
         model=partial(model, training.float().mean(0)),
         flows=flows,
+        layers=layers,
         schedule=schedule,
         samples=samples,
         facts={"latent": LATENT, "hidden": HIDDEN, "nice_hidden": NICE_HIDDEN},
@@ -85,11 +82,14 @@ def model(mean: Tensor, transforms: Sequence[Transform]) -> DLGM:
     return dlgm
 
 
-def planar(num_layers: int) -> list[Transform]:
-    """K amortised planar layers: w, u and b are linear in the inference network's hidden units."""
-    return [ConditionalPlanar(LATENT, HIDDEN, num_layers, hidden_dims=())]
+def layers(kind: str, K: int) -> list[Transform]:
+    """K layers of a kind.
 
-
-def nice(num_layers: int) -> list[Transform]:
-    """K additive couplings with permutations: volume preserving, and the same for every image."""
-    return nice_layers(LATENT, num_layers, hidden_dim=NICE_HIDDEN)
+    Planar layers are amortised: w, u and b are linear in the inference network's hidden units.
+    Couplings of NICE preserve volume, and are the same for every image.
+    """
+    if not K:
+        return []
+    if kind == "planar":
+        return [ConditionalPlanar(LATENT, HIDDEN, K, hidden_dims=())]
+    return nice_layers(LATENT, K, hidden_dim=NICE_HIDDEN)

@@ -1,17 +1,16 @@
-"""Figure 4 as a picture and as text, with the paper's curves beside ours."""
+"""Figure 4 with the paper's curves beside ours."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from statistics import mean
-from typing import Any
+from collections.abc import Sequence
 
+import pandas as pd
 from matplotlib.figure import Figure
+
+from rezende_mohamed_2015.results import Run
 
 LENGTHS = (0, 10, 20, 40, 80)
 NAMES = {"free_energy": "$-$ELBO", "kl": "KL(q ‖ p(z|x))", "nll": "$-$ln p(x)"}
-PLAIN = {"free_energy": "−ELBO", "kl": "KL", "nll": "−ln p(x)"}
 
 # Rezende & Mohamed 2015: −ln p of Table 2, the others read off Figure 4 to some 0.05 nats
 PAPER = {
@@ -28,17 +27,13 @@ PAPER = {
 }
 
 
-def curves(runs: Mapping[str, Mapping[str, Any]], kind: str, name: str) -> dict[int, float]:
+def curves(runs: Sequence[Run], kind: str, name: str) -> dict[int, float]:
     """Means over the seeds by K; K = 0 belongs to every kind."""
-    found: dict[int, list[float]] = {}
-    for key, run in runs.items():
-        match = re.fullmatch(r"(.*) K=(\d+) seed=\d+", key)
-        if match and (match[1] == kind or match[2] == "0"):
-            found.setdefault(int(match[2]), []).append(run[name])
-    return {K: mean(values) for K, values in sorted(found.items())}
+    frame = pd.DataFrame(runs)
+    return frame[(frame.kind == kind) | (frame.K == 0)].groupby("K")[name].mean().to_dict()
 
 
-def draw(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
+def draw(runs: Sequence[Run]) -> Figure:
     """The three panels of Figure 4: bound, KL and −ln p(x) against K; the paper's dashed.
 
     Bars are one standard error over the test images. It is much the same for all K, whose images
@@ -60,15 +55,3 @@ def draw(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
         ax.set(title=title, xlabel="flow length K", ylabel="nats", xticks=LENGTHS)
     ax.legend(frameon=False)
     return figure
-
-
-def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each kind and quantity, ours above the paper's."""
-    lines = [f"{'nats, test images':<26}" + "".join(f"{f'K={K}':>9}" for K in LENGTHS)]
-    for kind, paper in PAPER.items():
-        for name in NAMES:
-            ours = curves(runs, kind, name)
-            cells = (f"{ours[K]:>9.2f}" if K in ours else f"{'':>9}" for K in LENGTHS)
-            lines.append(f"{kind + ', ' + PLAIN[name]:<26}" + "".join(cells))
-            lines.append(f"{'  the paper':<26}" + "".join(f"{v:>9.2f}" for v in paper[name]))
-    return "\n".join(lines)

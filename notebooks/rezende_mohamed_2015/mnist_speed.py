@@ -94,21 +94,12 @@ def run(options: Options) -> dict[str, Any]:
     """Time an update with 400 and with 100 hidden units; one round alone in a quick run.
 
     Returns:
-        The report: milliseconds and ratios by the number of hidden units.
+        The report: the runs, milliseconds and ratios by the number of hidden units.
     """
     quick = {"quick": True} if options.quick else {}
     results = Results(options.out / "mnist_speed.json", {"layers": LAYERS, "batch": BATCH} | quick)
-    keys = {f"{hidden} hidden units": hidden for hidden in HIDDEN}
-    for key in options.chosen(keys):
-        if key not in results.runs:
-            with seeded(0):
-                results.add(key, compare(keys[key], 1 if options.quick else ROUNDS))
-    return {"runs": results.runs}
-
-
-def table(report: dict[str, Any]) -> str:
-    """A line for each number of hidden units."""
-    return "\n".join(
-        f"{key}: {run['milliseconds']} ms, Pyro / pyroflow {run['ratio']}"
-        for key, run in report["runs"].items()
-    )
+    planned = [{"hidden": hidden} for hidden in HIDDEN]
+    for run in results.missing(options.selected(planned)):
+        with seeded(0):
+            results.add(run, compare(run["hidden"], 1 if options.quick else ROUNDS))
+    return {"runs": results.ordered(planned)}

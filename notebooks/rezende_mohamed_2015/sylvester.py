@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pyroflow.drawing import save_figure
 from pyroflow.transforms import ConditionalSylvester
 from rezende_mohamed_2015 import mnist
 from rezende_mohamed_2015.dlgm_study import run_study, settings
-from rezende_mohamed_2015.results import Options
+from rezende_mohamed_2015.results import Options, Run, label
 
 UNITS = {"householder": 8, "qr": 8, "triangular": mnist.LATENT}  # M; a fixed Q leaves D − 2M alone
 LENGTH = 40  # M · L, the length of the planar flow beside them
@@ -39,15 +38,14 @@ def run(options: Options) -> dict[str, Any] | None:
     same settings but for the rate: each kind of layer has the one that was chosen for it.
 
     Returns:
-        The report: the runs by key, such as "qr M=8 L=5 seed=0", and the planar flow's under
-        "planar". None on other ranks than 0.
+        The report: the runs, and the planar flow's under "planar". None on other ranks than 0.
 
     Raises:
         ValueError: no ``data``.
         OSError: no MNIST there.
     """
-    flows = {f"{kind} M={M} L={LENGTH // M}": partial(sylvester, kind) for kind, M in UNITS.items()}
-    study = mnist.study("sylvester", flows, options)
+    flows = [{"kind": kind, "M": M, "L": LENGTH // M} for kind, M in UNITS.items()]
+    study = mnist.study("sylvester", flows, layers, options)
     study = replace(study, schedule=replace(study.schedule, flow_lr=FLOW_LR))
     beside = planar(options.out / "mnist.json", settings(study, options.quick))
     report = run_study(study, options)
@@ -57,50 +55,38 @@ def run(options: Options) -> dict[str, Any] | None:
     return report
 
 
-def planar(file: Path, ours: dict[str, Any]) -> dict[str, Any]:
+def planar(file: Path, ours: dict[str, Any]) -> list[dict[str, Any]]:
     """The runs of a planar flow of the same length and, but for its rate, the same settings."""
     if not file.exists():
-        return {}
+        return []
     report = json.loads(file.read_text())
     theirs = report["settings"]
     rate = {"flow_lr": ours["schedule"]["flow_lr"]}
     if theirs | {"schedule": theirs["schedule"] | rate} != ours:
-        return {}
-    return {key: run for key, run in report["runs"].items() if f"planar K={LENGTH} " in key}
+        return []
+    return [run for run in report["runs"] if (run["kind"], run["K"]) == ("planar", LENGTH)]
 
 
-def sylvester(kind: str) -> list[Transform]:
+def layers(kind: str, M: int, L: int) -> list[Transform]:
     """L amortised Sylvester layers of M units; parameters linear in the hidden units."""
-    sizes = mnist.LATENT, mnist.HIDDEN, UNITS[kind], LENGTH // UNITS[kind]
-    return [ConditionalSylvester(*sizes, kind, hidden_dims=())]
-
-
-def table(report: dict[str, Any]) -> str:
-    """A row for each run: −ELBO and −ln p(x), and those of van den Berg et al. 2018."""
-    head = f"{'nats, test images':<28}{'-ELBO':>8}{'-ln p':>8}{'parameters':>12}"
-    lines = [f"{head}   2018, a stronger model"]
-    for key, run in _all(report).items():
-        theirs = THEIRS[key.split()[0]]
-        numbers = f"{run['free_energy']:>8.2f}{run['nll']:>8.2f}{run['parameters']:>12,}"
-        lines.append(f"{key:<28}{numbers}   {theirs}")
-    return "\n".join(lines)
+    return [ConditionalSylvester(mnist.LATENT, mnist.HIDDEN, M, L, kind, hidden_dims=())]
 
 
 def draw(report: dict[str, Any]) -> Figure:
     """−ELBO and −ln p(x), with two standard errors over the images."""
-    runs = _all(report)
+    runs = [*report["planar"], *report["runs"]]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     ax = figure.subplots()
     places = range(len(runs))
-    for name, label, colour in (("free_energy", "$-$ELBO", "C7"), ("nll", "$-$ln p(x)", "C0")):
-        values = [run[name] for run in runs.values()]
-        errors = [2 * run[f"{name}_se"] for run in runs.values()]
-        ax.errorbar(places, values, errors, fmt="o", capsize=3, color=colour, label=label)
+    for name, title, colour in (("free_energy", "$-$ELBO", "C7"), ("nll", "$-$ln p(x)", "C0")):
+        values = [run[name] for run in runs]
+        errors = [2 * run[f"{name}_se"] for run in runs]
+        ax.errorbar(places, values, errors, fmt="o", capsize=3, color=colour, label=title)
     ax.set(xticks=places, ylabel="nats", xlim=(-0.5, len(runs) - 0.5))
-    ax.set_xticklabels(runs, fontsize=8)
+    ax.set_xticklabels([_label(run) for run in runs], fontsize=8)
     ax.legend(frameon=False)
     return figure
 
 
-def _all(report: dict[str, Any]) -> dict[str, Any]:
-    return report.get("planar", {}) | report["runs"]
+def _label(run: Run) -> str:
+    return label({c: run[c] for c in ("kind", "K", "M", "L", "seed") if c in run})

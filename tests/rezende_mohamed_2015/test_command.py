@@ -7,18 +7,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from rezende_mohamed_2015 import __main__ as command
 from rezende_mohamed_2015.__main__ import EXPERIMENTS, experiment
-from rezende_mohamed_2015.results import Options, Results
+from rezende_mohamed_2015.results import Options, Results, label
+from rezende_mohamed_2015.tables import TABLES
 
-KEYS = ["planar K=2 seed=0", "planar K=8 seed=0", "NICE K=2 seed=0"]
+RUNS = [
+    {"kind": kind, "K": K, "seed": 0} for kind, K in (("planar", 2), ("planar", 8), ("NICE", 2))
+]
+LABELS = ["planar K=2 seed=0", "planar K=8 seed=0", "NICE K=2 seed=0"]
 
 
 class Experiment(ModuleType):
-    """Three runs whose result is the length of their key."""
+    """Three runs whose result is the length of their label."""
 
     def __init__(self) -> None:
         super().__init__("made_up")
@@ -30,23 +35,19 @@ class Experiment(ModuleType):
     def run(self, options: Options) -> dict[str, Any] | None:
         self.options = options
         results = Results(options.out / "made_up.json", {"quick": options.quick})
-        for key in options.chosen(KEYS):
-            if key in results.runs:
-                continue
-            if self.fails is not None and "K=8" in key:
+        for run in results.missing(options.selected(RUNS)):
+            if self.fails is not None and run["K"] == 8:
                 raise self.fails
-            self.done.append(key)
-            results.add(key, {"kl": len(key)})
-        return None if self.silent else results.runs
-
-    def table(self, report: dict[str, Any]) -> str:
-        return "\n".join(f"{key}: {run['kl']}" for key, run in report.items())
+            self.done.append(label(run))
+            results.add(run, {"kl": len(label(run))})
+        return None if self.silent else {"runs": results.runs}
 
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Experiment:
     module = Experiment()
     monkeypatch.setattr(command, "experiment", lambda name: module)
+    monkeypatch.setattr(command, "frame", lambda name, report: pd.DataFrame(report["runs"]))
     return module
 
 
@@ -61,8 +62,8 @@ def reproduce(*arguments: Any) -> tuple[int, str]:
 def test_prints_the_table_and_where_the_numbers_are(made_up: Experiment, tmp_path: Path) -> None:
     code, output = reproduce("figure3", "--out", tmp_path)
     assert code == 0, output
-    assert made_up.done == KEYS
-    assert "planar K=2 seed=0: 17 planar K=8 seed=0: 17 NICE K=2 seed=0: 15" in output
+    assert made_up.done == LABELS
+    assert re.search(r"planar 2 0 .* 17 planar 8 0 .* 17 NICE 2 0 .* 15", output)
     assert re.search(r"numbers and figures are in /.*", output)
     assert (tmp_path / "made_up.json").exists()
 
@@ -81,7 +82,7 @@ def test_hands_the_options_on(
 
 def test_only_some_runs(made_up: Experiment, tmp_path: Path) -> None:
     assert reproduce("figure3", "--out", tmp_path, "--only", "NICE,K=8")[0] == 0
-    assert made_up.done == KEYS[1:]
+    assert made_up.done == LABELS[1:]
 
 
 def test_only_that_matches_nothing(made_up: Experiment, tmp_path: Path) -> None:
@@ -172,10 +173,10 @@ def test_interruption_keeps_what_is_finished_and_a_rerun_goes_on(
     code, output = reproduce("figure3", "--out", "here")
     assert code == 130
     assert "interrupted; what was finished is in here, and a rerun goes on from there" in output
-    assert made_up.done == KEYS[:1]
+    assert made_up.done == LABELS[:1]
     made_up.fails = None
     assert reproduce("figure3", "--out", "here")[0] == 0
-    assert made_up.done == KEYS
+    assert made_up.done == LABELS
 
 
 def test_other_ranks_print_nothing(made_up: Experiment, tmp_path: Path) -> None:
@@ -192,6 +193,5 @@ def test_help_names_every_experiment(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_have_what_the_command_calls(name: str) -> None:
-    module = experiment(name)
-    assert callable(module.run)
-    assert callable(module.table)
+    assert callable(experiment(name).run)
+    assert name in TABLES

@@ -108,7 +108,7 @@ def test_the_command_runs_on_two_processes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["mnist", "--quick", "--only", "planar K=10"]
     torchrun("-m", "rezende_mohamed_2015", *arguments, "--data", str(data), "--out", str(out))
-    (run,) = json.loads((out / "mnist.json").read_text())["runs"].values()
+    (run,) = json.loads((out / "mnist.json").read_text())["runs"]
     assert (run["processes"], run["updates"], run["images"]) == (2, 50, 100)
     assert run["nll"] <= run["free_energy"] < 600
     assert (out / "mnist.png").stat().st_size > 10_000

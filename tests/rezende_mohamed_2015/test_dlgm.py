@@ -15,7 +15,7 @@ from torch.distributions import Transform
 
 from pyroflow.transforms import ConditionalPlanar, ConditionalSylvester
 from rezende_mohamed_2015.dlgm import DLGM, Maxout, Terms
-from rezende_mohamed_2015.mnist import nice
+from rezende_mohamed_2015.mnist import layers
 from rezende_mohamed_2015.nice import nice_layers
 
 D, H, X = 3, 8, 6
@@ -241,6 +241,6 @@ def test_planar_layers_start_near_the_identity(K: int) -> None:
 def test_nice_starts_at_the_identity_but_for_the_order() -> None:
     z = torch.randn(100, 40)
     y = z
-    for t in nice(10):
+    for t in layers("NICE", 10):
         y = t(y)
     torch.testing.assert_close(y.sort(-1).values, z.sort(-1).values)

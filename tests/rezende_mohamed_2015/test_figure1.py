@@ -10,7 +10,8 @@ import torch
 
 from pyroflow.transforms import ConditionedPlanar, ConditionedRadial
 from rezende_mohamed_2015 import figure1
-from rezende_mohamed_2015.results import Options
+from rezende_mohamed_2015.results import Options, label
+from rezende_mohamed_2015.tables import frame
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +23,14 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 def test_every_density_integrates_to_one(quick: tuple[Path, dict]) -> None:
     out, report = quick
     assert len(report["runs"]) == 12
-    for key, panel in report["runs"].items():
-        assert panel["integral"] == pytest.approx(1, abs=1e-3), key
+    for panel in report["runs"]:
+        assert panel["integral"] == pytest.approx(1, abs=1e-3), label(panel)
     assert report["complete"]
     assert report["worst_error"] < 1e-3
     assert (out / "figure1.png").stat().st_size > 20_000
-    rows = figure1.table(report).splitlines()
-    assert len(rows) == 5
-    assert "nan" not in rows[1]
+    table = frame("figure1", report)
+    assert len(table) == 4
+    assert table["K = 10"].astype(float).tolist() == pytest.approx([1.0] * 4, abs=1e-3)
 
 
 def test_a_rerun_keeps_what_is_there(
@@ -100,10 +101,11 @@ def test_integral_notices_a_density_that_is_none() -> None:
     assert found["integral"] == pytest.approx(1.01, abs=2e-3)
 
 
-def test_parts_of_keys_choose_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_labels_select_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figure1, "PIXELS", 20)
     options = Options(out=tmp_path, quick=True, only=("uniform radial K=1",), progress=False)
     report = figure1.run(options)
-    assert set(report["runs"]) == {"uniform radial K=1"}
+    (run,) = report["runs"]
+    assert (run["base"], run["kind"], run["K"]) == ("uniform", "radial", 1)
     assert not report["complete"]
-    assert "nan" in figure1.table(report)
+    assert frame("figure1", report)["K = 2"].tolist() == ["–"] * 4

@@ -8,14 +8,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 import pyroflow as pf
 from rezende_mohamed_2015 import figure3, figure3_drawing
-from rezende_mohamed_2015.results import Options
+from rezende_mohamed_2015.results import Options, Run, label
+from rezende_mohamed_2015.tables import frame
 
+KEYS = ("energy", "kind", "K", "seed")
 ONLY = ("U2 planar K=2", "U1 NICE permutation K=2", "U1 NICE orthogonal K=8")
+
+
+def labels(runs: list[Run]) -> list[str]:
+    return [label({column: run[column] for column in KEYS}) for run in runs]
 
 
 def quick(out: Path, **options: object) -> dict:
@@ -30,14 +37,16 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 def test_runs_are_stored_with_their_numbers(short: tuple[Path, dict]) -> None:
     out, report = short
-    assert set(report["runs"]) == {f"{cell} seed={seed}" for cell in ONLY for seed in (0, 1)}
-    for key, found in report["runs"].items():
-        limit = report["bound_limits"][key[:2]]
+    assert set(labels(report["runs"])) == {
+        f"{cell} seed={seed}" for cell in ONLY for seed in (0, 1)
+    }
+    for found in report["runs"]:
+        limit = report["bound_limits"][found["energy"]]
         assert found["kl"] == pytest.approx(found["bound"] - limit, abs=1e-9)
         assert 0 < found["kl"] < 200
         assert 0 < found["kl_se"] < 0.5
         assert 0.3 < found["mass_inside"] <= 1
-    planar = report["runs"]["U2 planar K=2 seed=0"]
+    planar = report["runs"][labels(report["runs"]).index("U2 planar K=2 seed=0")]
     assert planar["parameters"] == 8 + 2 * 5
     assert not list((out / "checkpoints" / "figure3").glob("*seed=?.pt"))
     for name in ("figure3_kl.png", "figure3_densities.png"):
@@ -75,14 +84,13 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "key",
-    ["U3 planar K=8 seed=1", "U2 NICE permutation K=2 seed=0", "U4 NICE orthogonal K=2 seed=2"],
+    ("number", "kind", "K", "seed"),
+    [(3, "planar", 8, 1), (2, "NICE permutation", 2, 0), (4, "NICE orthogonal", 2, 2)],
 )
-def test_a_run_is_what_its_key_says(
-    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_is_what_its_columns_say(
+    number: int, kind: str, K: int, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The energy, the layers and where they start, the rate, β and the seed."""
-    number, kind, K, seed = figure3._parts(key)
     real, calls = figure3.fit_energy, []
 
     def spy(flow: pf.Flow, target: Callable, **options: object) -> object:
@@ -91,7 +99,7 @@ def test_a_run_is_what_its_key_says(
 
     monkeypatch.setattr(figure3, "fit_energy", spy)
     monkeypatch.setattr(figure3, "save_figure", lambda figure, path: None)
-    quick(tmp_path, only=(key,), seeds=3)
+    quick(tmp_path, only=(f"U{number} {kind} K={K} seed={seed}",), seeds=3)
     ((flow, target, options),) = calls
     z = torch.randn(7, 2)
     assert torch.equal(target(z), pf.targets.energy(number)(z))
@@ -120,17 +128,20 @@ def test_runs_are_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     only = ("U1 NICE permutation K=2", "U1 planar K=2")
     one, two = (quick(tmp_path / name, only=only)["runs"] for name in "ab")
     assert len(one) == 2
-    for key, found in one.items():
-        assert two[key]["kl"] == found["kl"]
+    assert [run["kl"] for run in one] == [run["kl"] for run in two]
 
 
 def test_panels_show_the_best_runs(short: tuple[Path, dict]) -> None:
     out, report = short
     best = figure3_drawing.shown(report["runs"])
-    assert set(best) == {"U2 planar K=2", "U1 NICE orthogonal K=8"}
-    for cell, key in best.items():
-        density, kl = torch.load(out / "checkpoints" / "figure3" / f"{key} density.pt")
-        assert kl == report["summary"][cell]["low"]
+    assert [(run["energy"], run["kind"], run["K"]) for run in best] == [
+        ("U1", "NICE orthogonal", 8),
+        ("U2", "planar", 2),
+    ]
+    low = figure3.summarise(report["runs"]).set_index(figure3.CELL)["low"]
+    for run in best:
+        density, kl = torch.load(out / "checkpoints" / "figure3" / f"{label(run)} density.pt")
+        assert kl == low[run["energy"], run["kind"], run["K"]]
         area = (2 * figure3_drawing.WINDOW / figure3_drawing.PIXELS) ** 2
         assert 0.5 < density.sum() * area < 1.01
 
@@ -145,8 +156,9 @@ def test_a_picture_without_its_densities_is_made_from_new_fits(
     (tmp_path / "figure3_densities.png").unlink()
     assert quick(tmp_path, only=(cell,), seeds=2) == report
     (left,) = (tmp_path / "checkpoints" / "figure3").iterdir()
-    assert left.name == f"{figure3_drawing.shown(report['runs'])[cell]} density.pt"
-    assert torch.load(left)[1] == report["summary"][cell]["low"]
+    (best,) = figure3_drawing.shown(report["runs"])
+    assert left.name == f"{label(best)} density.pt"
+    assert torch.load(left)[1] == min(run["kl"] for run in report["runs"])
     shutil.rmtree(tmp_path / "checkpoints")
     with monkeypatch.context() as patched:
         patched.setattr(figure3, "fit_energy", None)
@@ -167,7 +179,7 @@ def test_a_picture_of_other_runs_is_drawn_anew(
     assert picture.read_bytes() == before
     again = quick(tmp_path, only=("U1 planar K=2",))
     assert picture.read_bytes() != before
-    assert set(again["runs"]) == {*report["runs"], "U1 planar K=2 seed=0"}
+    assert labels(again["runs"]) == ["U1 planar K=2 seed=0", *labels(report["runs"])]
 
 
 def stopped(*_: object) -> None:
@@ -184,8 +196,9 @@ def test_panels_are_the_right_way_up() -> None:
 
 
 def test_curves_are_medians_within_ranges() -> None:
-    summary = {f"U1 planar K={K}": {"low": 0.1, "median": 0.2, "high": 0.4} for K in (2, 8)}
-    figure = figure3_drawing.lengths(summary, {"U1": 0.05}, {"U1": -1.5})
+    cell = {"energy": "U1", "kind": "planar", "low": 0.1, "median": 0.2, "high": 0.4}
+    cells = pd.DataFrame([cell | {"K": K} for K in (8, 2)])
+    figure = figure3_drawing.lengths(cells, {"U1": 0.05}, {"U1": -1.5})
     upper, lower = figure.axes
     assert list(upper.lines[0].get_xdata()) == [2, 8]
     assert list(upper.lines[0].get_ydata()) == [0.2, 0.2]
@@ -224,32 +237,39 @@ def test_flows_start_as_gaussians(kind: str) -> None:
 
 
 def test_summary_has_medians_ranges_and_the_best_of_three() -> None:
-    values = {0: 0.5, 1: 0.3, 2: 0.4, 3: 0.1, 4: 0.9}
-    runs = {
-        f"U3 planar K=8 seed={seed}": {"kl": kl, "mass_inside": 1 - kl / 10}
-        for seed, kl in values.items()
-    }
-    assert figure3.summarise(runs) == {
-        "U3 planar K=8": {
-            "seeds": 5,
-            "median": 0.4,
-            "low": 0.1,
-            "high": 0.9,
-            "best_of_three": 0.3,
-            "least_mass_inside": 0.91,
-        }
+    cell = {"energy": "U3", "kind": "planar", "K": 8, "seconds": 3.0}
+    runs = [
+        cell | {"seed": seed, "kl": kl, "mass_inside": 1 - kl / 10}
+        for seed, kl in enumerate((0.5, 0.3, 0.4, 0.1, 0.9))
+    ]
+    (found,) = figure3.summarise(runs).to_dict("records")
+    assert found == {
+        "energy": "U3",
+        "kind": "planar",
+        "K": 8,
+        "seeds": 5,
+        "median": 0.4,
+        "low": 0.1,
+        "high": 0.9,
+        "best_of_three": 0.3,
+        "least_mass_inside": 0.91,
+        "fastest": 3.0,
+        "slowest": 3.0,
     }
 
 
 def test_table_sets_ours_beside_the_reference(short: tuple[Path, dict]) -> None:
     _, report = short
-    rows = figure3.table(report).splitlines()
-    assert len(rows) == 14
-    row = next(row for row in rows if row.startswith("U2, K = 2 "))
-    assert "0.820" in row
-    assert "0.053" in row
-    assert f"{report['summary']['U2 planar K=2']['best_of_three']:.4f}" in row
-    assert rows[-2].split()[4] == "0.022"
+    table = frame("figure3", report).set_index("KL, nats")
+    assert len(table) == 12
+    row = table.loc["U2, K = 2"]
+    best = min(run["kl"] for run in report["runs"] if run["kind"] == "planar")
+    assert row["a plain recipe"] == "0.820"
+    assert row["planar, best of 3"] == f"{best:.4f}"
+    assert row["NICE permutation"] == "–"
+    assert row["no NICE below"] == "0.053"
+    assert row["seeds"] == "2"
+    assert table.loc["U4, K = 32"].tolist() == ["0.022", *["–"] * 4, "0.030", "–", "–"]
 
 
 @pytest.mark.slow
@@ -258,6 +278,6 @@ def test_table_sets_ours_beside_the_reference(short: tuple[Path, dict]) -> None:
 def test_planar_reaches_the_energies(number: int, bound: float, tmp_path: Path) -> None:
     only = (f"U{number} planar K=32",)
     report = figure3.run(Options(out=tmp_path, seeds=3, only=only, progress=False))
-    best = report["summary"][only[0]]["best_of_three"]
+    (best,) = figure3.summarise(report["runs"])["best_of_three"]
     print(f"U{number}: KL = {best:.4f}")
     assert -0.01 < best < bound

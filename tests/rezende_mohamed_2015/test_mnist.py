@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from rezende_mohamed_2015.__main__ import app
 from rezende_mohamed_2015.dlgm_training import Schedule
 from rezende_mohamed_2015.nice import AdditiveCoupling
 from rezende_mohamed_2015.results import Options
+from rezende_mohamed_2015.tables import frame
 
 pytestmark = pytest.mark.usefixtures("float32")
 
-FLOWS = ("planar K=0", "planar K=10", "NICE K=10")
+FLOWS = [("planar", 0), ("planar", 10), ("NICE", 10)]
+ONLY = [f"{kind} K={K}" for kind, K in FLOWS]
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +40,16 @@ def quick(out: Path, data: Path | None, *only: str, module: Any = mnist) -> dict
 def short(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("out")
     torch.set_default_dtype(torch.float32)
-    report = quick(out, data, *FLOWS)
+    report = quick(out, data, *ONLY)
     torch.set_default_dtype(torch.float64)
     return out, report
 
 
 def test_a_run_scores_every_flow_that_is_asked_for(short: tuple[Path, dict[str, Any]]) -> None:
     out, report = short
-    assert list(report["runs"]) == [f"{flow} seed=0" for flow in FLOWS]
-    for found in report["runs"].values():
+    runs = report["runs"]
+    assert [(run["kind"], run["K"], run["seed"]) for run in runs] == [(*flow, 0) for flow in FLOWS]
+    for found in runs:
         assert (found["images"], found["samples"], found["updates"]) == (100, 10, 50)
         assert (found["skipped_updates"], found["processes"]) == (0, 1)
         assert found["nll"] < found["free_energy"] < 784 * math.log(2)
@@ -57,12 +61,12 @@ def test_a_run_scores_every_flow_that_is_asked_for(short: tuple[Path, dict[str, 
 
 def test_all_lengths_have_the_same_networks(short: tuple[Path, dict[str, Any]]) -> None:
     """What K layers add: planar (400 + 1) · 81 a layer, and their own start; NICE is global."""
-    parameters = [run["parameters"] for run in short[1]["runs"].values()]
+    parameters = [run["parameters"] for run in short[1]["runs"]]
     networks = 4 * 400 * (784 + 1) + 80 * 401 + 4 * 400 * 41 + 784 * 401
     assert parameters[0] == networks
     assert parameters[1] - networks == 10 * (400 + 2) * 81
     assert parameters[2] > networks
-    model = mnist.model(torch.zeros(784), mnist.nice(10))
+    model = mnist.model(torch.zeros(784), mnist.layers("NICE", 10))
     assert parameters[2] - networks == sum(p.numel() for p in model.parts.parameters())
 
 
@@ -72,7 +76,7 @@ def test_a_rerun_trains_nothing_and_draws_again(
     out, report = short
     monkeypatch.setattr(dlgm_study, "train", None)
     (out / "mnist.png").unlink()
-    assert quick(out, data, *FLOWS) == report
+    assert quick(out, data, *ONLY) == report
     assert (out / "mnist.png").exists()
 
 
@@ -82,15 +86,15 @@ def test_a_lost_file_of_results_is_made_again_from_the_checkpoints(
     out, report = short
     whole = (out / "mnist.json").read_text()
     (out / "mnist.json").unlink()
-    again = quick(out, data, FLOWS[1])["runs"]["planar K=10 seed=0"]
+    (again,) = quick(out, data, ONLY[1])["runs"]
     (out / "mnist.json").write_text(whole)
-    was = report["runs"]["planar K=10 seed=0"]
+    was = report["runs"][1]
     for name in ("free_energy", "nll", "updates", "seconds"):
         assert again[name] == was[name], name
 
 
 def test_networks_start_alike_whatever_the_flow(data: Path) -> None:
-    study = mnist.study("mnist", {}, Options(out=data, quick=True, data=data))
+    study = mnist.study("mnist", [], mnist.layers, Options(out=data, quick=True, data=data))
     starts = []
     with pytest.MonkeyPatch.context() as patch:
 
@@ -99,8 +103,8 @@ def test_networks_start_alike_whatever_the_flow(data: Path) -> None:
             raise InterruptedError
 
         patch.setattr(dlgm_study, "train", no_training)
-        for flow in (list, lambda: mnist.planar(10), lambda: mnist.nice(10)):
-            named = dlgm_study.Study(**vars(study) | {"flows": {"flow": flow}})
+        for kind, K in FLOWS:
+            named = replace(study, flows=[{"kind": kind, "K": K}])
             with pytest.raises(InterruptedError):
                 dlgm_study.run_study(named, Options(out=data / "out", progress=False))
     assert len(starts) == 3
@@ -111,7 +115,7 @@ def test_networks_start_alike_whatever_the_flow(data: Path) -> None:
 def test_images_are_drawn_once_and_not_cut_at_a_threshold(data: Path) -> None:
     """Larochelle & Murray's way: each pixel by its grey, from a fixed seed, for both sets."""
     options = Options(out=data, data=data)
-    study, again = (mnist.study("mnist", {}, options) for _ in range(2))
+    study, again = (mnist.study("mnist", [], mnist.layers, options) for _ in range(2))
     images = image_files.mnist(data)
     for ours, same, grey, seed in (
         (study.training, again.training, images.train_images, 0),
@@ -124,20 +128,22 @@ def test_images_are_drawn_once_and_not_cut_at_a_threshold(data: Path) -> None:
         assert ours.float().mean() == pytest.approx((grey / 255.0).mean().item(), rel=0.02)
 
 
-def test_flows_are_what_their_keys_say(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {}
-    monkeypatch.setattr(mnist, "run_study", lambda study, _: asked.update(study.flows))
+def test_flows_are_what_their_columns_say(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(mnist, "run_study", lambda study, _: asked.append(study))
     mnist.run(Options(out=data, data=data))
-    assert list(asked) == [f"planar K={K}" for K in (0, 10, 20, 40, 80)] + [
-        f"NICE K={K}" for K in (10, 20, 40, 80)
+    ((first, *others), make) = asked[0].flows, asked[0].layers
+    assert [(flow["kind"], flow["K"]) for flow in (first, *others)] == [
+        *(("planar", K) for K in (0, 10, 20, 40, 80)),
+        *(("NICE", K) for K in (10, 20, 40, 80)),
     ]
-    assert asked["planar K=0"]() == []
-    for key, make in list(asked.items())[1:]:
-        kind, K = key.split(" K=")
-        (layers,) = make()
-        assert isinstance(layers, ConditionalPlanar if kind == "planar" else AdditiveCoupling)
-        stack = layers.condition(torch.zeros(1, 400)).u[0] if kind == "planar" else layers.mixed
-        assert stack.shape[:2] == (int(K), 40)
+    assert make(**first) == []
+    for flow in others:
+        (layers,) = make(**flow)
+        planar = flow["kind"] == "planar"
+        assert isinstance(layers, ConditionalPlanar if planar else AdditiveCoupling)
+        stack = layers.condition(torch.zeros(1, 400)).u[0] if planar else layers.mixed
+        assert stack.shape[:2] == (flow["K"], 40)
     assert set(layers.mixed.unique().tolist()) == {0.0, 1.0}
 
 
@@ -146,7 +152,7 @@ def test_other_images_are_another_file(
 ) -> None:
     monkeypatch.setattr(mnist, "TEST_SEED", 7)
     with pytest.raises(ValueError, match=r"mnist\.json is of a run with digests="):
-        quick(short[0], data, *FLOWS)
+        quick(short[0], data, *ONLY)
 
 
 def test_the_real_run_is_the_papers_but_for_its_schedule() -> None:
@@ -179,7 +185,7 @@ def test_another_schedule_is_another_file(
 ) -> None:
     monkeypatch.setattr(mnist, "Schedule", lambda *_, **__: Schedule(60, lr=1e-3, flow_lr=1e-3))
     with pytest.raises(ValueError, match=r"mnist\.json is of a run with schedule="):
-        quick(short[0], data, *FLOWS)
+        quick(short[0], data, *ONLY)
 
 
 # Sylvester
@@ -187,37 +193,39 @@ def test_another_schedule_is_another_file(
 
 def test_sylvester_stands_beside_the_planar_flow_of_mnist(tmp_path: Path, data: Path) -> None:
     """Equal K·M and equal updates."""
-    planar = quick(tmp_path, data, "planar K=40", "NICE K=40")["runs"]["planar K=40 seed=0"]
+    planar, nice = quick(tmp_path, data, "planar K=40", "NICE K=40")["runs"]
     report = quick(tmp_path, data, "qr", module=sylvester)
-    assert report["planar"] == {"planar K=40 seed=0": planar}
-    assert list(report["runs"]) == ["qr M=8 L=5 seed=0"]
-    found = report["runs"]["qr M=8 L=5 seed=0"]
+    assert (planar["kind"], nice["kind"]) == ("planar", "NICE")
+    assert report["planar"] == [planar]
+    (found,) = report["runs"]
+    assert [found[column] for column in ("kind", "M", "L", "seed")] == ["qr", 8, 5, 0]
     assert found["updates"] == planar["updates"]
     assert found["nll"] < found["free_energy"] < 784 * math.log(2)
     assert (tmp_path / "sylvester.png").stat().st_size > 5_000
-    lines = sylvester.table(report).splitlines()
-    assert lines[1].split()[-4:] == [f"{planar['parameters']:,}", "86.06", "/", "81.91"]
-    assert lines[2].split()[-3:] == ["83.32", "/", "80.22"]
-    assert f"{found['nll']:.2f}" in lines[2]
+    table = frame("sylvester", report)
+    assert table.iloc[:, 6].tolist() == ["86.06 / 81.91", "83.32 / 80.22"]
+    assert table["parameters"][0] == f"{planar['parameters']:,}"
+    assert table["−ln p"][1].startswith(f"{found['nll']:.2f}")
 
 
 def test_sylvester_stands_beside_no_other_model(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other updates, other images or a quick run: no planar flow is shown. The rate is its own."""
-    study = mnist.study("mnist", {}, Options(out=tmp_path, data=data))
+    study = mnist.study("mnist", [], mnist.layers, Options(out=tmp_path, data=data))
     ours = dlgm_study.settings(study, False)
     file = tmp_path / "mnist.json"
-    assert sylvester.planar(file, ours) == {}
+    assert sylvester.planar(file, ours) == []
+    beside = {"kind": "planar", "K": 40, "nll": 87.0}
+    others = [{"kind": "planar", "K": 4, "nll": 90.0}, {"kind": "NICE", "K": 40, "nll": 90.0}]
     for change, runs in (
-        ({}, {"planar K=40 seed=0": {"nll": 87.0}}),
-        ({"quick": True}, {}),
-        ({"digests": ["0", "1"]}, {}),
-        ({"schedule": ours["schedule"] | {"updates": 7}}, {}),
-        ({"schedule": ours["schedule"] | {"flow_lr": 7.0}}, {"planar K=40 seed=0": {"nll": 87.0}}),
+        ({}, [beside]),
+        ({"quick": True}, []),
+        ({"digests": ["0", "1"]}, []),
+        ({"schedule": ours["schedule"] | {"updates": 7}}, []),
+        ({"schedule": ours["schedule"] | {"flow_lr": 7.0}}, [beside]),
     ):
-        report = {"settings": ours | change, "runs": {"planar K=40 seed=0": {"nll": 87.0}}}
-        report["runs"]["planar K=4 seed=0"] = report["runs"]["NICE K=40 seed=0"] = {"nll": 90.0}
+        report = {"settings": ours | change, "runs": [beside, *others]}
         file.write_text(json.dumps(report))
         assert sylvester.planar(file, ours) == runs
     asked = []
@@ -230,11 +238,11 @@ def test_sylvester_stands_beside_no_other_model(
 @pytest.mark.parametrize("kind", sylvester.UNITS)
 def test_sylvester_flows_start_near_the_identity_and_move_every_latent(kind: str) -> None:
     """Rotations stay, but the density is hardly another."""
-    (flow,) = sylvester.sylvester(kind)
+    M = sylvester.UNITS[kind]
+    (flow,) = sylvester.layers(kind, M, 40 // M)
     z, context = torch.randn(100, 40), torch.randn(100, 400) / 20
     layers = flow.condition(context)
-    M, L = sylvester.UNITS[kind], layers.R.shape[-3]
-    assert (layers.orthogonal, M * L, layers.R.shape[-1]) == (kind, 40, M)
+    assert (layers.orthogonal, layers.R.shape[-3:]) == (kind, (40 // M, M, M))
     assert layers.log_abs_det_jacobian(z, layers(z)).abs().max() < 2
     with torch.no_grad():
         for p in flow.parameters():
@@ -243,43 +251,25 @@ def test_sylvester_flows_start_near_the_identity_and_move_every_latent(kind: str
     assert (moved.abs().amax(0) > 1e-3).all()
 
 
-# the figure and the table
+# the figure
 
 
-def runs_of(values: dict[str, float]) -> dict[str, dict[str, float]]:
+def runs_of(values: dict[tuple[str, int, int], float]) -> list[dict[str, Any]]:
     errors = {"free_energy_se": 0.1, "kl_se": 0.1, "nll_se": 0.1}
-    return {key: {"free_energy": v + 5, "kl": 5.0, "nll": v, **errors} for key, v in values.items()}
+    return [
+        {"kind": kind, "K": K, "seed": seed, "free_energy": v + 5, "kl": 5.0, "nll": v} | errors
+        for (kind, K, seed), v in values.items()
+    ]
 
 
 def test_curves_are_means_over_seeds_and_share_their_start() -> None:
-    runs = runs_of({"planar K=0 seed=0": 90.0, "planar K=0 seed=1": 92.0, "NICE K=10 seed=0": 89.0})
+    runs = runs_of({("NICE", 10, 0): 89.0, ("planar", 0, 0): 90.0, ("planar", 0, 1): 92.0})
     assert mnist_drawing.curves(runs, "NICE", "nll") == {0: 91.0, 10: 89.0}
     assert mnist_drawing.curves(runs, "planar", "free_energy") == {0: 96.0}
 
 
-def test_the_table_has_the_papers_numbers() -> None:
-    """Table 2, and what can be read off Figure 4, to 0.05 nats."""
-    runs = runs_of({"planar K=0 seed=0": 90.0, "planar K=80 seed=0": 86.0})
-    _, *lines = (line.split("  ") for line in mnist.table({"runs": runs}).splitlines())
-    rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
-    assert rows == [
-        ["planar, −ELBO", "95.00", "91.00"],
-        ["the paper", "96.75", "93.55", "91.95", "90.65", "89.60"],
-        ["planar, KL", "5.00", "5.00"],
-        ["the paper", "6.83", "6.04", "5.43", "4.86", "4.43"],
-        ["planar, −ln p(x)", "90.00", "86.00"],
-        ["the paper", "89.90", "87.50", "86.50", "85.70", "85.10"],
-        ["NICE, −ELBO", "95.00"],
-        ["the paper", "96.75", "94.85", "93.95", "93.00", "92.85"],
-        ["NICE, KL", "5.00"],
-        ["the paper", "6.83", "6.27", "6.01", "5.69", "5.56"],
-        ["NICE, −ln p(x)", "90.00"],
-        ["the paper", "89.90", "88.60", "87.90", "87.30", "87.20"],
-    ]
-
-
 def test_the_figure_has_ours_and_theirs() -> None:
-    figure = mnist_drawing.draw(runs_of({"planar K=0 seed=0": 90.0, "NICE K=20 seed=0": 88.0}))
+    figure = mnist_drawing.draw(runs_of({("planar", 0, 0): 90.0, ("NICE", 20, 0): 88.0}))
     bound, kl, nll = figure.axes
     for ax, paper in ((bound, 96.75), (kl, 6.83), (nll, 89.9)):
         dashed = {line.get_label(): list(line.get_ydata()) for line in ax.lines}

@@ -18,28 +18,32 @@ from rezende_mohamed_2015.results import (
     machine,
 )
 
-KEYS = ["U1 planar K=2 seed=0", "U1 planar K=20 seed=0", "U2 NICE K=2 seed=1"]
+RUNS = [
+    {"energy": "U1", "kind": "planar", "K": 2, "seed": 0},
+    {"energy": "U1", "kind": "planar", "K": 20, "seed": 0},
+    {"energy": "U2", "kind": "NICE", "K": 2, "seed": 1},
+]
 
 
 @pytest.mark.parametrize(
-    ("only", "chosen"),
+    ("only", "selected"),
     [
-        ((), KEYS),
-        (("planar",), KEYS[:2]),
-        (("K=2",), [KEYS[0], KEYS[2]]),  # and not K=20
-        (("K=20",), KEYS[1:2]),
-        (("NICE", "U1 planar K=2"), [KEYS[0], KEYS[2]]),
-        (("planar", "U1"), KEYS[:2]),
+        ((), RUNS),
+        (("planar",), RUNS[:2]),
+        (("K=2",), [RUNS[0], RUNS[2]]),  # and not K=20
+        (("K=20",), RUNS[1:2]),
+        (("NICE", "U1 planar K=2"), [RUNS[0], RUNS[2]]),
+        (("planar", "U1"), RUNS[:2]),
     ],
 )
-def test_only_chooses_by_parts_of_keys(only: tuple[str, ...], chosen: list[str]) -> None:
-    assert Options(Path("out"), only=only).chosen(iter(KEYS)) == chosen
+def test_only_selects_by_parts_of_labels(only: tuple[str, ...], selected: list[dict]) -> None:
+    assert Options(Path("out"), only=only).selected(iter(RUNS)) == selected
 
 
 def test_only_that_matches_nothing_is_refused() -> None:
     options = Options(Path("out"), only=("planar", "K=3"))
     with pytest.raises(ValueError, match=r"--only 'K=3' is part of no run; there are \['U1 planar"):
-        options.chosen(KEYS)
+        options.selected(RUNS)
 
 
 SETTINGS = {"steps": 10, "quick": True, "layers": (2, 8)}
@@ -49,42 +53,48 @@ def test_a_file_is_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "new" / "figure.json"
     first = Results(path, SETTINGS)
     assert not path.exists()
-    first.add("K=2", {"kl": 0.25, "curve": (1.0, 0.5)})
+    first.add({"K": 2}, {"kl": 0.25, "curve": (1.0, 0.5)})
     again = Results(path, SETTINGS)
     here = {"machine": machine()}
-    assert again.runs == first.runs == {"K=2": here | {"kl": 0.25, "curve": [1.0, 0.5]}}
-    again.add("K=8", {"kl": 0.03})
-    again.add("K=2", {"kl": 0.24})
-    assert Results(path, SETTINGS).runs == {"K=2": here | {"kl": 0.24}, "K=8": here | {"kl": 0.03}}
+    two = {"K": 2} | here | {"kl": 0.25, "curve": [1.0, 0.5]}
+    assert again.runs == first.runs == [two]
+    again.add({"K": 8}, {"kl": 0.03})
+    again.add({"K": 2}, {"kl": 0.24})
+    runs = [{"K": K} | here | {"kl": kl} for K, kl in ((2, 0.24), (8, 0.03))]
+    assert Results(path, SETTINGS).runs == runs
+    planned = [{"K": K} for K in (8, 4, 2)]
+    assert again.find({"K": 2}) == runs[0]
+    assert again.find({"K": 4}) is None
+    assert again.missing(planned) == [{"K": 4}]
+    assert again.ordered(planned) == runs[::-1]
+    assert again.ordered(planned[:1]) == runs[::-1]  # others than these stay
 
 
 def test_the_file_holds_settings_summary_and_runs(tmp_path: Path) -> None:
     path = tmp_path / "figure.json"
     kept = Results(path, SETTINGS)
-    kept.add("K=2", {"kl": 0.25})
+    kept.add({"K": 2}, {"kl": 0.25})
     kept.write(best=0.25, median=0.3)
     Results(path, SETTINGS).write(median=0.31)
-    Results(path, SETTINGS).add("K=8", {"kl": 0.03})
+    Results(path, SETTINGS).add({"K": 8}, {"kl": 0.03})
     assert json.loads(path.read_text()) == {
         "settings": {"steps": 10, "quick": True, "layers": [2, 8]},
         "best": 0.25,
         "median": 0.31,
-        "runs": {
-            key: {"machine": machine(), "kl": kl} for key, kl in (("K=2", 0.25), ("K=8", 0.03))
-        },
+        "runs": [{"K": K, "machine": machine(), "kl": kl} for K, kl in ((2, 0.25), (8, 0.03))],
     }
 
 
 def test_a_run_keeps_the_machine_it_was_done_on(tmp_path: Path) -> None:
     """Whatever the machine that adds other runs, or writes the summary."""
     path = tmp_path / "figure.json"
-    Results(path, SETTINGS).add("K=2", {"machine": "abacus, 2 beads", "kl": 0.25})
-    Results(path, SETTINGS).add("K=8", {"kl": 0.03})
+    Results(path, SETTINGS).add({"K": 2}, {"machine": "abacus, 2 beads", "kl": 0.25})
+    Results(path, SETTINGS).add({"K": 8}, {"kl": 0.03})
     Results(path, SETTINGS).write(best=0.03)
-    runs = Results(path, SETTINGS).runs
-    assert runs["K=2"]["machine"] == "abacus, 2 beads"
+    two, eight = Results(path, SETTINGS).runs
+    assert two["machine"] == "abacus, 2 beads"
     for fact in (f"{os.cpu_count()} cores", "1 thread,", f"torch {torch.__version__}"):
-        assert fact in runs["K=8"]["machine"]
+        assert fact in eight["machine"]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +107,7 @@ def test_a_run_keeps_the_machine_it_was_done_on(tmp_path: Path) -> None:
 )
 def test_other_settings_are_refused(tmp_path: Path, settings: dict, message: str) -> None:
     path = tmp_path / "figure.json"
-    Results(path, SETTINGS).add("K=2", {"kl": 0.25})
+    Results(path, SETTINGS).add({"K": 2}, {"kl": 0.25})
     before = path.read_bytes()
     with pytest.raises(ValueError, match=message):
         Results(path, settings)
@@ -105,7 +115,7 @@ def test_other_settings_are_refused(tmp_path: Path, settings: dict, message: str
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[1, 2]", "3", '{"runs": {}}', '{"settings": {}}', "\xff"]
+    "content", ["", "{", "[1, 2]", "3", '{"runs": []}', '{"settings": {}}', "\xff"]
 )
 def test_a_broken_file_is_refused_and_kept(tmp_path: Path, content: str) -> None:
     path = tmp_path / "figure.json"
@@ -116,7 +126,12 @@ def test_a_broken_file_is_refused_and_kept(tmp_path: Path, content: str) -> None
 
 
 @pytest.mark.parametrize(
-    "content", ['{"settings": [1], "runs": {}}', '{"settings": {}, "runs": 3}']
+    "content",
+    [
+        '{"settings": [1], "runs": []}',
+        '{"settings": {}, "runs": 3}',
+        '{"settings": {}, "runs": {"K=2": {"kl": 0.25}}}',
+    ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "figure.json"
@@ -128,11 +143,11 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, content: str) -> None
 def test_two_that_share_a_file_keep_all_runs(tmp_path: Path) -> None:
     path = tmp_path / "figure.json"
     one, two = Results(path, SETTINGS), Results(path, SETTINGS)
-    one.add("K=2", {"kl": 0.25})
-    two.add("K=8", {"kl": 0.03})
+    one.add({"K": 2}, {"kl": 0.25})
+    two.add({"K": 8}, {"kl": 0.03})
     one.write(best=0.03)
-    two.add("K=32", {"kl": 0.01})
-    assert list(two.runs) == ["K=2", "K=8", "K=32"]
+    two.add({"K": 32}, {"kl": 0.01})
+    assert [run["K"] for run in two.runs] == [2, 8, 32]
     assert Results(path, SETTINGS).runs == two.runs
     assert json.loads(path.read_text())["best"] == 0.03
 
@@ -140,7 +155,7 @@ def test_two_that_share_a_file_keep_all_runs(tmp_path: Path) -> None:
 def _add_runs(path: Path, name: str) -> None:
     shared = Results(path, SETTINGS)
     for k in range(20):
-        shared.add(f"{name} K={k}", {"kl": k})
+        shared.add({"kind": name, "K": k}, {"kl": k})
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -153,8 +168,10 @@ def test_processes_that_share_a_file_keep_all_runs(tmp_path: Path) -> None:
     for worker in workers:
         worker.join(30)
         assert worker.exitcode == 0
-    expected = {f"{name} K={k}" for name in ("planar", "NICE") for k in range(20)}
-    assert Results(path, SETTINGS).runs.keys() == expected
+    expected = {(name, k) for name in ("planar", "NICE") for k in range(20)}
+    runs = Results(path, SETTINGS).runs
+    assert {(run["kind"], run["K"]) for run in runs} == expected
+    assert len(runs) == len(expected)
 
 
 def test_a_write_that_is_cut_off_leaves_the_old_file(
@@ -162,7 +179,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_file(
 ) -> None:
     path = tmp_path / "figure.json"
     kept = Results(path, SETTINGS)
-    kept.add("K=2", {"kl": 0.25})
+    kept.add({"K": 2}, {"kl": 0.25})
     before = path.read_bytes()
 
     def cut_off(source: Path, target: Path) -> None:
@@ -171,26 +188,26 @@ def test_a_write_that_is_cut_off_leaves_the_old_file(
     with monkeypatch.context() as patch:
         patch.setattr(results.os, "replace", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            kept.add("K=8", {"kl": 0.03})
+            kept.add({"K": 8}, {"kl": 0.03})
     assert path.read_bytes() == before
-    kept.add("K=8", {"kl": 0.03})  # the lock was given back
-    assert list(Results(path, SETTINGS).runs) == ["K=2", "K=8"]
+    kept.add({"K": 8}, {"kl": 0.03})  # the lock was given back
+    assert [run["K"] for run in Results(path, SETTINGS).runs] == [2, 8]
 
 
 def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     path = tmp_path / "figure.json"
     kept = Results(path, SETTINGS)
     with pytest.raises(TypeError, match="Tensor"):
-        kept.add("K=8", {"kl": torch.tensor(0.03)})
+        kept.add({"K": 8}, {"kl": torch.tensor(0.03)})
     with pytest.raises(TypeError, match="Tensor"):
         kept.write(best=torch.tensor(0.03))
     assert not path.exists()
-    kept.add("K=2", {"kl": 0.25})
-    assert Results(path, SETTINGS).runs == {"K=2": {"machine": machine(), "kl": 0.25}}
+    kept.add({"K": 2}, {"kl": 0.25})
+    assert Results(path, SETTINGS).runs == [{"K": 2, "machine": machine(), "kl": 0.25}]
 
 
 def test_only_the_file_is_left_beside_what_git_ignores(tmp_path: Path) -> None:
-    Results(tmp_path / "figure.json", SETTINGS).add("K=2", {"kl": 0.25})
+    Results(tmp_path / "figure.json", SETTINGS).add({"K": 2}, {"kl": 0.25})
     left = {file.name for file in tmp_path.rglob("*") if file.is_file()}
     ignored = {name for name in left if name.endswith(".partial")}
     assert left - ignored == {"figure.json"}
