@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 PAPER := ../$(BIN)/python -m rezende_mohamed_2015
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint slow notebooks bench posteriordb paper clean
+.PHONY: demo test lint slow notebooks bench posteriordb paper tables clean
 
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	$(BIN)/pyroflow demo
@@ -18,7 +18,7 @@ lint: $(INSTALLED)  ## What CI checks beside the tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-slow: $(INSTALLED)  ## Long fits that hold the numbers of README to their bounds.
+slow: $(INSTALLED)  ## Long fits that hold the numbers of the tables to their bounds.
 	$(BIN)/python -m pytest -m slow tests
 
 notebooks: $(INSTALLED)  ## Run the notebooks in full and store their outputs.
@@ -38,6 +38,9 @@ paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MN
 	cd notebooks && $(PAPER) mnist --data $(abspath $(PYROFLOW_MNIST))
 	cd notebooks && $(PAPER) mnist_speed
 	cd notebooks && $(PAPER) sylvester --data $(abspath $(PYROFLOW_MNIST))
+
+tables: $(INSTALLED)  ## Write the tables of README.md and notebooks/results/README.md from the stored results.
+	PYTHONPATH=notebooks:tests $(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) $(JAX_VENV)

@@ -1,4 +1,4 @@
-"""The tables of the experiments, from their reports: the screen's, the notebook's and README's."""
+"""Every table of the experiments, from their reports: of the screen, the notebook, the docs."""
 
 from __future__ import annotations
 
