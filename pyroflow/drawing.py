@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform
 
 from pyroflow.data_checks import check_data
+from pyroflow.io import write_whole
 
 Pair = tuple[float, float]
 Bounds = Pair | tuple[Pair, Pair]
@@ -177,3 +179,11 @@ def draw_marginals(
         ax.stairs(height, edges, label=label, linewidth=1.3, **style)
     ax.set(title=name, yticks=[])
     ax.spines[["top", "left", "right"]].set_visible(False)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, small enough to keep beside the code."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())
