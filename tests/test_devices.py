@@ -132,11 +132,8 @@ def files(y: Tensor) -> list[Tensor]:
 
 
 def data_sets(y: Tensor) -> list[Tensor]:
-    images = torch.linspace(0, 1, 2 * 100, device=y.device).reshape(2, 1, 10, 10)
     return [
         *(make(9, seed=1).to(y.device) for make in (pf.datasets.sine, pf.datasets.ring)),
-        pf.datasets.binarize(images),
-        pf.datasets.patches(images, 3, 4),
         *(t.to(y.device) for t in eight_schools_exact(5, y=y, sigma=1 + y**2)[0].values()),
     ]
 

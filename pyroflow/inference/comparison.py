@@ -67,7 +67,7 @@ def _with_gradients(runs: Runs, way: Way, latents: Values, size: int) -> tuple[S
     options = {"allow_unused": True, "materialize_grads": True}
     slopes = torch.autograd.grad(whole, moving, retain_graph=True, **options)
     leaks = torch.autograd.grad(first, moving, **options)
-    exact = [torch.where((leak[1:] == 0) | leak[1:].isnan(), 0.0, 1.0) for leak in leaks]
+    exact = [((leak[1:] != 0) & ~leak[1:].isnan()).to(leak) for leak in leaks]
     return sites, [*slopes, *exact]
 
 

@@ -85,9 +85,14 @@ def outside_support(record: Record) -> Tensor | None:
     return outside if record["mask"] is None else outside & record["mask"]
 
 
+def tensor_of(value: Any) -> Tensor:
+    """A site's value, which may be a number; torch's ``as_tensor`` would also move a tensor."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+
+
 def tensors_of(run: Run) -> tuple[Values, Values]:
     """The values of a run, and its log densities."""
-    values = {name: torch.as_tensor(record["value"]) for name, record in run.items()}
+    values = {name: tensor_of(record["value"]) for name, record in run.items()}
     log_probs = {n: record["log_prob"] for n, record in run.items() if "log_prob" in record}
     return values, log_probs
 
@@ -116,7 +121,7 @@ def check_same_sites(run: Run, first: Run) -> None:
 
 
 def _shape(run: Run, name: str) -> torch.Size | None:
-    return torch.as_tensor(run[name]["value"]).shape if name in run else None
+    return tensor_of(run[name]["value"]).shape if name in run else None
 
 
 def log_joint(sites: Sites) -> Tensor:

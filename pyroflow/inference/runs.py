@@ -28,6 +28,7 @@ from pyroflow.inference.records import (
     is_factor,
     log_joint,
     outside_support,
+    tensor_of,
     tensors_of,
 )
 from pyroflow.model.supports import concatenated, moved, preimage, remember
@@ -141,7 +142,7 @@ class Runs:
 
         run = torch.func.vmap(alone, randomness="different" if self.predict else "error")
         z = {name: origin.latent for name, origin in origins.items()}
-        values, log_probs = run(torch.arange(size), latents, z)
+        values, log_probs = run(torch.arange(size, device="cpu"), latents, z)
         return {
             name: SiteRuns(value, log_probs.get(name), self.records.get(name, {}))
             for name, value in values.items()
@@ -234,8 +235,11 @@ class _Unobserve(UnconditionMessenger):
 
 
 def _rows(values: Values, index: Sequence[int] | int) -> Values:
-    index = index if isinstance(index, int) else list(index)
-    return {name: moved(value, lambda t, _: t[index]) for name, value in values.items()}
+    def move(t: Tensor, _: int) -> Tensor:
+        whole = isinstance(index, int)
+        return t[index] if whole else t[torch.tensor(list(index), device=t.device)]
+
+    return {name: moved(value, move) for name, value in values.items()}
 
 
 def _site(record: Record, size: int, single: Record) -> SiteRuns:
@@ -247,7 +251,7 @@ def _site(record: Record, size: int, single: Record) -> SiteRuns:
 
 def _draws_first(value: Any, size: int, single: Any, event_dim: int = 0) -> Tensor:
     """A run's tensor as (S, *shape), without the dimensions that vectorising brings in."""
-    single = torch.as_tensor(single)
+    single = tensor_of(single)
     batch = single.shape[: single.dim() - event_dim]
 
     def move(t: Tensor, event_dim: int) -> Tensor:
@@ -258,7 +262,7 @@ def _draws_first(value: Any, size: int, single: Any, event_dim: int = 0) -> Tens
             raise ValueError("the draws are not along the first dimension")
         return t.reshape(size, *batch, *event)
 
-    return moved(torch.as_tensor(value), move, event_dim)
+    return moved(tensor_of(value), move, event_dim)
 
 
 def _joined(parts: Iterable[Sites]) -> Sites:

@@ -60,7 +60,7 @@ def fit_by_traces(
     with path_derivative(guide, not importance_weighted):
         draws = ONE_BY_ONE if problem.plates is None else VECTORIZED
         num_particles = num_particles or draws["particles"]
-        scored = torch.randint(2**31, ())
+        scored = torch.randint(2**31, (), device="cpu")
         loss, score = _objective(
             problem, num_particles, draws["scored"], importance_weighted, scored
         )

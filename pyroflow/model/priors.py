@@ -125,7 +125,7 @@ def _transformed(fn: td.TransformedDistribution, z: Tensor) -> Tensor:
             x = z / last.exponent
             return log_prob_at(inner, x) - last.exponent.abs().log() - z + x
         if isinstance(last, AffineTransform) and not isinstance(last.loc, Tensor) and last.loc == 0:
-            log_scale = torch.as_tensor(last.scale).log()
+            log_scale = torch.as_tensor(last.scale, dtype=z.dtype, device=z.device).log()
             return log_prob_at(inner, z - log_scale) - log_scale
     return fn.log_prob(to_value(z))
 

@@ -163,7 +163,7 @@ def _next(bound: Tensor | float, towards: float, dtype: torch.dtype) -> Tensor |
 def _next_number(bound: float, towards: float, dtype: torch.dtype) -> float:
     if bound == 0:
         return math.copysign(torch.finfo(dtype).tiny, towards)
-    ends = torch.tensor([bound, towards], dtype=dtype)
+    ends = torch.tensor([bound, towards], dtype=dtype, device="cpu")
     return torch.nextafter(ends[0], ends[1]).item()
 
 
