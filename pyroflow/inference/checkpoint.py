@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from pyroflow.seeds import generator_states, restore_generators
+
 # Raised when the file has other parts, or the parameters of a transform mean something else: then
 # no fit can go on. Format 2 had the state of one generator.
 FORMAT = 3
@@ -19,7 +21,7 @@ def write_checkpoint(
     settings: dict[str, Any],
     loop: dict[str, Any],
     optimizer: dict[str, Any],
-    rng: dict[str, torch.Tensor],
+    rng: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the state of a fit beside ``path``, then move it there.
 
@@ -30,15 +32,15 @@ def write_checkpoint(
         "settings": settings,
         "loop": loop,
         "optimizer": optimizer,
-        "rng": rng,
+        "rng": generator_states() if rng is None else rng,
     }
     partial = path.with_name(path.name + ".partial")
     torch.save(state, partial)
     os.replace(partial, path)
 
 
-def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Return the states of loop, optimiser and generators.
+def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore the random generators, and return the states of loop and optimiser.
 
     Raises:
         ValueError: a file that is no checkpoint, or one of a fit with other settings.
@@ -46,7 +48,8 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any
     state = _read(path)
     saved = state["settings"]
     check_settings(path, saved, settings)
-    return state["loop"], state["optimizer"], state["rng"]
+    restore_generators(state["rng"])
+    return state["loop"], state["optimizer"]
 
 
 def check_settings(path: str | Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:

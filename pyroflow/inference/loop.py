@@ -17,7 +17,7 @@ from pyroflow.inference.checkpoint import read_checkpoint, write_checkpoint
 from pyroflow.inference.course import Course
 from pyroflow.inference.fit import Fit
 from pyroflow.inference.stopping import StopRule
-from pyroflow.seeds import between_draws, own_generators, quick
+from pyroflow.seeds import between_draws, generator_states, quick
 
 EVALUATIONS = 60  # scores taken in the course of Adam's steps
 CLEARLY_WORSE = 5  # evaluations in a row, each by three standard errors, that end a fit
@@ -99,7 +99,6 @@ class Loop:
         self.best: list[Tensor] = []
         self.best_score = torch.tensor(math.inf, device="cpu")
         self.seconds, self.stopped, self.polishing = 0.0, "", False
-        self.generators = own_generators()
         self.rng: dict[str, Tensor] | None = None
 
     @between_draws()
@@ -113,7 +112,7 @@ class Loop:
         with tqdm(**shown, disable=not self.progress) as bar:
             try:
                 while not self._ended():
-                    self.rng = self._generator_states()
+                    self.rng = generator_states()
                     (self._descend if self._descending() else self._polish)()
                     self.seconds = time.perf_counter() - began
                     self._show(bar)
@@ -256,20 +255,12 @@ class Loop:
             loop["states"] = [part.state_dict() for part in self.stateful]
             loop["tensors"] = [t.detach() for t in [*self.parameters, *self.fixed]]
             state = self.optimizer.state_dict()
-            rng = self._generator_states() if self.rng is None else self.rng
-            write_checkpoint(self.checkpoint, self.settings, loop, state, rng)
-
-    def _generator_states(self) -> dict[str, Tensor]:
-        """Where the generators are, if a checkpoint is to keep that."""
-        kept = self.checkpoint is not None and self.generators is not None
-        return self.generators.state_dict() if kept else {}
+            write_checkpoint(self.checkpoint, self.settings, loop, state, self.rng)
 
     def _resume(self) -> None:
         if self.checkpoint is None or not self.resume or not self.checkpoint.exists():
             return
-        loop, optimizer, rng = read_checkpoint(self.checkpoint, self.settings)
-        if self.generators is not None:
-            self.generators.load_state_dict(rng)
+        loop, optimizer = read_checkpoint(self.checkpoint, self.settings)
         for name in self.SAVED:
             setattr(self, name, loop[name])
         for part, state in zip(self.stateful, loop["states"], strict=True):
