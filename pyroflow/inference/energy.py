@@ -126,7 +126,7 @@ def fit_energy(
 
 def _free_energy(flow: Flow, energy: Callable, num_particles: int, beta: float) -> Tensor:
     q = flow()
-    z = draw_from(q, num_particles)
+    z = draw_from(q, (num_particles,))
     return q.log_prob(z) + beta * energy(z)
 
 
