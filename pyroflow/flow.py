@@ -185,10 +185,10 @@ class Flow(nn.Module):
         self._undecided, self.fitted = state["undecided"], state["fitted"]
 
 
-def draw_from(q: dist.TransformedDistribution, num: int) -> Tensor:
-    """``q.rsample((num,))``, between draws but for those of the base."""
+def draw_from(q: dist.TransformedDistribution, shape: Sequence[int] = ()) -> Tensor:
+    """``q.rsample(shape)``, between draws but for those of the base."""
     with drawing():
-        x = q.base_dist.rsample((num,))
+        x = q.base_dist.rsample(shape)
     for t in q.transforms:
         x = t(x)
     return x

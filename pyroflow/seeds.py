@@ -80,11 +80,11 @@ class Generators(TorchDispatchMode):
             self._generators[name] = generator
         return self._generators[name]
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def states(self) -> dict[str, Tensor]:
         """The state of the generator of each device."""
         return self._states | {name: g.get_state() for name, g in self._generators.items()}
 
-    def load_state_dict(self, states: dict[str, Tensor]) -> None:
+    def restore(self, states: dict[str, Tensor]) -> None:
         """Go on where the generators that gave these states were."""
         self._states, self._generators = dict(states), {}
 
@@ -113,6 +113,19 @@ def own_generators() -> Generators | None:
     return getattr(_THREAD, "own", None)
 
 
+def generator_states() -> dict[str, Tensor]:
+    """By device, the states of the generators of the innermost ``seeded``."""
+    own = own_generators()
+    return {} if own is None else own.states()
+
+
+def restore_generators(states: dict[str, Tensor]) -> None:
+    """Let them go on where those were that gave these states."""
+    own = own_generators()
+    if own is not None:
+        own.restore(states)
+
+
 @contextmanager
 def between_draws() -> Iterator[None]:
     """Run at full speed what draws nothing; what does belongs inside of :func:`drawing`."""
@@ -128,10 +141,10 @@ def between_draws() -> Iterator[None]:
 
 
 @contextmanager
-def drawing(wanted: bool = True) -> Iterator[None]:
+def drawing() -> Iterator[None]:
     """Draw from the generators of the innermost ``seeded``, between its draws."""
     own = own_generators()
-    if own is None or not wanted:
+    if own is None:
         yield
         return
     before = own.strays
@@ -214,7 +227,7 @@ def _lent(generator: torch.Generator, func: Any, args: tuple, kwargs: dict[str, 
     """Run what draws from the global generator of a device and takes no other."""
     device = generator.device
     source = torch.random if device.type == "cpu" else getattr(torch, device.type)
-    where = [] if device.type == "cpu" else [device]
+    where = [device] if device.type in ("cuda", "xpu") else []
     with _GLOBAL:
         before = source.get_rng_state(*where)
         source.set_rng_state(generator.get_state(), *where)

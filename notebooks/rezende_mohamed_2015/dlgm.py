@@ -130,7 +130,7 @@ class DLGM(nn.Module):
     def forward(self, x: Tensor, samples: int = 1) -> Terms:
         """The terms of the bound at images x (N, X), with S samples for each."""
         q = self.posterior(x)
-        z = draw_from(q, samples)
+        z = draw_from(q, (samples,))
         return Terms(self.log_joint(x, z), q.log_prob(z))
 
     def posterior(self, x: Tensor) -> Distribution:

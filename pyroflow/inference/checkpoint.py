@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from pyroflow.io import packed, read_data, write_whole
+from pyroflow.seeds import generator_states, restore_generators
 
 # Raised when the parameters of a transform, or the settings, mean something else: then no fit can
-# go on. Format 2 did not say which part of a fit it was of.
+# go on. Format 2 did not say which part of a fit it was of, and had the state of one generator.
 FORMAT = 3
 
 
@@ -56,7 +56,6 @@ def write_checkpoint(
     settings: dict[str, Any],
     loop: dict[str, Any],
     optimizer: dict[str, Any],
-    rng: dict[str, torch.Tensor],
 ) -> None:
     """Write the state of a fit between two steps.
 
@@ -65,7 +64,6 @@ def write_checkpoint(
         settings: what a fit must agree on to go on from it.
         loop: state of the loop.
         optimizer: state of the optimiser.
-        rng: states of the fit's own generators, by device.
 
     Raises:
         OSError: the file cannot be written; an older one stays.
@@ -75,13 +73,13 @@ def write_checkpoint(
         "settings": settings,
         "loop": loop,
         "optimizer": optimizer,
-        "rng": rng,
+        "rng": generator_states(),
     }
     write_whole(path, packed(state))
 
 
-def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Return the states of loop, optimiser and generators.
+def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore the random generators, and return the states of loop and optimiser.
 
     Raises:
         ValueError: a file that is no checkpoint, or one of a fit with other settings.
@@ -89,7 +87,8 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any
     state = _read(path)
     saved = state["settings"]
     check_settings(path, saved, settings)
-    return state["loop"], state["optimizer"], state["rng"]
+    restore_generators(state["rng"])
+    return state["loop"], state["optimizer"]
 
 
 def check_settings(path: str | Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:

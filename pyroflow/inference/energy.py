@@ -106,7 +106,7 @@ def fit_energy(
 
         def loss(step: int) -> Tensor:
             q = flow()
-            z = draw_from(q, num_particles)
+            z = draw_from(q, (num_particles,))
             log_weights = -beta(step) * energy(z) - q.log_prob(z)
             if bool(log_weights.isfinite().all()):
                 return -log_weights.mean()
@@ -115,7 +115,7 @@ def fit_energy(
         @quick
         def scored_weights() -> Tensor:
             q = flow()
-            z = draw_from(q, SCORED_DRAWS)
+            z = draw_from(q, (SCORED_DRAWS,))
             return -energy(z) - q.log_prob(z)
 
         def score() -> Tensor:

@@ -205,7 +205,7 @@ class FlowFit:
 
     def _draw(self, num: int) -> tuple[TransformedDistribution, Tensor]:
         q = self.guide.get_posterior()
-        return q, draw_from(q, num)
+        return q, draw_from(q, (num,))
 
     def _score(self) -> Tensor:
         """The loss on fixed draws."""

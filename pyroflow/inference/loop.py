@@ -19,7 +19,7 @@ from pyroflow.inference.course import Course
 from pyroflow.inference.fit import Fit
 from pyroflow.inference.optimizers import Mark, adam, copy, lbfgs
 from pyroflow.inference.stopping import StopRule
-from pyroflow.seeds import between_draws, own_generators, quick
+from pyroflow.seeds import between_draws, quick
 
 EVALUATIONS = 60  # scores taken in the course of Adam's steps
 CLEARLY_WORSE = 5  # evaluations in a row, each by three standard errors, that end a fit
@@ -102,7 +102,6 @@ class Loop:
         self.best: list[Tensor] = []
         self.best_score = torch.tensor(math.inf, device="cpu")
         self.seconds, self.stopped, self.polishing, self.warned = 0.0, "", False, False
-        self.generators = own_generators()
         self.mark: Mark | None = None
         self.spare: list[Tensor] = []  # for the next mark: that of now stays whole meanwhile
 
@@ -153,8 +152,8 @@ class Loop:
         can be polished is polished then, from its best state.
         """
         polishable = self.total > self.steps
-        enough = polishable and self.worse >= CLEARLY_WORSE
-        return self.step < self.course.end and not enough and not self.polishing
+        ended = self.polishing or (polishable and self.worse >= CLEARLY_WORSE)
+        return self.step < self.course.end and not ended
 
     def _ended(self) -> bool:
         last = self.course.end if self.total == self.steps else self.total
@@ -197,9 +196,8 @@ class Loop:
             self.stopped = f"loss or gradient not finite for {MAX_SKIPPED} steps in a row"
         elif self.worse >= CLEARLY_WORSE and self.total == self.steps:
             step, score = min(self.scores, key=lambda pair: pair[1])
-            self.stopped = (
-                f"overfitting: held-out loss clearly above its {score:.4f} at step {step}"
-            )
+            above = f"clearly above its {score:.4f} at step {step}"
+            self.stopped = f"overfitting: held-out loss {above}"
 
     def _polish(self) -> None:
         """Some iterations of L-BFGS, at first from the best state that Adam found."""
@@ -277,9 +275,8 @@ class Loop:
         loop = {name: getattr(self, name) for name in self.SAVED}
         loop["states"] = [part.state_dict() for part in self.stateful]
         loop["tensors"] = [t.detach() for t in [*self.parameters, *self.fixed]]
-        state, rng = self.optimizer.state_dict(), self.generators.state_dict()
         try:
-            write_checkpoint(self.checkpoint, self.settings, loop, state, rng)
+            write_checkpoint(self.checkpoint, self.settings, loop, self.optimizer.state_dict())
         except OSError as error:
             if not self.warned:
                 warnings.warn(
@@ -293,9 +290,7 @@ class Loop:
     def _resume(self) -> None:
         if self.checkpoint is None or not self.resume or not self.checkpoint.exists():
             return
-        loop, optimizer, rng = read_checkpoint(self.checkpoint, self.settings)
-        if self.generators is not None:
-            self.generators.load_state_dict(rng)
+        loop, optimizer = read_checkpoint(self.checkpoint, self.settings)
         for name in self.SAVED:
             setattr(self, name, loop[name])
         for part, state in zip(self.stateful, loop["states"], strict=True):

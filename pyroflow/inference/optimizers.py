@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyroflow.seeds import generator_states, restore_generators
+
 if TYPE_CHECKING:
     from pyroflow.inference.loop import Loop
 
@@ -34,7 +36,7 @@ class Mark:
         self.live = [*loop.parameters, *loop.fixed, *moments]
         self.copies = spare if len(spare) == len(self.live) else [t.clone() for t in self.live]
         torch._foreach_copy_(self.copies, self.live)
-        self.rng = loop.generators.state_dict()
+        self.rng = generator_states()
 
     @torch.no_grad()
     def restore(self, loop: Loop) -> None:
@@ -48,7 +50,7 @@ class Mark:
         if not self.started:
             loop.optimizer.state.clear()
         copy(self.copies, self.live)
-        loop.generators.load_state_dict(self.rng)
+        restore_generators(self.rng)
 
 
 @torch.no_grad()

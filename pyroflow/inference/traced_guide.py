@@ -12,12 +12,15 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import default_process_message
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
+from torch.distributions import TransformedDistribution
 
+from pyroflow.flow import draw_from
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.checkpoint import saved_settings
 from pyroflow.inference.draws import draw
@@ -179,12 +182,17 @@ def _loss_of_weights(problem: Problem, beta: float, objective: str, num: int) ->
 
 
 class _DrawingAtSites(Messenger):
-    """Lets sample sites draw inside of ``drawing``, and nothing else of model and guide."""
+    """Lets sample sites draw inside of ``drawing``, flows their base alone."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if not msg["done"] and msg["value"] is None:
-            with drawing():
-                default_process_message(msg)
+        fn, known = msg["fn"], msg["done"] or msg["is_observed"] or msg["value"] is not None
+        if known or isinstance(fn, Delta):
+            return
+        if isinstance(fn, TransformedDistribution) and fn.has_rsample and not msg["args"]:
+            msg["value"], msg["done"] = draw_from(fn), True
+            return
+        with drawing():
+            default_process_message(msg)
 
 
 def layers_inside(guide: Callable) -> set[Tensor]:
