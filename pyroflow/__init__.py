@@ -23,16 +23,13 @@ from pyroflow.transforms import (
     Radial,
     Sylvester,
 )
-from pyroflow.transforms.helpers import (
-    conditional_planar,
-    conditional_radial,
-    conditional_sylvester,
-    planar,
-    radial,
-    sylvester,
-)
 
 __version__ = version("pyroflow")
+
+# Named as Pyro names the functions that make a transform.
+planar, conditional_planar = Planar, ConditionalPlanar
+radial, conditional_radial = Radial, ConditionalRadial
+sylvester, conditional_sylvester = Sylvester, ConditionalSylvester
 
 __all__ = [
     "AdaptiveAnnealing",

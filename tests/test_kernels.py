@@ -7,11 +7,11 @@ import weakref
 
 import pytest
 import torch
-from cases import scatter
+from cases import planar_at, scatter
 from torch import Tensor
 
 from pyroflow import Planar, Sylvester
-from pyroflow.transforms import ConditionedPlanar, stack, stack_kernels
+from pyroflow.transforms import stack, stack_kernels
 from pyroflow.transforms.activations import TANH
 from pyroflow.transforms.constraint import constrain
 from pyroflow.transforms.stack_kernels import Units
@@ -162,7 +162,7 @@ def test_a_row_of_w_that_is_zero_is_a_translation(inverse: bool) -> None:
     w, u, b = planar_units(5, 3, 1.0)[:3]
     w[2] = 0.0
     z = torch.randn(30, 3)
-    first, last = (ConditionedPlanar(w[k], u[k], b[k]) for k in (slice(0, 2), slice(3, 5)))
+    first, last = (planar_at(w[k], u[k], b[k]) for k in (slice(0, 2), slice(3, 5)))
     shift = u[2] * b[2].tanh()
     x = first.inv(last.inv(z) - shift) if inverse else z
     y = last(first(x) + shift)
@@ -234,7 +234,9 @@ def test_work_is_freed() -> None:
             pair = (t.inv(z), z) if step % 2 else (z, t(z))
             loss = sum(p.square().sum() for p in pair) - t.log_abs_det_jacobian(*pair).sum()
             loss.backward()
-            works.append(weakref.ref((t._solved if step % 2 else t._made).work.done.h))
+            last = t._inverse_pair if step % 2 else t._forward_pair
+            works.append(weakref.ref(last.intermediates.done.h))
+        del last
         del loss, pair, z
         assert sum(work() is not None for work in works) <= 2
     finally:
@@ -253,11 +255,11 @@ def test_float32_error_is_that_of_the_terms(dim: int, num_units: int) -> None:
     torch.manual_seed(1)
     w = torch.nn.functional.normalize(torch.randn(num_units, dim), dim=-1) * 1.5
     u, b = 0.3 * torch.randn(num_units, dim), torch.randn(num_units)
-    exact = ConditionedPlanar(*(p.float().double() for p in (w, u, b)))
-    single = ConditionedPlanar(*(p.float() for p in (w, u, b)))
+    exact = planar_at(*(p.float().double() for p in (w, u, b)))
+    single = planar_at(*(p.float() for p in (w, u, b)))
     x = torch.randn(2000, dim).float()
     y = exact(x.double())
-    h = exact._made.work.done.h
+    h = exact._forward_pair.intermediates.done.h
     u_hat = constrain(exact.w, exact.u)[0]
     terms = x.abs().double().amax(-1) + (h.abs() * u_hat.norm(dim=-1, keepdim=True)).sum(0)
     error = (single(x).double() - y).abs().amax(-1) / terms / torch.finfo(torch.float32).eps

@@ -9,13 +9,13 @@ from collections.abc import Callable
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, Source, planar, saved
+from cases import CASES, Source, planar, planar_at, saved
 from pyro.distributions import transforms as pyro_transforms
 from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions import transforms as torch_transforms
 
-from pyroflow.transforms import Affine, ConditionedAffine, ConditionedPlanar, Planar
+from pyroflow.transforms import Affine, Planar
 
 
 @pytest.fixture(params=CASES)
@@ -63,8 +63,8 @@ def test_copies_of_given_parameters(how: str) -> None:
     """A transform that holds plain tensors is copied with them."""
     x = torch.randn(4, 7, 3)
     for t in (
-        ConditionedPlanar(torch.randn(7, 2, 3), torch.randn(7, 2, 3), torch.randn(7, 2)),
-        ConditionedAffine(torch.randn(7, 3), torch.rand(7, 3) + 0.5, diagonal=True),
+        planar_at(torch.randn(7, 2, 3), torch.randn(7, 2, 3), torch.randn(7, 2)),
+        Affine(3, "diagonal").at(torch.randn(7, 3), torch.randn(7, 3)),
     ):
         y = t(x)
         twin = COPIES[how](t)
@@ -155,7 +155,7 @@ def test_chains_of_batched_parameters_have_a_batch_shape() -> None:
     b = dist.TransformedDistribution(
         base,
         [
-            ConditionedPlanar(torch.randn(7, 3, 2), torch.randn(7, 3, 2), torch.randn(7, 3)),
+            planar_at(torch.randn(7, 3, 2), torch.randn(7, 3, 2), torch.randn(7, 3)),
             Affine(2),
         ],
     )

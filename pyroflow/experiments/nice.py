@@ -98,8 +98,8 @@ class AdditiveCoupling(Bijection, TransformModule):
             x = torch.cat([kept, moved + _shift(kept, *network)], -1)
         return x, x
 
-    def _backward(
-        self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Any] | None
+    def _invert(
+        self, y: Tensor, parameters: tuple[Tensor, ...], cached: tuple[Tensor, Any] | None
     ) -> tuple[Tensor, Tensor]:
         sizes = self._sizes()
         for *network, Q in reversed(self._layers(parameters)):
@@ -108,8 +108,8 @@ class AdditiveCoupling(Bijection, TransformModule):
             y = y if Q is None else y @ Q
         return y, y
 
-    def _log_det(self, work: Tensor) -> Tensor:
-        return work.new_zeros(work.shape[:-1])
+    def _log_det(self, intermediates: Tensor) -> Tensor:
+        return intermediates.new_zeros(intermediates.shape[:-1])
 
     def _sizes(self) -> list[int]:
         return [self.input_dim // 2, self.input_dim - self.input_dim // 2]

@@ -138,7 +138,7 @@ class FlowFit:
         options |= {"label": "fit_guide, Gaussian", "checkpoint": self.checkpoint, **self.shared}
         options["fixed"] = [*guide.buffers(), self.skipped]
         fit = self._run(Loop(gaussian, lambda step: self._loss(1.0), self._score, **options))
-        guide.affine.absorb()
+        guide.affine.recentre()
         return fit
 
     def _train(self, before: Fit | None, part: str, *, resume: bool) -> tuple[Fit, float]:

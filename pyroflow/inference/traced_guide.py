@@ -73,7 +73,7 @@ def fit_by_traces(
             part = {"steps": first, "label": "fit_guide, Gaussian"}
             part["settings"] = settings | {"part": GAUSSIAN}
             start = _run(Loop(gaussian, lambda step: loss(1.0), score, **part, **options))
-            guide.affine.absorb()
+            guide.affine.recentre()
         annealed = ANNEALED_PART * (steps - first)
         if annealing is None:
             annealing = (lambda t: min(1.0, 0.1 + 0.9 * t / annealed)) if first else (lambda t: 1.0)

@@ -19,7 +19,7 @@ from pyroflow.transforms.stack_kernels import Units
 Pass = stack_kernels.Pass | chain_kernels.Pass
 
 
-class Work(NamedTuple):
+class Intermediates(NamedTuple):
     """What a pass leaves for later calls at the same point.
 
     log_det has shape (*B). ``a`` (K, *B) comes from the general path, ``done`` from the kernels.
@@ -35,9 +35,9 @@ def evaluate_stack(
     units: Units,
     *,
     inverse: bool,
-    known: tuple[Tensor, Work] | None = None,
+    cached: tuple[Tensor, Intermediates] | None = None,
     activation: Activation = TANH,
-) -> tuple[Tensor, Work]:
+) -> tuple[Tensor, Intermediates]:
     """Evaluate y = x + Ûᵀ h(a) at z = x, or solve it for x at z = y; differentiable to any order.
 
     Args:
@@ -45,15 +45,15 @@ def evaluate_stack(
         units: W, Û (*P, K, D), b (*P, K), s (*P, K, 1), with P broadcastable to B; or u in
             place of Û, and s None.
         inverse: whether z is y.
-        known: the image and the work, where an earlier pass found them: nothing is solved.
+        cached: the image and its intermediates, where they were found before: nothing is solved.
         activation: what bends a unit; the kernels know tanh.
 
     Returns:
-        The image, shape (*B, D), and its work.
+        The image, shape (*B, D), and its intermediates.
     """
     kernels = _kernels_for(z, units) if isinstance(activation, Tanh) and _plain(z) else None
     if kernels is None:
-        return _general(z, units, inverse, known and known[1].a, activation)
+        return _general(z, units, inverse, cached and cached[1].a, activation)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # neither records a Function
         return _traced(z, units, inverse)
     if kernels is chain_kernels:
@@ -63,9 +63,9 @@ def evaluate_stack(
         u_hat, s = constrain(units.W, units.U)
         units = units._replace(U=u_hat, s=s)
     flat = z if z.dim() == 2 else z.reshape(-1, z.shape[-1])
-    found = known and known[1].done
+    found = cached and cached[1].done
     if found is not None:
-        found = found._replace(image=known[0].detach().reshape(flat.shape))
+        found = found._replace(image=cached[0].detach().reshape(flat.shape))
     call = _Call(kernels, units.size, inverse, rows, found)
     if torch.is_grad_enabled():
         image, log_det = _Stack.apply(flat, *units[:4], call)
@@ -74,10 +74,10 @@ def evaluate_stack(
     done, call.done = call.done, None  # the graph keeps what it needs by itself
     if flat is not z:
         image, log_det = image.reshape(z.shape), log_det.reshape(z.shape[:-1])
-    return image, Work(log_det, done=done)
+    return image, Intermediates(log_det, done=done)
 
 
-def _traced(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Work]:
+def _traced(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Intermediates]:
     """The kernels as one operator for ``torch.compile``."""
     W, U, b, s, size = units
     if s is None:
@@ -86,7 +86,7 @@ def _traced(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Work]:
         W, U, b, s, _ = _flattened(Units(W, U, b, s))
     flat = z.reshape(-1, z.shape[-1])
     image, log_det, _, _ = compiled.stack(flat, W, U, b, s, size, inverse)
-    return image.reshape(z.shape), Work(log_det.reshape(z.shape[:-1]))
+    return image.reshape(z.shape), Intermediates(log_det.reshape(z.shape[:-1]))
 
 
 def differentiable_gradients(
@@ -173,8 +173,8 @@ class _Call:
 
     def general(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None = None) -> tuple:
         """The results in differentiable operations."""
-        image, work = _general(z, Units(W, U, b, s, self.size), self.inverse, None, TANH)
-        return image, work.log_det
+        image, found = _general(z, Units(W, U, b, s, self.size), self.inverse, None, TANH)
+        return image, found.log_det
 
 
 class _Stack(Function):
@@ -222,7 +222,7 @@ class _Stack(Function):
 
 def _general(
     z: Tensor, units: Units, inverse: bool, a: Tensor | None, activation: Activation
-) -> tuple[Tensor, Work]:
+) -> tuple[Tensor, Intermediates]:
     """The stack in differentiable operations, with parameters of any batch shape."""
     W, U, b, s, size = units
     if s is None:
@@ -240,7 +240,7 @@ def _general(
     s = s.reshape(s.shape[:1] + (1,) * (a.dim() - s.dim()) + s.shape[1:])
     h = activation.value(a)
     image = _shift(z, U, -h if inverse else h)
-    return image, Work(activation.det(a, s).log().sum(0), a=a)
+    return image, Intermediates(activation.det(a, s).log().sum(0), a=a)
 
 
 def _earlier_layers(G: Tensor, size: int) -> Tensor:
