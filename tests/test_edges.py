@@ -250,12 +250,12 @@ def test_weights_of_draws_by_traces_are_exact() -> None:
     q = pyro.poutine.trace(particles(guide)).get_trace()
     m = pyro.poutine.trace(pyro.poutine.replay(particles(problem.model), trace=q)).get_trace()
     by_traces = m.nodes["x"]["fn"].log_prob(m.nodes["x"]["value"]).double()
-    check(preimage(q.nodes["x"]["value"]).latent, by_traces)
+    check_beta(preimage(q.nodes["x"]["value"]).latent, by_traces)
     draws = draw(problem, 200)
-    check(preimage(draws.sites["x"]).latent, draws.log_p, dims=1)
+    check_beta(preimage(draws.sites["x"]).latent, draws.log_p, dims=1)
 
 
-def check(z: Tensor, log_p: Tensor, dims: int = 0) -> None:
+def check_beta(z: Tensor, log_p: Tensor, dims: int = 0) -> None:
     """Beta(0.1, 0.1) at the latents z, summed over the last ``dims`` dimensions."""
     z = z.double()
     assert z.abs().max() > 100

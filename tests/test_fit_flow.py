@@ -181,7 +181,7 @@ def test_paper_like_and_adaptive_annealing_end_at_the_posterior() -> None:
         options = {"annealing": annealing, "warm_start": False, "num_particles": 32}
         fit = pf.fit_guide(toy_model, guide, steps=1000, seed=0, progress=False, **options)
         assert 0 < TOY_LOG_EVIDENCE + fit.best_loss < 0.6  # the best Gaussian is at 0.91
-    assert seen[:2] == [0.01, 0.0125]
+    assert [0.01, 0.0125, 0.015] in [seen[i : i + 3] for i in range(len(seen))]
     assert adaptive.beta == 1.0
 
 

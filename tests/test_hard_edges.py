@@ -10,8 +10,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import scipy.integrate
+import scipy.special
 import scipy.stats
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import pyroflow as pf
@@ -34,7 +36,7 @@ def exact_bound(mu: float, size: int) -> float:
     both = torch.logaddexp(log_w[:, None], log_w) - math.log(2)
     total = mass @ both @ mass + 2 * (1 - inside) * (mass @ (log_w - math.log(2)))
     alive = 1 - (1 - inside) ** 2
-    return float(total / alive + (1 + LOST) * alive.log())
+    return float(total / alive + alive.log() + LOST * inside.log())
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.6])
@@ -244,3 +246,31 @@ class TestVerdicts:
         smoothed, _, khat = pareto_smooth(padded)
         assert khat == math.inf
         assert smoothed.logsumexp(0) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, pf.AutoPlanarFlow])
+@pytest.mark.parametrize(
+    ("objective", "sequential"), [("elbo", False), ("iwae", False), ("elbo", True)]
+)
+def test_by_pyro_s_traces(make: Callable, objective: str, sequential: bool) -> None:
+    """θ > 1 and a parameter of the model, whose best value is the mean of the data."""
+
+    def model() -> None:
+        theta = pyro.sample("theta", dist.Exponential(1.0))
+        loc = pyro.param("loc", torch.tensor(0.0))
+        if sequential and float(theta) < -1.0:
+            raise AssertionError
+        pyro.sample("one", dist.Uniform(0.0, theta), obs=torch.tensor(1.0))
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor(0.7))
+
+    guide = make(model, init_scale=0.5)
+    steps = 200 if sequential else 600
+    fit = pf.fit_guide(
+        model, guide, steps=steps, num_particles=16, objective=objective, seed=0, progress=False
+    )
+    report = pf.diagnose(model, guide, num_samples=1000)
+    evidence = math.log(scipy.special.exp1(1.0)) - 0.5 * math.log(2 * math.pi)
+    assert fit.skipped < 10  # where all 16 draws were lost
+    assert report.outside < 0.5
+    assert report.log_evidence == pytest.approx(evidence, abs=0.15)
+    assert pyro.param("loc").item() == pytest.approx(0.7, abs=0.1)

@@ -274,3 +274,14 @@ def test_layers_that_are_not_the_identity_are_made_up_for(affine: str) -> None:
         white = (z - PLACED.loc) / sd
         assert torch.allclose(white.std(0), torch.ones(3), rtol=0.06)
     assert torch.allclose(white.mean(0), torch.zeros(3), atol=0.08)
+
+
+def test_a_bar_shows_the_start(capsys: pytest.CaptureFixture) -> None:
+    """With much data it takes minutes; without ``progress`` nothing is written."""
+    for progress in (True, False):
+        guide = pf.AutoPlanarFlow(eight_schools_centered, num_layers=2)
+        options = {"steps": 3, "seed": 0, "progress": progress}
+        pf.fit_guide(eight_schools_centered, guide, **options)
+        written = capsys.readouterr().err
+        assert ("fit_guide, start: 100%" in written) == progress
+        assert bool(written) == progress

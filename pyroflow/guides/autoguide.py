@@ -16,7 +16,7 @@ from pyroflow.flow import Flow
 from pyroflow.guides.bases import base_of
 from pyroflow.guides.drop_in import DropIn
 from pyroflow.guides.given_transforms import Build, check_sizes, check_transforms, transforms_for
-from pyroflow.guides.sites import unconstrain
+from pyroflow.guides.sites import started_anywhere, unconstrain
 from pyroflow.model.supports import bijection
 from pyroflow.path_derivative import AlongPath
 from pyroflow.seeds import seeded
@@ -95,7 +95,7 @@ class AutoFlow(DropIn):
         self.affine_kind, self.init_scale = affine, check_positive("init_scale", init_scale)
         self.base_df = None if base_df is None else float(check_positive("base_df", base_df))
         self._given = (check_transforms(transforms),)  # in a tuple, so as not to be registered
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(model, init_loc_fn=started_anywhere(init_loc_fn))
 
     @property
     def affine(self) -> Affine | None:

@@ -15,7 +15,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
-from pyroflow.guides.sites import Site, keep_support_only, move_support, point_at
+from pyroflow.guides.sites import Site, keep_support_only, move_support, point_at, started_anywhere
 
 
 class SetUpGuide(AutoGuide):
@@ -27,7 +27,7 @@ class SetUpGuide(AutoGuide):
     """
 
     def __init__(self, model: Callable, init_loc_fn: Callable) -> None:
-        super().__init__(InitMessenger(init_loc_fn)(model))
+        super().__init__(InitMessenger(started_anywhere(init_loc_fn))(model))
         self._plain_model = (model,)  # without start values; in a tuple, so as not to be registered
 
     def _make_parts(self, *args: Any, **kwargs: Any) -> None:

@@ -97,6 +97,30 @@ def _moved(held: Any, move: Callable[[Tensor], Tensor]) -> Any:
     return held
 
 
+def started_anywhere(init_loc_fn: Callable) -> Callable:
+    """The init function; and where it asks a sampler that there is not, a start of its own.
+
+    An improper prior has none, or a distribution of the user's: these start near the middle of
+    the unconstrained space.
+
+    Args:
+        init_loc_fn: one of Pyro's ``init_to_…`` functions, or of that kind.
+    """
+
+    def start(site: Site) -> Tensor:
+        try:
+            return init_loc_fn(site)
+        except NotImplementedError as error:
+            try:
+                to_support = bijection(site["fn"].support)
+            except NotImplementedError:
+                raise error from None
+            shape = to_support.inverse_shape(site["fn"].shape())
+            return to_support(0.1 * torch.randn(shape))
+
+    return start
+
+
 def unconstrain(
     sites: Iterable[Site], values: Mapping[str, Any], like: Tensor
 ) -> tuple[Tensor, Tensor]:

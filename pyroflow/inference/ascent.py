@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,9 @@ class Points(NamedTuple):
 
 
 @torch.no_grad()
-def ascend(log_joint: LogJoint, starts: Tensor, steps: int) -> Points:
+def ascend(
+    log_joint: LogJoint, starts: Tensor, steps: int, tick: Callable[[], Any] = int
+) -> Points:
     """Newton's method from P starts, all of whose evaluations are batches.
 
     The Hessian's eigenvalues are taken by their absolute values (Dauphin et al. 2014), so every
@@ -41,6 +44,7 @@ def ascend(log_joint: LogJoint, starts: Tensor, steps: int) -> Points:
         log_joint: the log density.
         starts: shape (P, D), at which it and its gradient are finite.
         steps: the most to take; paths end earlier where they gain nothing.
+        tick: called after each.
     """
     z, dim = starts, starts.shape[-1]
     scale = torch.eye(dim).to(z).expand(len(z), dim, dim)
@@ -53,6 +57,7 @@ def ascend(log_joint: LogJoint, starts: Tensor, steps: int) -> Points:
         for _ in range(2 if step == 0 else 1):
             gradient, scale = rescale(log_joint, z, scale)
         found.append(Points(z, value, scale))
+        tick()
         if bool((flat >= FLAT_STEPS).all()):
             break
         direction = (scale @ scale.mT @ gradient.unsqueeze(-1)).squeeze(-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.annealing import AdaptiveAnnealing
@@ -31,9 +31,10 @@ from pyroflow.inference.traced_guide import (
     ONE_BY_ONE,
     has_path,
     layers_inside,
+    path_derivative,
     warn_of_mixing,
 )
-from pyroflow.inference.warm_start import Gaussian, best_gaussian
+from pyroflow.inference.warm_start import TICKS, Gaussian, best_gaussian
 from pyroflow.path_derivative import log_prob_at_fixed
 from pyroflow.seeds import seeded
 
@@ -69,6 +70,8 @@ class FlowFit:
         **shared: Any,
     ) -> None:
         self.problem, self.guide = problem, problem.guide
+        # Of what comes before the first step: with much data it takes minutes.
+        self.bar = tqdm(total=TICKS, desc="fit_guide, start", disable=not shared["progress"])
         self.log_joint = LogJoint(problem, self.guide, num_particles or PARTICLES)
         costly = self.log_joint.one_by_one
         if costly and num_particles is None:
@@ -124,7 +127,7 @@ class FlowFit:
             return None
         fresh = self.part is None
         if fresh and self.warm_start and guide.latent_dim <= WIDEST_WARM_START:
-            found = best_gaussian(self.log_joint, guide._init_loc())
+            found = best_gaussian(self.log_joint, guide._init_loc(), self.bar)
             if found is not None:
                 place(guide, found)
                 return None
@@ -168,8 +171,10 @@ class FlowFit:
         return fit, loop.before["best_loss"] - fit.best_loss if loop.before else math.inf
 
     def _run(self, loop: Loop) -> Fit:
+        self.bar.leave = self.bar.n > 0  # nothing is left of one that was not needed
+        self.bar.close()
         # Validation of every distribution would cost as much as the rest of a step.
-        with pyro.validation_enabled(False), _path_derivative(self.guide, self.path):
+        with pyro.validation_enabled(False), path_derivative(self.guide, self.path):
             return loop.run()
 
     def _beta(self, step: int) -> float:
@@ -264,12 +269,3 @@ def _untouched(guide: AutoFlow) -> bool:
     offset, _, *lower = guide.affine.trained()
     placed = bool(guide.affine.centre.any())
     return not placed and torch.equal(offset, guide._init_loc()) and not any(t.any() for t in lower)
-
-
-@contextmanager
-def _path_derivative(guide: AutoFlow, wanted: bool):  # noqa: ANN202
-    before, guide.path_derivative = guide.path_derivative, wanted
-    try:
-        yield
-    finally:
-        guide.path_derivative = before

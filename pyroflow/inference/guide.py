@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import nn
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
+from pyroflow.guides.sites import started_anywhere
 from pyroflow.inference.annealing import AdaptiveAnnealing, described
 from pyroflow.inference.checkpoint import held
 from pyroflow.inference.elbo import Problem
@@ -112,7 +113,9 @@ def fit_guide(
     check_options(steps=_or_one(steps), num_particles=_or_one(num_particles), **options)
     _check_objective(objective, group_size, num_particles)
     with held(checkpoint), seeded(seed):
-        _check_latents(model, guide, tuple(args), dict(kwargs or {}))
+        trace, learns = _traced_at_start(model, tuple(args), dict(kwargs or {}))
+        if isinstance(guide, AutoFlow) and guide.prototype_trace is not None:
+            guide.check_model(trace)  # whether it was made for the latents that there are now
         problem = _inspected(model, guide, args, kwargs)
         if not problem.latents:
             raise ValueError(
@@ -121,7 +124,7 @@ def fit_guide(
         if isinstance(guide, nn.Module):
             guide.to(device)
             check_precision(guide)
-        settings = {"kind": "guide", "seed": seed, "log joint of a draw": _fingerprint(problem)}
+        settings = {"kind": "guide", "seed": seed, "log joint of a draw": _fingerprint(trace)}
         settings["annealing"] = described(annealing, steps or STEPS)
         common = {
             "steps": steps,
@@ -132,7 +135,8 @@ def fit_guide(
             "lr": lr,
             "progress": progress,
         }
-        if isinstance(guide, AutoFlow) and not problem.subsampled and not _has_parameters(problem):
+        alone = not problem.subsampled and not learns
+        if isinstance(guide, AutoFlow) and alone:
             if objective == "dreg" and not has_path(guide):
                 raise ValueError(
                     "objective='dreg' needs the path derivatives of pyroflow's own layers, and the "
@@ -181,34 +185,26 @@ def _inspected(model: Callable, guide: Callable, args: tuple, kwargs: dict | Non
     raise failed
 
 
-def _check_latents(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> None:
-    """Whether a guide that is set up was made for the latents that the model has now."""
-    if isinstance(guide, AutoFlow) and guide.prototype_trace is not None:
-        with _quietly():
-            guide.check_model(poutine.trace(model).get_trace(*args, **kwargs))
+def _traced_at_start(
+    model: Callable, args: tuple, kwargs: dict[str, Any]
+) -> tuple[poutine.Trace, bool]:
+    """A run to look at, always at the same latents: one bad draw is no error, nothing is recorded.
+
+    Parameters of the model have their start values: a fit that was cut off has moved them. The
+    second value is whether there are any to train.
+    """
+    started = poutine.trace(InitMessenger(started_anywhere(init_to_sample))(model))
+    fresh = pyro.get_param_store().scope()
+    with seeded(0), torch.no_grad(), poutine.block(), pyro.validation_enabled(False), fresh:
+        trace = started.get_trace(*args, **kwargs)
+        trace.compute_log_prob()
+        params = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
+        return trace, any(value.unconstrained().requires_grad for value in params)
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """For a run of the model to look at: one bad draw is no error, and nothing is recorded."""
-    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-        yield
-
-
-def _has_parameters(problem: Problem) -> bool:
-    """Whether the model itself has parameters to train."""
-    with _quietly(), poutine.trace(param_only=True) as captured:
-        poutine.trace(problem.model).get_trace(*problem.args, **problem.kwargs)
-    sites = captured.trace.nodes.values()
-    return any(site["value"].unconstrained().requires_grad for site in sites)
-
-
-def _fingerprint(problem: Problem) -> str:
+def _fingerprint(trace: poutine.Trace) -> str:
     """What model and arguments have to say of a fixed draw, by which to know them again."""
-    # At the start values of its parameters: a fit that was cut off has moved them.
-    with seeded(0), _quietly(), pyro.get_param_store().scope():
-        trace = poutine.trace(problem.model).get_trace(*problem.args, **problem.kwargs)
-        return f"{trace.log_prob_sum().item():.6g}"
+    return f"{trace.log_prob_sum().item():.6g}"
 
 
 def _or_one(count: int | None) -> int:

@@ -59,7 +59,7 @@ def cut_loss(
     Draws outside A, where the model's density is zero or NaN, have no place in a mean. Cut to A
     the guide is q/q(A), with the bound E_{q|A}[log p − log q] + log q(A). It can be best where
     A is q's far tail and nearly all draws are lost, so log q(A) counts twice: once for the bound
-    and once for the draws lost. For groups of draws A is where a group has any weight.
+    and once for the draws lost. A group of draws is in A if one of them is, in the bound.
 
     Args:
         log_weights: shape (S,).
@@ -76,8 +76,7 @@ def cut_loss(
     size = 1 if objective == "elbo" else group_size
     grouped = _zero_weights(log_weights, size)
     alive = grouped.isfinite().any(1)
-    share = alive.to(grouped).mean()
-    loss = bound_loss(grouped[alive].flatten(), objective, size) - (1 + LOST) * share.log()
+    loss = bound_loss(grouped[alive].flatten(), objective, size) - _log_share(grouped)
     if log_q is None or not bool(alive.any()):
         return loss
     jump = (edge_factors(log_weights.detach(), size, z.detach(), path=path) * log_q).sum()
@@ -111,10 +110,11 @@ def edge_factors(log_weights: Tensor, group_size: int, z: Tensor, *, path: bool)
     weight[~inside] = log_weights[inside][nearest].mean(1)
     weight = weight.reshape(grouped.shape)
     after = torch.logaddexp(total, weight)
-    gain = torch.where(alive, after - total, after - total[alive].mean() + 1 + LOST)
+    gain = torch.where(alive, after - total, after - total[alive].mean() + 1)
     gain = gain - (weight - after).exp() if path else gain
-    gain = gain.flatten().masked_fill(inside, 0.0)
-    return (gain.mean() - gain) / alive.sum()
+    gain = gain.flatten() / alive.sum() + LOST / inside.sum()
+    gain = gain.masked_fill(inside, 0.0)
+    return gain.mean() - gain
 
 
 def _zero_weights(log_weights: Tensor, group_size: int) -> Tensor:
@@ -133,9 +133,16 @@ def bound_scores(log_weights: Tensor, group_size: int = 1) -> Tensor:
         Shape (S / group_size,); ∞ if no log weight is finite. The mean is that of
         :func:`cut_loss`.
     """
-    scores = math.log(group_size) - _zero_weights(log_weights, group_size).logsumexp(1)
+    grouped = _zero_weights(log_weights, group_size)
+    scores = math.log(group_size) - grouped.logsumexp(1)
     alive = scores.isfinite()
     if not bool(alive.any()):
         return torch.full_like(scores, torch.inf)
-    share = alive.to(scores).mean()
-    return torch.where(alive, scores, scores[alive].mean()) - (1 + LOST) * share.log()
+    return torch.where(alive, scores, scores[alive].mean()) - _log_share(grouped)
+
+
+def _log_share(grouped: Tensor) -> Tensor:
+    """Log q(A) for the bound, of groups, and once more, of draws, for what is lost."""
+    inside = grouped.isfinite()
+    groups, draws = inside.any(1).to(grouped).mean(), inside.to(grouped).mean()
+    return groups.log() + LOST * draws.log()

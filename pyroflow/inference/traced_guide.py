@@ -12,7 +12,8 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import RenyiELBO, Trace_ELBO
+from pyro.infer import Trace_ELBO
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyroflow.guides import AutoFlow
@@ -21,6 +22,8 @@ from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit
 from pyroflow.inference.loop import Loop
+from pyroflow.inference.objectives import bound_loss, bound_scores, cut_loss
+from pyroflow.inference.records import is_random, log_joint
 from pyroflow.seeds import seeded
 from pyroflow.transforms import Bijection
 
@@ -52,14 +55,14 @@ def fit_by_traces(
     the steps left, while the entropy keeps its weight (equation 20 of Rezende & Mohamed 2015).
     """
     guide, steps = problem.guide, steps or STEPS
-    with _along_path(guide, not importance_weighted):
+    with path_derivative(guide, not importance_weighted):
         draws = ONE_BY_ONE if problem.plates is None else VECTORIZED
         num_particles = num_particles or draws["particles"]
         scored = torch.randint(2**31, ())
         loss, score = _objective(
             problem, num_particles, draws["scored"], importance_weighted, scored
         )
-        parameters = _parameters(loss)
+        parameters = _parameters(problem)
         settings = settings | {"num_particles": num_particles}
         shared["keep_last"] = problem.subsampled
         inner = layers_inside(guide)
@@ -116,24 +119,58 @@ def _objective(
     problem: Problem, num_particles: int, scored: int, importance_weighted: bool, seed: Tensor
 ) -> tuple[Callable[[float], Tensor], Callable[[], Tensor]]:
     """The training loss as a function of β, and −(log p − log q) of a fixed set of draws."""
-    kind = partial(RenyiELBO, alpha=0.0) if importance_weighted else Trace_ELBO
+    has_rsample = _has_rsample(problem)
+    if importance_weighted and not has_rsample:
+        raise ValueError(
+            "objective='iwae' needs a guide all of whose sites are reparametrised (rsample), and "
+            "the guide has others: use objective='elbo'"
+        )
     options = {} if problem.plates is None else {"max_plate_nesting": problem.plates}
-    elbo = kind(
+    elbo = Trace_ELBO(
         num_particles=num_particles, vectorize_particles=problem.plates is not None, **options
     )
 
     # Bound, so that no name of the model's arguments meets one of Pyro's own.
     model = partial(problem.model, *problem.args, **problem.kwargs)
     guide = partial(problem.guide, *problem.args, **problem.kwargs)
+    objective = "iwae" if importance_weighted else "elbo"
 
     def loss(beta: float) -> Tensor:
-        return elbo.differentiable_loss(poutine.scale(model, scale=beta), guide)
+        if not importance_weighted:
+            found = elbo.differentiable_loss(poutine.scale(model, scale=beta), guide)
+            if bool(found.isfinite()) or not has_rsample:
+                return found
+        return _loss_of_weights(problem, beta, objective, num_particles)
 
     def score() -> Tensor:
         with seeded(int(seed)):
-            return -draw(problem, scored).log_weights
+            return bound_scores(draw(problem, scored).log_weights)
 
     return loss, score
+
+
+def _has_rsample(problem: Problem) -> bool:
+    """Whether draws of the guide have a path to its parameters."""
+    sites = prune_subsample_sites(problem.guide_trace).iter_stochastic_nodes()
+    return all(site["fn"].has_rsample for _, site in sites)
+
+
+def _loss_of_weights(problem: Problem, beta: float, objective: str, num: int) -> Tensor:
+    """The loss from log weights one by one: Pyro's is not finite where one of them is not."""
+    drawn = problem.guide_draws(num)  # which chooses how they run
+    problem.runs.choose({name: drawn[name].values for name in problem.latents}, num)
+    guided = problem.guide_runs.way({}, num)
+    latents = {name: guided[name].values for name in problem.latents}
+    log_weights = beta * problem.runs.log_joint(latents, num) - log_joint(guided)
+    if bool(log_weights.isfinite().all()):
+        return bound_loss(log_weights, objective, num)
+    along_path = getattr(problem.guide, "path_derivative", False)
+    random = {name: site for name, site in guided.items() if is_random(site.record)}
+    with path_derivative(problem.guide, False):
+        fixed = {name: site.values.detach() for name, site in random.items()}
+        log_q = log_joint(problem.guide_runs.way(fixed, num))
+    z = torch.cat([value.detach().reshape(num, -1) for value in latents.values()], 1)
+    return cut_loss(log_weights, objective, num, z, log_q, path=along_path)
 
 
 def layers_inside(guide: Callable) -> set[Tensor]:
@@ -145,12 +182,12 @@ def layers_inside(guide: Callable) -> set[Tensor]:
 
 
 @contextmanager
-def _along_path(guide: Callable, wanted: bool) -> Iterator[None]:
-    """Train with path derivatives, where all of the guide's transforms have them."""
-    if not wanted or not has_path(guide):
+def path_derivative(guide: Callable, wanted: bool) -> Iterator[None]:
+    """Train with path derivatives or without, where all of the guide's transforms have them."""
+    if not has_path(guide):
         yield
         return
-    before, guide.path_derivative = guide.path_derivative, True
+    before, guide.path_derivative = guide.path_derivative, wanted
     try:
         yield
     finally:
@@ -163,10 +200,12 @@ def has_path(guide: Callable) -> bool:
     return flow and all(isinstance(t, Bijection) for t in guide.get_transforms())
 
 
-def _parameters(loss: Callable[[float], Tensor]) -> list[Tensor]:
+def _parameters(problem: Problem) -> list[Tensor]:
     """Every parameter that a run of model and guide meets, as Pyro's own SVI collects them."""
-    with torch.no_grad(), poutine.trace(param_only=True) as captured:
-        loss(1.0)
+    unchecked = pyro.validation_enabled(False)
+    with torch.no_grad(), unchecked, poutine.trace(param_only=True) as captured:
+        guided = poutine.trace(problem.guide).get_trace(*problem.args, **problem.kwargs)
+        poutine.replay(problem.model, trace=guided)(*problem.args, **problem.kwargs)
     parameters = [site["value"].unconstrained() for site in captured.trace.nodes.values()]
     parameters = [p for p in parameters if p.requires_grad]
     if not parameters:

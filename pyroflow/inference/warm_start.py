@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyroflow.inference.ascent import Points, ascend
 from pyroflow.inference.log_joint import LogJoint
@@ -22,6 +24,7 @@ SMALLER = (1 / 4, 1 / 16, 1 / 64)  # sizes of a Gaussian that has draws of weigh
 DRAWS = 32  # behind the bound of a Gaussian, as antithetic pairs
 BEST = 3  # Gaussians that are moved towards the optimum
 ROUNDS = (6, 20)  # of those moves, for each and for the best of them
+TICKS = STEPS + BEST * ROUNDS[0] + ROUNDS[1]  # of a progress bar
 MOVED_BY = 256  # draws behind a move
 LEAST_MOVED_BY = 16  # of them inside the support
 TESTED_BY = 512  # draws on which they are compared
@@ -37,13 +40,18 @@ class Gaussian(NamedTuple):
 
 
 @torch.no_grad()
-def best_gaussian(log_joint: LogJoint, start: Tensor) -> Gaussian | None:
+def best_gaussian(log_joint: LogJoint, start: Tensor, bar: tqdm | None = None) -> Gaussian | None:
     """The Gaussian with the highest bound that several ascents lead to.
 
     Gaussians of the Hessians along several paths, as in Pathfinder (Zhang et al. 2022); the best
     few are moved to where the expected gradient vanishes and the precision is the expected
     Hessian (Opper and Archambeau 2009), the optimum among Gaussians. A density need not have
     a mode for it: the points on the way there count alike.
+
+    Args:
+        log_joint: the log density.
+        start: the guide's own, shape (D,).
+        bar: shows how far it is, of a total of ``TICKS``.
 
     Returns:
         The Gaussian; None if there is no sound one, because the log joint is finite at no start,
@@ -53,7 +61,8 @@ def best_gaussian(log_joint: LogJoint, start: Tensor) -> Gaussian | None:
     if starts is None:
         return None
     noise = _antithetic(DRAWS, start)
-    points = ascend(log_joint, starts, STEPS)
+    bar = tqdm(total=TICKS, disable=True) if bar is None else bar
+    points = ascend(log_joint, starts, STEPS, bar.update)
     loc, scale = (torch.stack(parts) for parts in zip(*_along(points), strict=True))
     found, lost = _scored(log_joint, loc, scale, noise)
     for size in SMALLER if bool(lost.any()) else ():  # an edge tells no Hessian how far off it is
@@ -62,8 +71,10 @@ def best_gaussian(log_joint: LogJoint, start: Tensor) -> Gaussian | None:
     if not found:
         return None
     test = _antithetic(TESTED_BY, start)
-    found = [_moved_on(log_joint, g, ROUNDS[0], test) for g in found]
-    best = _moved_on(log_joint, max(found, key=lambda g: g.bound), ROUNDS[1], test)
+    found = [_moved_on(log_joint, g, ROUNDS[0], test, bar.update) for g in found]
+    best = max(found, key=lambda g: g.bound)
+    best = _moved_on(log_joint, best, ROUNDS[1], test, bar.update)
+    bar.update(bar.total - bar.n)  # paths and moves may end early
     if not (math.isfinite(best.bound) and bool(best.loc.abs().max() < LARGEST)):
         return None
     return best._replace(scale=_lower(best.scale))
@@ -123,13 +134,16 @@ def _scored(
     return found, ~log_weights.isfinite().all(1)
 
 
-def _moved_on(log_joint: LogJoint, start: Gaussian, rounds: int, test: Tensor) -> Gaussian:
+def _moved_on(
+    log_joint: LogJoint, start: Gaussian, rounds: int, test: Tensor, tick: Callable[[], Any]
+) -> Gaussian:
     """Move a Gaussian to its optimum by natural gradients, unless that lowers its bound.
 
     Rates fall as 1/t, which averages the noise of the draws.
     """
     loc, scale = start.loc, start.scale
     for t in range(rounds):
+        tick()
         noise = _antithetic(max(MOVED_BY, 4 * len(loc)), loc)
         value, gradient = log_joint.values_and_gradients(loc + noise @ scale.mT)
         inside = value.isfinite() & gradient.isfinite().all(-1)

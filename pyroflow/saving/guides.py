@@ -7,7 +7,6 @@ from typing import Any
 
 from pyroflow.guides import AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
 from pyroflow.saving.flows import describe_flow, restore_flow
-from pyroflow.saving.model_check import init_anywhere
 from pyroflow.saving.sites import Description, describe_sites, restore_sites
 
 # The constructor's arguments, and the guide's attributes that hold them.
@@ -51,7 +50,7 @@ def restore_guide(description: Description, model: Callable | None) -> AutoFlow:
     made, options = _CLASSES[description["class"]], description["options"]
     if made is AutoFlow:
         options = options | {"transforms": ()}  # they are in the flow
-    guide = made(_absent if model is None else model, init_loc_fn=init_anywhere, **options)
+    guide = made(_absent if model is None else model, **options)
     for name in description["switches"].keys() & set(_SWITCHES):
         setattr(guide, name, bool(description["switches"][name]))
     guide.flow = restore_flow(description["flow"])

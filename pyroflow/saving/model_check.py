@@ -11,24 +11,12 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
+from pyroflow.guides.sites import started_anywhere
 from pyroflow.saving.recipes import DESCRIPTIONS
 from pyroflow.saving.sites import Description, describe_sites
 from pyroflow.seeds import seeded
-
-
-def init_anywhere(site: dict[str, Any]) -> Tensor:
-    """A start for a site of any distribution, for Pyro's ``InitMessenger``.
-
-    Pyro's own functions sample the distribution, which not every one can.
-    """
-    try:
-        return init_to_median(site)
-    except NotImplementedError:
-        to_support = biject_to(site["fn"].support)
-        return to_support(0.1 * torch.randn(to_support.inverse_shape(site["fn"].shape())))
 
 
 def check_model(guide: AutoContinuous, sites: list[Description]) -> None:
@@ -98,7 +86,7 @@ def _sites_of(model: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     Raises:
         ValueError: a latent that a guide is refused for: an older file may have one.
     """
-    probe = AutoContinuous(model)
+    probe = AutoContinuous(model, init_loc_fn=started_anywhere(init_to_median))
     with seeded(0), torch.no_grad():
         probe._setup_prototype(*args, **kwargs)
     sites = [site for _, site in probe.prototype_trace.iter_stochastic_nodes()]

@@ -10,9 +10,9 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Size, Tensor
-from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
+from pyroflow.model.supports import bijection
 from pyroflow.saving.description import UndescribedError
 from pyroflow.saving.recipes import DESCRIPTIONS
 
@@ -89,7 +89,7 @@ def restore_sites(guide: AutoContinuous, sites: list[Description], like: Tensor)
 def _node(site: Description, shape: Size, frames: tuple, like: Tensor) -> dict[str, Any]:
     """A node of a trace. Its value is any one inside the support, of the right shape."""
     support = DESCRIPTIONS.build(site["support"])
-    value = biject_to(support)(like.new_zeros(shape))
+    value = bijection(support)(like.new_zeros(shape))
     if value.shape != Size(site["batch_shape"] + site["event_shape"]):
         raise ValueError(f"site {site['name']!r} has values of another shape, {list(value.shape)}")
     for frame in frames:
