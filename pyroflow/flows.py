@@ -20,8 +20,8 @@ from pyroflow.transforms import (
     Radial,
     Sylvester,
 )
-from pyroflow.transforms.activations import Nonlinearity
 from pyroflow.transforms.affine import AffineKind
+from pyroflow.transforms.kernels.units import Nonlinearity
 from pyroflow.transforms.sylvester import Orthogonal
 
 __all__ = ["Direction", "Flow", "StandardNormal", "planar_flow", "radial_flow", "sylvester_flow"]

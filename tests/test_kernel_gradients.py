@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 
 from pyroflow import Planar
-from pyroflow.transforms import Conditioned, stack
-from pyroflow.transforms.stack_kernels import Units
+from pyroflow.transforms import Conditioned
+from pyroflow.transforms.kernels import autograd
+from pyroflow.transforms.kernels.units import Units
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -126,7 +127,7 @@ def test_paths_that_meet_are_counted_once(
     units, answers = planar_units(4, 2, 0.7), []
     for plain in (True, False):
         if not plain:
-            monkeypatch.setattr(stack, "_plain", lambda z: False)
+            monkeypatch.setattr(autograd, "_plain", lambda z: False)
         leaves = [t.clone().requires_grad_() for t in units[:3]]
         value = MEETINGS[meeting](*leaves, inverse)
         options = {"allow_unused": True, "materialize_grads": True}

@@ -11,10 +11,8 @@ from cases import planar_at, scatter
 from torch import Tensor
 
 from pyroflow import Planar, Sylvester
-from pyroflow.transforms import stack, stack_kernels
-from pyroflow.transforms.activations import TANH
-from pyroflow.transforms.constraint import constrain
-from pyroflow.transforms.stack_kernels import Units
+from pyroflow.transforms.kernels import autograd, reference, shared
+from pyroflow.transforms.kernels.units import TANH, Units, constrain
 
 EPS = torch.finfo(torch.float64).eps
 BOTH = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
@@ -32,14 +30,13 @@ def sylvester_units(num_units: int, dim: int, sd: float, size: int) -> Units:
 
 
 def general(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Tensor]:
-    image, work = stack._general(z, units, inverse, None, TANH)
-    return image, work.log_det
+    return reference.evaluate(z, units, inverse, None, TANH)[:2]
 
 
 def by_kernels(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Tensor]:
-    image, work = stack.evaluate_stack(z, units, inverse=inverse)
-    assert work.done is not None
-    return image, work.log_det
+    image, found = autograd.evaluate_stack(z, units, inverse=inverse)
+    assert found.done is not None
+    return image, found.log_det
 
 
 def results(path: object, z: Tensor, units: Units, inverse: bool, weights: Tensor) -> list[Tensor]:
@@ -95,13 +92,13 @@ def test_one_number_a_point(inverse: bool) -> None:
 @pytest.fixture
 def in_turn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of columns that each call of the unit-by-unit solver was left with."""
-    columns, solve = [], stack_kernels._solve_in_turn
+    columns, solve = [], shared._solve_in_turn
 
     def counted(r: Tensor, coupling: Tensor, s: Tensor) -> Tensor:
         columns.append(r.shape[1])
         return solve(r, coupling, s)
 
-    monkeypatch.setattr(stack_kernels, "_solve_in_turn", counted)
+    monkeypatch.setattr(shared, "_solve_in_turn", counted)
     return columns
 
 
@@ -131,7 +128,7 @@ def test_the_last_resort_alone_is_right(monkeypatch: pytest.MonkeyPatch) -> None
     def endless(r: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         return torch.full_like(r, torch.nan), torch.arange(r.shape[1])
 
-    monkeypatch.setattr(stack_kernels, "_solve_together", endless)
+    monkeypatch.setattr(shared, "_solve_together", endless)
     for found, value in zip(by_kernels(y, units, inverse=True), expected, strict=True):
         assert torch.allclose(found, value, rtol=0, atol=1e-11)
 

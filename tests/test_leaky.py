@@ -14,8 +14,7 @@ from torch.autograd.functional import jacobian
 
 from pyroflow import ConditionalPlanar, Planar
 from pyroflow.transforms import Conditioned
-from pyroflow.transforms.activations import LeakyReLU
-from pyroflow.transforms.constraint import constrain
+from pyroflow.transforms.kernels.units import LeakyReLU, constrain
 
 LEAKY = {"nonlinearity": "leaky_relu"}
 

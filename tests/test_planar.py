@@ -10,7 +10,7 @@ import torch
 from cases import planar_at
 
 from pyroflow.transforms import ConditionalPlanar, Planar
-from pyroflow.transforms.constraint import constrain
+from pyroflow.transforms.kernels.units import constrain
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -9,7 +9,7 @@ import torch
 from cases import planar_at
 from torch import Tensor
 
-from pyroflow.transforms.constraint import constrain
+from pyroflow.transforms.kernels.units import constrain
 
 DOTS = [-80.0, -40.0, -17.0, -5.0, -0.51, -0.49, 0.0, 5.0, 17.0, 80.0]
 PRE_ACTIVATIONS = [0.0, 1e-8, -0.3, 3.0, -20.0, 100.0, -1e4, 1e4]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyroflow.checks import check_choice, check_count, check_positive
 from pyroflow.transforms.bijection import Bijection
 from pyroflow.transforms.cache import Cached, Parameters, precisely
-from pyroflow.transforms.constraint import softplus
+from pyroflow.transforms.kernels.units import softplus
 
 AffineKind = Literal["full", "diagonal"]
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor
 
-from pyroflow.transforms.activations import Nonlinearity
 from pyroflow.transforms.affine import Affine, AffineKind
 from pyroflow.transforms.bijection import Bijection, Conditioned
 from pyroflow.transforms.hypernet import Hypernet
+from pyroflow.transforms.kernels.units import Nonlinearity
 from pyroflow.transforms.planar import Planar
 from pyroflow.transforms.radial import Radial
 from pyroflow.transforms.sylvester import Orthogonal, Sylvester

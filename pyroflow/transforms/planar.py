@@ -9,11 +9,10 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
 from pyroflow.checks import check_count
-from pyroflow.transforms.activations import Nonlinearity, activation_named
 from pyroflow.transforms.bijection import Bijection
 from pyroflow.transforms.cache import Cached, Parameters
-from pyroflow.transforms.stack import Intermediates, evaluate_stack
-from pyroflow.transforms.stack_kernels import Units
+from pyroflow.transforms.kernels.autograd import Intermediates, evaluate_stack
+from pyroflow.transforms.kernels.units import Nonlinearity, Units, activation_named
 
 IDENTITY_SLOPE = math.log(math.e - 1)  # wᵀu at which m(wᵀu) = 0, so that û = 0
 INIT_SLOPE = 3.0  # ‖w‖ at the start, about: hyperplanes with bends as sharp as data need

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pyroflow.checks import check_count
 from pyroflow.transforms.bijection import Bijection
 from pyroflow.transforms.cache import Cached, Parameters
-from pyroflow.transforms.constraint import softplus
-from pyroflow.transforms.coupled_tanh import pad
+from pyroflow.transforms.kernels.reference import pad
+from pyroflow.transforms.kernels.units import softplus
 
 INIT_WIDTH = 1.0  # α at the start: the reach of a layer, in standard deviations of the base
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from pyroflow.checks import check_choice, check_count
 from pyroflow.transforms.bijection import Bijection
 from pyroflow.transforms.cache import Cached, Parameters
-from pyroflow.transforms.constraint import softplus
+from pyroflow.transforms.kernels.autograd import Intermediates, evaluate_stack
+from pyroflow.transforms.kernels.units import Units, softplus
 from pyroflow.transforms.planar import INIT_SLOPE
-from pyroflow.transforms.stack import Intermediates, evaluate_stack
-from pyroflow.transforms.stack_kernels import Units
 
 Orthogonal = Literal["householder", "qr", "triangular"]
 KINDS = ("householder", "qr", "triangular")

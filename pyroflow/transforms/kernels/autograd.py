@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyroflow.transforms import chain_kernels, compiled, stack_kernels
-from pyroflow.transforms.activations import TANH, Activation, Tanh
-from pyroflow.transforms.constraint import Rows, constrain, constrain_rows, row_gradients
-from pyroflow.transforms.coupled_tanh import solve_coupled_tanh
-from pyroflow.transforms.stack_kernels import Units
+from pyroflow.transforms.kernels import compiled, per_point, reference, shared
+from pyroflow.transforms.kernels.units import (
+    TANH,
+    Activation,
+    Rows,
+    Tanh,
+    Units,
+    constrain,
+    constrain_rows,
+    row_gradients,
+)
 
-Pass = stack_kernels.Pass | chain_kernels.Pass
+Pass = shared.Pass | per_point.Pass
 
 
 class Intermediates(NamedTuple):
@@ -53,10 +59,12 @@ def evaluate_stack(
     """
     kernels = _kernels_for(z, units) if isinstance(activation, Tanh) and _plain(z) else None
     if kernels is None:
-        return _general(z, units, inverse, cached and cached[1].a, activation)
+        a = cached and cached[1].a
+        image, log_det, a = reference.evaluate(z, units, inverse, a, activation)
+        return image, Intermediates(log_det, a=a)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # neither records a Function
         return _traced(z, units, inverse)
-    if kernels is chain_kernels:
+    if kernels is per_point:
         units = _flattened(units)
     rows = constrain_rows(units.W.detach(), units.U.detach()) if units.s is None else None
     if units.s is None and rows is None:
@@ -122,12 +130,12 @@ def _kernels_for(z: Tensor, units: Units) -> ModuleType | None:
     """Those for parameters that all points share, or for one set a point; else None."""
     W, U, b = units[:3]
     if W.dim() == U.dim() == 2 and b.dim() == 1:
-        return stack_kernels
+        return shared
     own = W.shape[:-2]
     extra = z.dim() - W.dim() + 1  # batch dimensions of z alone, such as one of samples
     fits = own and extra >= 0 and z.shape[:-1] == (1,) * extra + own
     fits = fits and U.shape[:-2] == b.shape[:-1] == own
-    return chain_kernels if fits and units.size == 1 else None
+    return per_point if fits and units.size == 1 else None
 
 
 def _flattened(units: Units) -> Units:
@@ -167,14 +175,13 @@ class _Call:
     def run(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None) -> Pass:
         """What the kernels find, or an earlier pass has found."""
         if self.done is None:
-            kernel = self.kernels.pull if self.inverse else self.kernels.push
+            kernel = self.kernels.inverse if self.inverse else self.kernels.forward
             self.done = kernel(z, self.units(W, U, b, s))
         return self.done
 
     def general(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None = None) -> tuple:
         """The results in differentiable operations."""
-        image, found = _general(z, Units(W, U, b, s, self.size), self.inverse, None, TANH)
-        return image, found.log_det
+        return reference.evaluate(z, Units(W, U, b, s, self.size), self.inverse, None, TANH)[:2]
 
 
 class _Stack(Function):
@@ -186,7 +193,7 @@ class _Stack(Function):
     ) -> tuple[Tensor, Tensor]:
         done = call.run(z, W, U, b, s)
         image = done.image.detach()
-        read = image if call.kernels is chain_kernels else None  # then nobody may edit it
+        read = image if call.kernels is per_point else None  # then nobody may edit it
         ctx.save_for_backward(z, W, U, b, s, read, *done[2:])
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -218,49 +225,3 @@ class _Stack(Function):
             grad_W, grad_U = row_gradients(W, U, call.rows, grad_W, grad_U, grad_s)
             grad_s = None
         return grad_z, grad_W, grad_U, grad_b, grad_s, None
-
-
-def _general(
-    z: Tensor, units: Units, inverse: bool, a: Tensor | None, activation: Activation
-) -> tuple[Tensor, Intermediates]:
-    """The stack in differentiable operations, with parameters of any batch shape."""
-    W, U, b, s, size = units
-    if s is None:
-        U, s = constrain(W, U)
-    G = (W @ U.mT).movedim((-2, -1), (0, 1))
-    s = s.squeeze(-1).movedim(-1, 0)
-    r = _project(z, W, b)
-    if inverse:
-        a = solve_coupled_tanh(
-            r, G, s, upper=True, solution=None if a is None else a.detach(), activation=activation
-        )
-    else:
-        N = -G if size == 1 else -G * _earlier_layers(G, size)
-        a = solve_coupled_tanh(r, N, None, upper=False, activation=activation)
-    s = s.reshape(s.shape[:1] + (1,) * (a.dim() - s.dim()) + s.shape[1:])
-    h = activation.value(a)
-    image = _shift(z, U, -h if inverse else h)
-    return image, Intermediates(activation.det(a, s).log().sum(0), a=a)
-
-
-def _earlier_layers(G: Tensor, size: int) -> Tensor:
-    """1 where unit k lies in a later layer than unit j, shape (K, K, 1, ...)."""
-    layer = torch.arange(len(G), device=G.device) // size
-    mask = (layer.unsqueeze(1) > layer).to(G.dtype)
-    return mask.reshape(mask.shape + (1,) * (G.dim() - 2))
-
-
-def _project(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """W x + b with the layers first, shape (K, *B)."""
-    if w.dim() == b.dim() + 1 == 2:
-        flat = torch.addmm(b.unsqueeze(-1), w, x.reshape(-1, x.shape[-1]).T)
-        return flat.reshape(len(w), *x.shape[:-1])
-    return ((w @ x.unsqueeze(-1)).squeeze(-1) + b).movedim(-1, 0)
-
-
-def _shift(x: Tensor, u_hat: Tensor, h: Tensor) -> Tensor:
-    """Return x + Ûᵀ h for h of shape (K, *B)."""
-    if u_hat.dim() == 2 and h.shape[1:] == x.shape[:-1]:
-        flat = x.reshape(-1, x.shape[-1])
-        return torch.addmm(flat, h.reshape(len(h), len(flat)).T, u_hat).reshape(x.shape)
-    return x + (h.movedim(0, -1).unsqueeze(-2) @ u_hat).squeeze(-2)

@@ -26,7 +26,53 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyroflow.transforms.activations import TANH, Activation
+from pyroflow.transforms.kernels.units import TANH, Activation, Units, constrain
+
+
+def evaluate(
+    z: Tensor, units: Units, inverse: bool, a: Tensor | None, activation: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stack in differentiable operations, with parameters of any batch shape."""
+    W, U, b, s, size = units
+    if s is None:
+        U, s = constrain(W, U)
+    G = (W @ U.mT).movedim((-2, -1), (0, 1))
+    s = s.squeeze(-1).movedim(-1, 0)
+    r = _project(z, W, b)
+    if inverse:
+        a = solve_coupled_tanh(
+            r, G, s, upper=True, solution=None if a is None else a.detach(), activation=activation
+        )
+    else:
+        N = -G if size == 1 else -G * _earlier_layers(G, size)
+        a = solve_coupled_tanh(r, N, None, upper=False, activation=activation)
+    s = s.reshape(s.shape[:1] + (1,) * (a.dim() - s.dim()) + s.shape[1:])
+    h = activation.value(a)
+    image = _shift(z, U, -h if inverse else h)
+    return image, activation.det(a, s).log().sum(0), a
+
+
+def _earlier_layers(G: Tensor, size: int) -> Tensor:
+    """1 where unit k lies in a later layer than unit j, shape (K, K, 1, ...)."""
+    layer = torch.arange(len(G), device=G.device) // size
+    mask = (layer.unsqueeze(1) > layer).to(G.dtype)
+    return mask.reshape(mask.shape + (1,) * (G.dim() - 2))
+
+
+def _project(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """W x + b with the layers first, shape (K, *B)."""
+    if w.dim() == b.dim() + 1 == 2:
+        flat = torch.addmm(b.unsqueeze(-1), w, x.reshape(-1, x.shape[-1]).T)
+        return flat.reshape(len(w), *x.shape[:-1])
+    return ((w @ x.unsqueeze(-1)).squeeze(-1) + b).movedim(-1, 0)
+
+
+def _shift(x: Tensor, u_hat: Tensor, h: Tensor) -> Tensor:
+    """Return x + Ûᵀ h for h of shape (K, *B)."""
+    if u_hat.dim() == 2 and h.shape[1:] == x.shape[:-1]:
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.addmm(flat, h.reshape(len(h), len(flat)).T, u_hat).reshape(x.shape)
+    return x + (h.movedim(0, -1).unsqueeze(-2) @ u_hat).squeeze(-2)
 
 
 def solve_coupled_tanh(
@@ -55,7 +101,7 @@ def solve_coupled_tanh(
 
     Example:
         >>> import torch
-        >>> from pyroflow.transforms.coupled_tanh import solve_coupled_tanh
+        >>> from pyroflow.transforms.kernels.reference import solve_coupled_tanh
         >>> N, s = torch.randn(3, 3), torch.ones(3) * 2
         >>> a = solve_coupled_tanh(torch.zeros(3, 5), N, s, upper=True)
         >>> a.shape, bool((a == 0).all())
