@@ -6,8 +6,7 @@ from pyroflow import datasets, targets
 from pyroflow.arviz_export import to_arviz
 from pyroflow.calibration import Calibration, calibrate
 from pyroflow.diagnostics import Report, diagnose
-from pyroflow.flow import Flow
-from pyroflow.flows import planar_flow, radial_flow, sylvester_flow
+from pyroflow.flows import Flow, planar_flow, radial_flow, sylvester_flow
 from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
 from pyroflow.inference import Fit, fit_density, fit_energy, fit_guide, paper_annealing
 from pyroflow.inference.annealing import AdaptiveAnnealing

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import pyroflow as pf
 from pyroflow.experiments import nice as module
 from pyroflow.experiments.nice import AdditiveCoupling, nice_layers, volume_preserving_floor
-from pyroflow.flow import Flow, StandardNormal
-from pyroflow.path_derivative import AlongPath
+from pyroflow.flows import AlongPath, Flow, StandardNormal
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from cases import D, layers, normal, planar_at, scatter
 from torch import Tensor, nn
 
-from pyroflow.path_derivative import AlongPath
+from pyroflow.flows import AlongPath
 from pyroflow.transforms import Affine
 
 CHAINS = {

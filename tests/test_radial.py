@@ -13,7 +13,7 @@ from cases import normal, radial, radial_at, scatter
 from pyro.distributions import transforms as pyro_transforms
 from torch import Tensor
 
-from pyroflow.path_derivative import AlongPath
+from pyroflow.flows import AlongPath
 from pyroflow.transforms import Affine, ConditionalRadial, Radial
 from pyroflow.transforms.radial import constrain
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from pyroflow.experiments import figure3_drawing
 from pyroflow.experiments.nice import nice_layers, volume_preserving_floor
 from pyroflow.experiments.results import Options, Results, checkpoint_folder, save_figure
-from pyroflow.flow import Flow, StandardNormal
+from pyroflow.flows import Flow, StandardNormal
 from pyroflow.inference import fit_energy
 from pyroflow.seeds import seeded
 from pyroflow.targets import energy

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pyro.distributions.torch_transform import TransformModule
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.nn.functional import linear
 
@@ -77,12 +77,6 @@ class AdditiveCoupling(Bijection, TransformModule):
         self.weight = nn.Parameter(torch.zeros(K, D - kept, H))
         self.bias = nn.Parameter(torch.zeros(K, D - kept))
 
-    def forward_shape(self, shape: Size) -> Size:
-        """The shape itself."""
-        return shape
-
-    inverse_shape = forward_shape
-
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Zeros of shape (*B), for x of shape (*B, D)."""
         return self._log_det(x)
@@ -140,7 +134,7 @@ def nice_layers(
         ValueError: a size that is too small, or an unknown mixing.
 
     Example:
-        >>> from pyroflow.flow import Flow, StandardNormal
+        >>> from pyroflow.flows import Flow, StandardNormal
         >>> flow = Flow(StandardNormal(4), nice_layers(4, 3, "orthogonal"))
         >>> flow().log_prob(flow().sample((5,))).shape
         torch.Size([5])

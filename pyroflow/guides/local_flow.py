@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflow.checks import check_count
-from pyroflow.flow import StandardNormal
+from pyroflow.flows import StandardNormal
 from pyroflow.transforms import Affine, Planar
 from pyroflow.transforms.affine import AffineKind
 

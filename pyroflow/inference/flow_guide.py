@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyroflow.flows import log_prob_at_fixed
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.annealing import AdaptiveAnnealing
 from pyroflow.inference.checkpoint import check_settings, saved_settings
@@ -35,7 +36,6 @@ from pyroflow.inference.traced_guide import (
     warn_of_mixing,
 )
 from pyroflow.inference.warm_start import TICKS, Gaussian, best_gaussian
-from pyroflow.path_derivative import log_prob_at_fixed
 from pyroflow.seeds import seeded
 
 STEPS, PARTICLES = 3000, 128
@@ -105,6 +105,7 @@ class FlowFit:
         untouched, before = _untouched(self.guide), None
         if self.saved:
             check_settings(self.checkpoint, self.saved, self.settings)
+        self.guide.flow.fitted = True
         if self.part in (FLOW, GROWN):
             self.spent = self.steps - self.saved["steps"]
             if self.part == GROWN:

@@ -68,6 +68,8 @@ def fit_by_traces(
         inner = layers_inside(guide)
         first = round(GAUSSIAN_PART * steps) if inner else 0
         start = None
+        if isinstance(guide, AutoFlow):
+            guide.flow.fitted = True
         placing = first > 0 and saved_settings(checkpoint).get("part") != FLOW
         fixed = list(guide.buffers()) if isinstance(guide, nn.Module) else []
         options = {"fixed": [*fixed, scored], "checkpoint": checkpoint, **shared}

@@ -50,9 +50,8 @@ class Bijection(CachedTransform):
         return Conditioned(self, fixed | dict(zip(names, trained, strict=True)))
 
     def forward_shape(self, shape: Size) -> Size:
-        """Broadcast the batch part of a shape with that of the parameters."""
-        batch = self._batch(self._map_parameters())
-        return torch.broadcast_shapes(shape[:-1], batch) + shape[-1:]
+        """The shape itself: the trained parameters have no batch dimensions."""
+        return shape
 
     inverse_shape = forward_shape
 
@@ -108,6 +107,13 @@ class Conditioned(Bijection):
         self.family = family
         self.event_dims, self.fixed = family.event_dims, family.fixed
         vars(self).update(parameters)
+
+    def forward_shape(self, shape: Size) -> Size:
+        """Broadcast the batch part of a shape with that of the parameters."""
+        batch = self._batch(self._map_parameters())
+        return torch.broadcast_shapes(shape[:-1], batch) + shape[-1:]
+
+    inverse_shape = forward_shape
 
     def __repr__(self) -> str:
         return f"{self._name()}.at(...)"

@@ -40,7 +40,7 @@ class CachedTransform(Transform):
 
     As with torch's cached transforms, the x found for a sample that carries its graph is the x
     it was made from: gradients flow on to the parameters, and not into the sample as such. For
-    the latter clone the sample, or use :class:`~pyroflow.path_derivative.AlongPath`.
+    the latter clone the sample, or use :class:`~pyroflow.flows.AlongPath`.
     """
 
     def __init__(self) -> None:

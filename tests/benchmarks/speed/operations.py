@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.path_derivative import AlongPath
+from pyroflow.flows import AlongPath
 
 from .contenders import FLOOR, FLOWJAX, NORMFLOWS, OURS, PYRO, Contender, Ours
 from .problem import Problem

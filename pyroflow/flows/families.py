@@ -9,7 +9,7 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch.distributions import Transform
 
 from pyroflow.checks import check_choice
-from pyroflow.flow import Direction, Flow, StandardNormal
+from pyroflow.flows.flow import Direction, Flow, StandardNormal
 from pyroflow.transforms import (
     Affine,
     ConditionalAffine,
@@ -23,8 +23,6 @@ from pyroflow.transforms import (
 from pyroflow.transforms.affine import AffineKind
 from pyroflow.transforms.kernels.units import Nonlinearity
 from pyroflow.transforms.sylvester import Orthogonal
-
-__all__ = ["Direction", "Flow", "StandardNormal", "planar_flow", "radial_flow", "sylvester_flow"]
 
 
 def planar_flow(
@@ -47,7 +45,7 @@ def planar_flow(
         num_layers: K; 0 leaves a Gaussian.
         context_dim: C, for parameters that are a network's output at a context (*B, C).
         direction: which way the planar layers run in closed form. "base_to_data" (as in the
-            paper) samples without a root search and solves K scalar equations to score foreign
+            paper) samples without a root search and solves K scalar equations to score
             data; "data_to_base" scores in closed form and solves them to sample. "auto" takes
             what the first fit does most: "data_to_base" for :func:`~pyroflow.fit_density`,
             "base_to_data" for :func:`~pyroflow.fit_energy`; until then "data_to_base".
@@ -207,7 +205,4 @@ def _layered_flow(
         parts += (
             [] if affine is None else [ConditionalAffine(input_dim, context_dim, affine, **sizes)]
         )
-    flow = Flow(base, parts)
-    flow._inverted[0] = direction != "base_to_data"
-    flow._undecided = direction == "auto"
-    return flow
+    return Flow(base, parts, direction=direction)
