@@ -107,11 +107,11 @@ class Conditioned(Bijection):
         self.family = family
         self.event_dims, self.fixed = family.event_dims, family.fixed
         vars(self).update(parameters)
+        self._batch_shape = self._batch(self._map_parameters())
 
     def forward_shape(self, shape: Size) -> Size:
         """Broadcast the batch part of a shape with that of the parameters."""
-        batch = self._batch(self._map_parameters())
-        return torch.broadcast_shapes(shape[:-1], batch) + shape[-1:]
+        return torch.broadcast_shapes(shape[:-1], self._batch_shape) + shape[-1:]
 
     inverse_shape = forward_shape
 
@@ -132,11 +132,10 @@ class Conditioned(Bijection):
 
     def _check(self, name: str, value: Tensor, parameters: Parameters) -> None:
         super()._check(name, value, parameters)
-        batch = self._batch(parameters)
         try:
-            torch.broadcast_shapes(value.shape[:-1], batch)
+            self.forward_shape(value.shape)
         except RuntimeError as error:
             raise ValueError(
-                f"{self._name()} has parameters of batch shape {tuple(batch)}, which does not "
-                f"broadcast with {name} of shape {tuple(value.shape)}"
+                f"{self._name()} has parameters of batch shape {tuple(self._batch_shape)}, which "
+                f"does not broadcast with {name} of shape {tuple(value.shape)}"
             ) from error
