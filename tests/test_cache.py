@@ -31,7 +31,7 @@ def step(t: nn.Module, loss: Tensor) -> None:
 
 
 @pytest.mark.parametrize("inverted", [False, True], ids=["layers", "inverse"])
-def test_scores_of_own_and_foreign_tensors(inverted: bool) -> None:
+def test_scores_of_tensors_that_it_has_and_has_not_made(inverted: bool) -> None:
     t = layers().inv if inverted else layers()
     q = dist.TransformedDistribution(normal(), [t])
     x = torch.randn(5, D)

@@ -67,18 +67,9 @@ def planar_flow(
         >>> flow(torch.randn(7, 3)).log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])
     """
-    return _layered_flow(
-        Planar,
-        ConditionalPlanar,
-        input_dim,
-        context_dim,
-        direction,
-        affine,
-        hidden_dims,
-        num_layers=num_layers,
-        nonlinearity=nonlinearity,
-        negative_slope=negative_slope,
-    )
+    bend = {"nonlinearity": nonlinearity, "negative_slope": negative_slope}
+    shared = (input_dim, context_dim, direction, affine, hidden_dims)
+    return _layered_flow(Planar, ConditionalPlanar, *shared, num_layers=num_layers, **bend)
 
 
 def radial_flow(
@@ -97,15 +88,8 @@ def radial_flow(
     Args:
         input_dim: D.
         num_layers: K; 0 leaves a Gaussian.
-        context_dim: C, for parameters that are a network's output at a context (*B, C).
-        direction: which way the radial layers run: "base_to_data" (as in the paper),
-            "data_to_base" or "auto", which decides as in :func:`planar_flow`. Both ways are in
-            closed form.
-        affine: "full" (lower-triangular scale), "diagonal", or None for no affine layer.
-        hidden_dims: sizes of the context network's hidden layers; () for a linear map.
-
-    Returns:
-        The flow; ``flow()``, or ``flow(context)``, is a distribution over (*, D).
+        context_dim, direction, affine, hidden_dims: as in :func:`planar_flow`; radial layers run
+            in closed form both ways.
 
     Raises:
         ValueError: input_dim < 1, num_layers < 0, context_dim < 1, or an unknown option.
@@ -117,16 +101,8 @@ def radial_flow(
         >>> flow().log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])
     """
-    return _layered_flow(
-        Radial,
-        ConditionalRadial,
-        input_dim,
-        context_dim,
-        direction,
-        affine,
-        hidden_dims,
-        num_layers=num_layers,
-    )
+    shared = (input_dim, context_dim, direction, affine, hidden_dims)
+    return _layered_flow(Radial, ConditionalRadial, *shared, num_layers=num_layers)
 
 
 def sylvester_flow(
@@ -148,15 +124,8 @@ def sylvester_flow(
         input_dim: D.
         num_units: M, from 1 to D.
         num_layers: L; 0 leaves a Gaussian.
-        context_dim: C, for parameters that are a network's output at a context (*B, C).
         orthogonal: "householder", "qr" or "triangular", as in :class:`~pyroflow.Sylvester`.
-        direction: which way the layers run in closed form: "base_to_data" (as in the paper),
-            "data_to_base" or "auto", which decides as in :func:`planar_flow`.
-        affine: "full" (lower-triangular scale), "diagonal", or None for no affine layer.
-        hidden_dims: sizes of the context network's hidden layers; () for a linear map.
-
-    Returns:
-        The flow; ``flow()``, or ``flow(context)``, is a distribution over (*, D).
+        context_dim, direction, affine, hidden_dims: as in :func:`planar_flow`.
 
     Raises:
         ValueError: a size out of range, or an unknown option.
@@ -168,18 +137,9 @@ def sylvester_flow(
         >>> flow().log_prob(torch.zeros(7, 5)).shape
         torch.Size([7])
     """
-    return _layered_flow(
-        Sylvester,
-        ConditionalSylvester,
-        input_dim,
-        context_dim,
-        direction,
-        affine,
-        hidden_dims,
-        num_units=num_units,
-        num_layers=num_layers,
-        orthogonal=orthogonal,
-    )
+    sizes = {"num_units": num_units, "num_layers": num_layers, "orthogonal": orthogonal}
+    shared = (input_dim, context_dim, direction, affine, hidden_dims)
+    return _layered_flow(Sylvester, ConditionalSylvester, *shared, **sizes)
 
 
 def _layered_flow(
@@ -200,9 +160,8 @@ def _layered_flow(
         parts = [layers(input_dim, **options)]
         parts += [] if affine is None else [Affine(input_dim, affine)]
     else:
-        sizes = {"hidden_dims": hidden_dims}
-        parts = [conditional_layers(input_dim, context_dim, **options, **sizes)]
-        parts += (
-            [] if affine is None else [ConditionalAffine(input_dim, context_dim, affine, **sizes)]
-        )
+        sizes = (input_dim, context_dim)
+        parts = [conditional_layers(*sizes, **options, hidden_dims=hidden_dims)]
+        if affine is not None:
+            parts.append(ConditionalAffine(*sizes, affine, hidden_dims=hidden_dims))
     return Flow(base, parts, direction=direction)

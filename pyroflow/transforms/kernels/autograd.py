@@ -160,10 +160,10 @@ class _Call:
     """What a pass is to do, and what it found beside its results."""
 
     def __init__(
-        self, kernels: ModuleType, size: int, inverse: bool, rows: Rows | None, known: Pass | None
+        self, kernels: ModuleType, size: int, inverse: bool, rows: Rows | None, cached: Pass | None
     ) -> None:
         self.kernels, self.size, self.inverse, self.rows = kernels, size, inverse, rows
-        self.done = known
+        self.done = cached
 
     def units(self, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None) -> Units:
         """The units with û in its place."""
