@@ -3,9 +3,10 @@ VENV := .venv
 JAX_VENV := .venv-jax
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PAPER := ../$(BIN)/python -m rezende_mohamed_2015
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint slow notebooks bench posteriordb paper clean
+.PHONY: demo test lint slow notebooks bench posteriordb paper tables clean
 
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	$(BIN)/pyroflow demo
@@ -17,7 +18,7 @@ lint: $(INSTALLED)  ## What CI checks beside the tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-slow: $(INSTALLED)  ## Long fits that hold the numbers of README to their bounds.
+slow: $(INSTALLED)  ## Long fits that hold the numbers of the tables to their bounds.
 	$(BIN)/python -m pytest -m slow tests
 
 notebooks: $(INSTALLED)  ## Run the notebooks in full and store their outputs.
@@ -32,11 +33,14 @@ posteriordb: $(INSTALLED)  ## Ten posteriors, ours beside rivals and NUTS, with 
 
 paper: export OMP_NUM_THREADS := 1
 paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MNIST is the folder of the four files.
-	$(BIN)/pyroflow reproduce figure1
-	$(BIN)/pyroflow reproduce figure3
-	$(BIN)/pyroflow reproduce mnist --data $(PYROFLOW_MNIST)
-	$(BIN)/pyroflow reproduce sylvester --data $(PYROFLOW_MNIST)
-	$(BIN)/python tests/benchmarks/mnist_speed.py
+	cd notebooks && $(PAPER) figure1
+	cd notebooks && $(PAPER) figure3
+	cd notebooks && $(PAPER) mnist --data $(abspath $(PYROFLOW_MNIST))
+	cd notebooks && $(PAPER) mnist_speed
+	cd notebooks && $(PAPER) sylvester --data $(abspath $(PYROFLOW_MNIST))
+
+tables: $(INSTALLED)  ## Write the tables of README.md and notebooks/results/README.md from the stored results.
+	PYTHONPATH=notebooks:tests $(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) $(JAX_VENV)

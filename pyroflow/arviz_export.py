@@ -35,12 +35,14 @@ from pyroflow.labelled import (
     renamed,
 )
 from pyroflow.seeds import seeded
+from pyroflow.threads import one_at_a_time
 
 if TYPE_CHECKING:
     from arviz import InferenceData
     from xarray import Dataset, DataTree
 
 
+@one_at_a_time
 def to_arviz(
     model: Callable,
     guide: Callable,

@@ -1,4 +1,4 @@
-"""Data to fit: tables, MNIST and CIFAR-10 from files, and :mod:`pyroflow.synthetic`'s sets."""
+"""Data to fit: tables from files, and :mod:`pyroflow.synthetic`'s sets."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from pyroflow.checks import check_choice
-from pyroflow.cifar_files import Cifar10, cifar10
 from pyroflow.data_checks import check_shape, to_tensor
-from pyroflow.image_files import Mnist, binarize, mnist, patches, scale_to_open_interval
 from pyroflow.synthetic import (
     SINE_ENTROPY,
     ring,
@@ -34,16 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SINE_ENTROPY",
-    "Cifar10",
-    "Mnist",
-    "binarize",
-    "cifar10",
-    "mnist",
-    "patches",
     "read_table",
     "ring",
     "ring_log_prob",
-    "scale_to_open_interval",
     "sine",
     "sine_log_prob",
     "two_moons",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform
 
 from pyroflow.data_checks import check_data
+from pyroflow.io import write_whole
 
 Pair = tuple[float, float]
 Bounds = Pair | tuple[Pair, Pair]
@@ -127,7 +129,7 @@ def coloured_lines(base: Tensor, image: Tensor) -> LineCollection:
     low, high = base.amin((0, 1)), base.amax((0, 1))
     s, t = ((place - low) / (high - low)).unbind(-1)
     weights = torch.stack([(1 - s) * (1 - t), s * (1 - t), (1 - s) * t, s * t], dim=-1)
-    colours = weights @ torch.tensor(CORNERS, dtype=weights.dtype)
+    colours = weights @ weights.new_tensor(CORNERS)
     segments = torch.stack([image[:, :-1], image[:, 1:]], dim=2).flatten(0, 1)
     return LineCollection(
         segments.numpy(), colors=colours.numpy(), linewidths=1.2, capstyle="round"
@@ -177,3 +179,11 @@ def draw_marginals(
         ax.stairs(height, edges, label=label, linewidth=1.3, **style)
     ax.set(title=name, yticks=[])
     ax.spines[["top", "left", "right"]].set_visible(False)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, small enough to keep beside the code."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())

@@ -1,19 +1,241 @@
-"""Random numbers that are reproducible and leave the global generator alone."""
+"""Random numbers that are reproducible, and leave the global generators and other threads alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+T = TypeVar("T")
+
+_THREAD = threading.local()  # .own: the generators that the thread draws from
+_GLOBAL = threading.Lock()  # held while the global generator of a device stands in for ours
+
+
+class Generators(TorchDispatchMode):
+    """Lets all that torch draws, ``dropout`` among it, come from generators of our own.
+
+    There is one for each device, all with the same seed. As a mode it acts in the thread that
+    enters it, and it sees what no ``generator=`` argument reaches. It costs microseconds for
+    every operation, so what is often run and draws nothing is kept out by :func:`between_draws`.
+    """
+
+    supports_higher_order_operators = True  # which draw by the operations inside them
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.strays = 0  # draws outside of :func:`drawing`
+        self._generators: dict[str, torch.Generator] = {}
+        self._states: dict[str, Tensor] = {}  # of those to come, where there is one
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, and hand it a generator if it draws and has none."""
+        kwargs = kwargs or {}
+        if not _draws(func) or _has_generator(args, kwargs):
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError:
+                tensors = _with_tensors(func, args)
+                if all(a is b for a, b in zip(tensors, args, strict=True)):
+                    raise
+            return func(*tensors, **kwargs)
+        device = _device(args, kwargs)
+        if device.type == "meta":
+            return func(*args, **kwargs)
+        _refuse_to_recompute()
+        self.strays += 1
+        generator, seeded_func = self._generator(device), _with_generator(func)
+        if seeded_func is None:
+            return _lent(generator, func, args, kwargs)
+        return seeded_func(*args, **kwargs, generator=generator)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Leave what is compiled as it is; what it draws it draws by operations that are seen.
+
+        Torch would otherwise note for the whole process that a mode is on, and go on to do so
+        where two threads have been in one.
+        """
+        return True
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        name = str(device)
+        if name not in self._generators:
+            generator = torch.Generator(device)
+            if name in self._states:
+                generator.set_state(self._states[name])
+            else:
+                generator.manual_seed(self.seed)
+            self._generators[name] = generator
+        return self._generators[name]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the generator of each device."""
+        return self._states | {name: g.get_state() for name, g in self._generators.items()}
+
+    def load_state_dict(self, states: dict[str, Tensor]) -> None:
+        """Go on where the generators that gave these states were."""
+        self._states, self._generators = dict(states), {}
 
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from a generator of our own inside; None draws from the global one as usual."""
+    """Draw from generators of our own inside, in this thread alone.
+
+    With None nothing changes: the draws come from the generators of an enclosing ``seeded``, and
+    from torch's global ones where there is none. Python's and NumPy's generators are left to the
+    caller, as are threads that are started inside.
+    """
     if seed is None:
         yield
         return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    before, _THREAD.own = own_generators(), Generators(seed)
+    try:
+        with _THREAD.own:
+            yield
+    finally:
+        _THREAD.own = before
+
+
+def own_generators() -> Generators | None:
+    """Those of the innermost ``seeded`` of this thread."""
+    return getattr(_THREAD, "own", None)
+
+
+@contextmanager
+def between_draws() -> Iterator[None]:
+    """Run at full speed what draws nothing; what does belongs inside of :func:`drawing`."""
+    entered = []
+    while isinstance(mode := _get_current_dispatch_mode(), Generators):
+        mode.__exit__(None, None, None)
+        entered.append(mode)
+    try:
         yield
+    finally:
+        for mode in reversed(entered):
+            mode.__enter__()
+
+
+@contextmanager
+def drawing(wanted: bool = True) -> Iterator[None]:
+    """Draw from the generators of the innermost ``seeded``, between its draws."""
+    own = own_generators()
+    if own is None or not wanted:
+        yield
+        return
+    before = own.strays
+    with own:
+        yield
+    own.strays = before
+
+
+def quick(function: Callable[..., T]) -> Callable[..., T]:
+    """A function to call between draws that is known to draw inside of :func:`drawing` alone.
+
+    That is seen in its first call. Where something of the caller's draws in it, such as an
+    energy or dropout, all calls draw from the generators of the innermost ``seeded``.
+    """
+    strays: bool | None = None
+
+    @functools.wraps(function)
+    def call(*args: Any) -> T:
+        nonlocal strays
+        own = own_generators()
+        if own is None or strays is False:
+            return function(*args)
+        before = own.strays
+        with own:
+            result = function(*args)
+        strays = strays or own.strays > before
+        return result
+
+    return call
+
+
+@functools.cache
+def _draws(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
+
+@functools.cache
+def _with_generator(func: Any) -> Callable | None:
+    """The overload that takes a generator and else the same arguments, if there is one."""
+    packet = func.overloadpacket
+    overloads = [func, *(getattr(packet, name) for name in packet.overloads())]
+    wanted = _arguments(func)
+    return next((f for f in overloads if _arguments(f) == wanted and _takes_generator(f)), None)
+
+
+def _arguments(func: Any) -> list[tuple[str, str]]:
+    found = [(a.name, str(a.type)) for a in func._schema.arguments]
+    return [argument for argument in found if argument[0] != "generator"]
+
+
+def _takes_generator(func: Any) -> bool:
+    return any(a.name == "generator" for a in func._schema.arguments)
+
+
+def _has_generator(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(a, torch.Generator) for a in (*args, kwargs.get("generator")))
+
+
+def _with_tensors(func: Any, args: tuple) -> tuple:
+    """The arguments, without numbers for tensors: TorchScript hands a mode its constants so."""
+    dtypes = {float: torch.float64, int: torch.int64, bool: torch.bool}
+    given = zip(func._schema.arguments, args, strict=False)
+    return tuple(
+        torch.tensor(a, dtype=dtypes[type(a)], device="cpu")
+        if type(a) in dtypes and str(expected.type) == "Tensor"
+        else a
+        for expected, a in given
+    )
+
+
+def _device(args: tuple, kwargs: dict[str, Any]) -> torch.device:
+    """Where an operation draws; with its number, as a generator serves one GPU alone."""
+    tensors = (a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+    device = torch.device(kwargs.get("device") or next(tensors, "cpu"))
+    numbered = device.index is not None or device.type in ("cpu", "meta")
+    return device if numbered else torch.empty(0, device=device).device
+
+
+def _lent(generator: torch.Generator, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run what draws from the global generator of a device and takes no other."""
+    device = generator.device
+    source = torch.random if device.type == "cpu" else getattr(torch, device.type)
+    where = [] if device.type == "cpu" else [device]
+    with _GLOBAL:
+        before = source.get_rng_state(*where)
+        source.set_rng_state(generator.get_state(), *where)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            generator.set_state(source.get_rng_state(*where))
+            source.set_rng_state(before, *where)
+
+
+def _refuse_to_recompute() -> None:
+    """Raise where ``torch.utils.checkpoint`` would draw other numbers in the backward pass.
+
+    It puts back the state of the global generators, and would not find the ones drawn from.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            raise RuntimeError(
+                "random numbers were drawn inside of torch.utils.checkpoint, which draws others "
+                "when it computes anew: draw them before (dropout: call the checkpointed module's "
+                "eval()), do without checkpoint, or pass seed=None"
+            )
+        frame = frame.f_back

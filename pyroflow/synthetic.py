@@ -50,8 +50,8 @@ def sine(n: int = 10_000, seed: int = 0) -> Tensor:
         torch.Size([500, 2])
     """
     generator = _generator("sine", n, seed)
-    uniform = torch.rand(n, generator=generator, dtype=torch.float32)
-    noise = torch.randn(n, generator=generator, dtype=torch.float32)
+    uniform = torch.rand(n, generator=generator, device="cpu", dtype=torch.float32)
+    noise = torch.randn(n, generator=generator, device="cpu", dtype=torch.float32)
     x2 = _HALF_WIDTH * (2 * uniform - 1)
     return torch.stack([x2.sin() + _NOISE * noise, x2], dim=-1)
 
@@ -105,10 +105,12 @@ def two_moons(n: int = 10_000, seed: int = 0, *, noise: float = _NOISE) -> Tenso
     """
     generator = _generator("two_moons", n, seed)
     check_positive("noise", noise)
-    circle = _circle(math.pi * torch.rand(n, generator=generator, dtype=torch.float32))
-    lower = torch.rand(n, 1, generator=generator) < 0.5
+    circle = _circle(
+        math.pi * torch.rand(n, generator=generator, device="cpu", dtype=torch.float32)
+    )
+    lower = torch.rand(n, 1, generator=generator, device="cpu") < 0.5
     x = torch.where(lower, circle.new_tensor(_LOWER_MOON) - circle, circle)
-    return x + noise * torch.randn(n, 2, generator=generator, dtype=torch.float32)
+    return x + noise * torch.randn(n, 2, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def two_moons_log_prob(y: Tensor, *, noise: float = _NOISE) -> Tensor:
@@ -163,8 +165,12 @@ def ring(n: int = 10_000, seed: int = 0, *, noise: float = _NOISE) -> Tensor:
     """
     generator = _generator("ring", n, seed)
     check_positive("noise", noise)
-    circle = _circle(2 * math.pi * torch.rand(n, generator=generator, dtype=torch.float32))
-    return circle + noise * torch.randn(n, 2, generator=generator, dtype=torch.float32)
+    circle = _circle(
+        2 * math.pi * torch.rand(n, generator=generator, device="cpu", dtype=torch.float32)
+    )
+    return circle + noise * torch.randn(
+        n, 2, generator=generator, device="cpu", dtype=torch.float32
+    )
 
 
 def ring_log_prob(y: Tensor, *, noise: float = _NOISE) -> Tensor:

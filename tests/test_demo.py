@@ -8,8 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from pyroflow import demo
 from pyroflow.cli import app
-from pyroflow.experiments import demo
 
 STAGES = ("sine", "toy", "eight_schools")
 

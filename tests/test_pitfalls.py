@@ -285,15 +285,3 @@ def test_flow_parameters_are_amortised() -> None:
         right = gaussian(z_0[n]) - log_dets.sum()
         assert_right(ours[n].item(), right, error=1e-9)
         assert n == 0 or (ours[0] - right).abs() > 1e-3
-
-
-def test_images_are_drawn_and_not_cut_at_a_threshold() -> None:
-    """Of uniform greys the true model has −ln p = 1/2 nat a pixel, and thresholded 1 − ln 2."""
-    grey = torch.arange(256, dtype=torch.uint8).expand(2000, 256)
-    p = grey / 255
-    drawn, cut = pf.datasets.binarize(grey), (p > 0.5).to(torch.uint8)
-    losses = [-torch.where(x == 1, p, 1 - p).log().mean().item() for x in (drawn, cut)]
-    assert_right(losses[0], 0.5, losses[1], error=0.01)
-    assert losses[1] == pytest.approx(1 - math.log(2), abs=0.005)
-    with pytest.raises(ValueError, match="cut at a threshold"):
-        pf.datasets.binarize(255 * cut)

@@ -1,4 +1,4 @@
-"""README's code runs as it stands; only the fits are cut short."""
+"""README's code runs as it stands, with fits cut short; tables and links are those of the files."""
 
 import re
 from functools import partial
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import readme
 
 import pyroflow as pf
 from pyroflow.inference.loop import Loop
@@ -33,3 +34,50 @@ def test_first_screen_names_the_commands() -> None:
     first_screen = "\n".join(README.read_text().splitlines()[:20])
     for command in ("make demo", "make test", "pip install"):
         assert command in first_screen
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 110
+
+
+@pytest.mark.parametrize("file", readme.FILES, ids=lambda file: file.parent.name)
+def test_tables_are_those_of_the_stored_results(file: Path) -> None:
+    text = file.read_text()
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") > 0
+    assert readme.filled(text) == text, "run make tables"
+
+
+def test_a_table_that_was_edited_by_hand_is_written_anew() -> None:
+    text = "before\n<!-- table: steps -->\n5.43 ms\n<!-- end -->\nafter"
+    filled = readme.filled(text)
+    assert filled.startswith("before\n<!-- table: steps -->\n")
+    assert "5.43 ms" not in filled
+    assert "| `fit_guide`, 16 planar layers | 5.44 | 1.00 |" in filled
+    assert filled.endswith("<!-- end -->\nafter")
+    with pytest.raises(KeyError, match="prices"):
+        readme.filled("<!-- table: prices -->\n<!-- end -->")
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "notebooks/results/README.md"]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    file = README.parent / page
+    links = [link for link in re.findall(r"\]\(([^)]*)\)", file.read_text()) if "://" not in link]
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        assert (file.parent / path).exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", (file.parent / path).read_text(), re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in titles], link
+
+
+def test_architecture_names_files_that_exist() -> None:
+    text = (README.parent / "docs" / "architecture.md").read_text()
+    assert len(text.splitlines()) <= 60
+    files = re.findall(r"`((?:pyroflow|tests|notebooks)/[\w./]+)`", text)
+    files += [f"pyroflow/{name}" for name in re.findall(r"`(\w+\.py|\w+/)`", text)]
+    assert len(files) > 30
+    for file in files:
+        assert (README.parent / file).exists(), file

@@ -16,12 +16,14 @@ from pyroflow.checks import check_count, check_fraction
 from pyroflow.inference.draws import draw, inspect_in_full
 from pyroflow.inference.guide import fit_guide
 from pyroflow.seeds import seeded
+from pyroflow.threads import one_at_a_time
 
 PARTICLES = 32  # of the default fit, which is done many times
 
 Fitter = Callable[[Callable, Callable, tuple, dict[str, Any]], Any]
 
 
+@one_at_a_time
 def calibrate(
     model: Callable,
     make_guide: Callable[[Callable], Callable],
@@ -93,7 +95,8 @@ def calibrate(
     check_count("steps", steps, 1)
     check_fraction("level", level)
     fit = fit or _default_fit(steps)
-    simulator = Simulator(model, tuple(args), dict(kwargs or {}), data)
+    with seeded(seed):  # by itself, as this run of the model is no simulation
+        simulator = Simulator(model, tuple(args), dict(kwargs or {}), data)
     rows: list[dict[str, Tensor]] = []
     with seeded(seed):
         for _ in tqdm(range(num_simulations), desc="calibrate", disable=not progress):

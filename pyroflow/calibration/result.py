@@ -120,12 +120,14 @@ def symmetry_test(probabilities: Tensor) -> tuple[Tensor, Tensor]:
     # Signs and ranks of p − ½ are all that the distance between the two functions depends on.
     flat = probabilities.reshape(len(probabilities), -1) - 0.5
     num = len(flat)
-    signs = torch.cat([torch.ones(1, num), 2.0 * torch.randint(2, (FLIPS, num)) - 1])
+    flips = torch.randint(2, (FLIPS, num), device="cpu")
+    signs = 2.0 * torch.cat([torch.ones_like(flips[:1]), flips]) - 1
     statistics, p_values = [], []
     for column in flat.unbind(1):
         distances = column.abs().round(decimals=9)  # equal ones but for rounding
         order = distances.argsort(descending=True)
-        group_ends = torch.cat([distances[order].diff() != 0, torch.ones(1, dtype=torch.bool)])
+        last = distances.new_ones(1, dtype=torch.bool)
+        group_ends = torch.cat([distances[order].diff() != 0, last])
         walks = (signs.to(column) * column.sign()[order]).cumsum(1)[:, group_ends].abs()
         found = walks.amax(1) / num
         statistics.append(found[0])

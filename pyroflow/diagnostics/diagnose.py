@@ -16,8 +16,10 @@ from pyroflow.diagnostics.report import Report
 from pyroflow.diagnostics.verdict import judge, undecided
 from pyroflow.inference.draws import Draws, draw, inspect_in_full, join
 from pyroflow.seeds import seeded
+from pyroflow.threads import one_at_a_time
 
 
+@one_at_a_time
 def diagnose(
     model: Callable,
     guide: Callable,

@@ -44,7 +44,7 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float, float]:
         return log_weights - log_sum, log_sum.item(), math.inf if few else -math.inf
     with np.errstate(all="ignore"):  # the fit tries shapes whose likelihood overflows
         values, khat = _psislw()(positive.numpy().copy())
-    values = torch.as_tensor(values)
+    values = torch.as_tensor(values, device="cpu")
     smoothed = torch.full_like(log_weights, -torch.inf)
     smoothed[log_weights.isfinite()] = values
     # The smallest weight is below the tail, so that only the sum was taken off it.
@@ -102,10 +102,11 @@ def systematic(log_weights: Tensor, num: int) -> Tensor:
     least noise; drawing without replacement would flatten the weights.
     """
     weights = log_weights.exp()
-    points = (torch.arange(num, dtype=weights.dtype) + torch.rand((), dtype=weights.dtype)) / num
+    at = {"dtype": weights.dtype, "device": weights.device}
+    points = (torch.arange(num, **at) + torch.rand((), **at)) / num
     edges = weights.cumsum(0) / weights.sum()
     index = torch.searchsorted(edges, points, right=True).clamp(max=len(weights) - 1)
-    return index[torch.randperm(num)]
+    return index[torch.randperm(num, device=weights.device)]
 
 
 def _psislw() -> Callable:

@@ -2,7 +2,7 @@
 
 from pyroflow.flows.distribution import AlongPath, FlowDistribution, log_prob_at_fixed
 from pyroflow.flows.families import planar_flow, radial_flow, sylvester_flow
-from pyroflow.flows.flow import Direction, Flow, StandardNormal
+from pyroflow.flows.flow import Direction, Flow, StandardNormal, draw_from
 
 __all__ = [
     "AlongPath",
@@ -10,6 +10,7 @@ __all__ = [
     "Flow",
     "FlowDistribution",
     "StandardNormal",
+    "draw_from",
     "log_prob_at_fixed",
     "planar_flow",
     "radial_flow",

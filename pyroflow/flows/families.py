@@ -88,8 +88,10 @@ def radial_flow(
     Args:
         input_dim: D.
         num_layers: K; 0 leaves a Gaussian.
-        context_dim, direction, affine, hidden_dims: as in :func:`planar_flow`; radial layers run
-            in closed form both ways.
+        context_dim: as in :func:`planar_flow`.
+        direction: as in :func:`planar_flow`; both ways are in closed form.
+        affine: as in :func:`planar_flow`.
+        hidden_dims: as in :func:`planar_flow`.
 
     Raises:
         ValueError: input_dim < 1, num_layers < 0, context_dim < 1, or an unknown option.
@@ -125,7 +127,10 @@ def sylvester_flow(
         num_units: M, from 1 to D.
         num_layers: L; 0 leaves a Gaussian.
         orthogonal: "householder", "qr" or "triangular", as in :class:`~pyroflow.Sylvester`.
-        context_dim, direction, affine, hidden_dims: as in :func:`planar_flow`.
+        context_dim: as in :func:`planar_flow`.
+        direction: as in :func:`planar_flow`.
+        affine: as in :func:`planar_flow`.
+        hidden_dims: as in :func:`planar_flow`.
 
     Raises:
         ValueError: a size out of range, or an unknown option.

@@ -15,6 +15,7 @@ from torch.distributions.transforms import _InverseTransform
 from pyroflow.checks import check_choice, check_count
 from pyroflow.flows.distribution import FlowDistribution
 from pyroflow.flows.others import clear_caches, modules_within
+from pyroflow.seeds import drawing
 from pyroflow.transforms import (
     Affine,
     Bijection,
@@ -209,6 +210,15 @@ class Flow(nn.Module):
         transforms = [t for t, _ in self._steps]
         self._steps = list(zip(transforms, state["inverted"], strict=True))
         self._undecided, self.fitted = state["undecided"], state["fitted"]
+
+
+def draw_from(q: dist.TransformedDistribution, num: int) -> Tensor:
+    """``q.rsample((num,))``, between draws but for those of the base."""
+    with drawing():
+        x = q.base_dist.rsample((num,))
+    for t in q.transforms:
+        x = t(x)
+    return x
 
 
 def _flatten(t: Transform | ConditionalTransform) -> list[Transform | ConditionalTransform]:

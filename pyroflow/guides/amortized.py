@@ -139,12 +139,13 @@ class AmortizedPlanarGuide(SetUpGuide):
         features, size = 0, self.sites.size if self.context is None else 0
         if self.context is not None:
             features = self._prepare_features(self.context.rows(args, kwargs), init_loc)
-        if self._conditioned:
-            if self.context is None:
-                features = EMBEDDING
-                self.embedding = nn.Parameter(torch.randn(size, EMBEDDING).to(init_loc))
-            features += self.global_guide.latent_dim
-        return LocalFlow(init_loc, features=features, rows=size, **self._local, **self._shared)
+        with init_loc.device:
+            if self._conditioned:
+                if self.context is None:
+                    features = EMBEDDING
+                    self.embedding = nn.Parameter(torch.randn(size, EMBEDDING).to(init_loc))
+                features += self.global_guide.latent_dim
+            return LocalFlow(init_loc, features=features, rows=size, **self._local, **self._shared)
 
     @torch.no_grad()
     def _prepare_features(self, rows: Tensor, like: Tensor) -> int:
@@ -273,9 +274,10 @@ class AmortizedPlanarGuide(SetUpGuide):
         self.setup(*args, **kwargs)
         rows = None if self.context is None else self.context.rows(args, kwargs)
         size = self.sites.size if rows is None else len(rows)
+        like = self.local_flow.base.loc
         with seeded(0):
-            latent = self._global_draws()
-            parts = torch.arange(size).split(max(1, AT_ONCE // MARGINAL_DRAWS))
+            latent, numbers = self._global_draws(), torch.arange(size, device=like.device)
+            parts = numbers.split(max(1, AT_ONCE // MARGINAL_DRAWS))
             draws = (self._local_draws(rows, index, latent) for index in parts)
             found = [{n: marginal_quantiles(v, quantiles) for n, v in d.items()} for d in draws]
         result = {} if latent is None else self.global_guide.quantiles(quantiles)

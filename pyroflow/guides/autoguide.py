@@ -103,7 +103,8 @@ class AutoFlow(DropIn):
 
     def _make_flow(self, init_loc: Tensor) -> Flow:
         dim = len(init_loc)
-        base, transforms = base_of(dim, self.base_df), self._transforms(init_loc)
+        with init_loc.device:  # whatever the default
+            base, transforms = base_of(dim, self.base_df), self._transforms(init_loc)
         check_sizes(Flow(base, transforms).to(init_loc), dim)
         if self.affine_kind is not None:
             options = {"init_loc": init_loc, "init_scale": self.init_scale}

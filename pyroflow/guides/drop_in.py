@@ -22,6 +22,7 @@ from pyroflow.guides.refusals import (
     refuse_unsupported,
 )
 from pyroflow.guides.sites import Site, check_structure, keep_support_only, move_support, point_at
+from pyroflow.threads import one_at_a_time
 
 
 class DropIn(AutoContinuous):
@@ -60,6 +61,7 @@ class DropIn(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         return self
 
+    @one_at_a_time
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         if self._model is None:
             raise RuntimeError(

@@ -82,7 +82,7 @@ def _image(t: Transform, x: Tensor, latent_dim: int) -> Tensor:
     try:
         return _accepted(t, x)
     except Exception as error:
-        size = _size_taken(t) if x.dim() == 1 else None
+        size = _size_taken(t, x) if x.dim() == 1 else None
         expected = f"expects a vector of {size}" if size else "does not take them"
         raise ValueError(
             f"transforms: the model has {latent_dim} unconstrained latents, and {_name(t)} "
@@ -103,13 +103,10 @@ def _accepted(t: Transform, x: Tensor) -> Tensor:
     return y
 
 
-def _size_taken(t: Transform) -> int | None:
-    upright = t.inv if isinstance(t, _InverseTransform) else t
-    like = next(upright.parameters(), None) if isinstance(upright, nn.Module) else None
+def _size_taken(t: Transform, like: Tensor) -> int | None:
     for size in range(1, LARGEST_TRIED + 1):
-        x = torch.zeros(size) if like is None else like.new_zeros(size)
         try:
-            _accepted(t, x)
+            _accepted(t, like.new_zeros(size))
         except Exception:
             continue
         return size

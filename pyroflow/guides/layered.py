@@ -56,7 +56,8 @@ class _LayeredGuide(AutoFlow):
         old, before = self.stack, self.flow
         rest = before.transforms()[1 if old else 0 :]
         self.num_layers += num_layers
-        grown = self._make_stack(torch.zeros_like(before.base.loc))
+        with before.base.loc.device:
+            grown = self._make_stack(torch.zeros_like(before.base.loc))
         if old is not None:
             _copy_layers(old, grown)
         self.flow = Flow(before.base, [grown, *rest]).train(before.training)
@@ -223,6 +224,6 @@ class AutoSylvesterFlow(_LayeredGuide):
         M = min(D, WIDEST) if self.num_units is None else self.num_units
         stack = Sylvester(D, M, self.num_layers, kind).to(init_loc)
         if random:  # drawn in float64, so that they are orthonormal to the last digit of any dtype
-            draws = torch.randn(stack.frame.shape, dtype=torch.float64)
+            draws = torch.randn(stack.frame.shape, dtype=torch.float64, device="cpu")
             stack.frame.copy_(orthonormal(draws, "householder"))
         return stack

@@ -160,7 +160,7 @@ def pick_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
 
 def _with_rows(label: str, value: Any) -> Tensor:
     try:
-        value = torch.as_tensor(value)
+        value = value if isinstance(value, Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"context: {label} must be a tensor or array, got {type(value).__name__}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
 from pyroflow.guides.sites import Site, keep_support_only, move_support, point_at, started_anywhere
+from pyroflow.threads import one_at_a_time
 
 
 class SetUpGuide(AutoGuide):
@@ -53,6 +54,7 @@ class SetUpGuide(AutoGuide):
             self._setup_prototype(*args, **kwargs)
         return self
 
+    @one_at_a_time
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         if self._model is None:
             raise RuntimeError(

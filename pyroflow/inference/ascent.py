@@ -47,8 +47,8 @@ def ascend(
         tick: called after each.
     """
     z, dim = starts, starts.shape[-1]
-    scale = torch.eye(dim).to(z).expand(len(z), dim, dim)
-    lengths = torch.tensor(LENGTHS).to(z)
+    scale = torch.eye(dim, dtype=z.dtype, device=z.device).expand(len(z), dim, dim)
+    lengths = z.new_tensor(LENGTHS)
     value = log_joint.values_and_gradients(z)[0]
     flat = torch.zeros(len(z), dtype=torch.long, device=z.device)
     found = []
@@ -69,7 +69,9 @@ def ascend(
         gain = best - value
         flat = torch.where(gain > FLAT, 0, flat + 1)
         better = gain > 0
-        z = torch.where(better.unsqueeze(-1), trials[index, torch.arange(len(z))], z)
+        z = torch.where(
+            better.unsqueeze(-1), trials[index, torch.arange(len(z), device=z.device)], z
+        )
         value = torch.where(better, best, value)
     return Points(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
@@ -90,6 +92,7 @@ def rescale(log_joint: LogJoint, z: Tensor, scale: Tensor) -> tuple[Tensor, Tens
     curvature = (curvature + curvature.mT) / 2
     largest = torch.finfo(z.dtype).max ** 0.5  # beyond it the eigenvalues do not converge
     finite = (curvature.abs() < largest).flatten(1).all(1)[:, None, None]
-    values, vectors = torch.linalg.eigh(curvature.where(finite, torch.eye(dim).to(z)))
+    flat = torch.eye(dim, dtype=z.dtype, device=z.device)
+    values, vectors = torch.linalg.eigh(curvature.where(finite, flat))
     values = values.abs().clamp(min=FLATTEST)
     return gradients[:, 0], scale @ (vectors / values.sqrt().unsqueeze(-2)) @ vectors.mT

@@ -56,8 +56,16 @@ def write_checkpoint(
     settings: dict[str, Any],
     loop: dict[str, Any],
     optimizer: dict[str, Any],
+    rng: dict[str, torch.Tensor],
 ) -> None:
     """Write the state of a fit between two steps.
+
+    Args:
+        path: of the file.
+        settings: what a fit must agree on to go on from it.
+        loop: state of the loop.
+        optimizer: state of the optimiser.
+        rng: states of the fit's own generators, by device.
 
     Raises:
         OSError: the file cannot be written; an older one stays.
@@ -67,13 +75,13 @@ def write_checkpoint(
         "settings": settings,
         "loop": loop,
         "optimizer": optimizer,
-        "rng": torch.get_rng_state(),
+        "rng": rng,
     }
     write_whole(path, packed(state))
 
 
-def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Restore the random generator, and return the states of loop and optimiser.
+def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the states of loop, optimiser and generators.
 
     Raises:
         ValueError: a file that is no checkpoint, or one of a fit with other settings.
@@ -81,8 +89,7 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any
     state = _read(path)
     saved = state["settings"]
     check_settings(path, saved, settings)
-    torch.set_rng_state(state["rng"])
-    return state["loop"], state["optimizer"]
+    return state["loop"], state["optimizer"], state["rng"]
 
 
 def check_settings(path: str | Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pyroflow.flows import Flow
 from pyroflow.inference.checkpoint import held
 from pyroflow.inference.fit import Fit, check_options, trainable
 from pyroflow.inference.loop import Loop
-from pyroflow.seeds import seeded
+from pyroflow.seeds import drawing, seeded
 
 # A network's weights want smaller and more steps, and are too many for L-BFGS.
 UNCONDITIONAL = {"steps": 1000, "polish": 1000, "lr": 0.04}
@@ -57,7 +57,8 @@ def fit_density(
         batch_size: rows a step, drawn with replacement.
         lr: highest learning rate; by default 0.04, and 0.005 for a conditional flow.
         holdout: fraction of the rows held out, in (0, 1).
-        seed: makes the fit reproducible, without touching the global generator.
+        seed: makes the fit reproducible, without touching the global generator, whatever other
+            threads draw; None draws from the global one.
         progress: show a progress bar.
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
             needs a seed.
@@ -98,7 +99,8 @@ def fit_density(
         settings["flow"] = flow.get_extra_state()
 
         def loss(step: int) -> Tensor:
-            index = torch.randint(len(training[0]), (batch_size,))
+            with drawing():
+                index = torch.randint(len(training[0]), (batch_size,), device="cpu")
             return _negative_log_prob(flow, [t[index] for t in training]).mean()
 
         polished = [t[:POLISHED_ROWS] for t in training]
@@ -143,7 +145,7 @@ def _rows(flow: Flow, data: Any, context: Any) -> list[Tensor]:
 def _split(rows: list[Tensor], holdout: float) -> tuple[list[Tensor], list[Tensor]]:
     n = len(rows[0])
     held = min(n - 1, max(1, round(holdout * n)))
-    order = torch.randperm(n)
+    order = torch.randperm(n, device="cpu")
     return [t[order[:held]] for t in rows], [t[order[held:]] for t in rows]
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyroflow.flows import Flow, log_prob_at_fixed
+from pyroflow.flows import Flow, draw_from, log_prob_at_fixed
 from pyroflow.inference.annealing import described
 from pyroflow.inference.checkpoint import held
 from pyroflow.inference.fit import Fit, check_options, trainable
 from pyroflow.inference.loop import Loop
 from pyroflow.inference.objectives import bound_scores, cut_loss
-from pyroflow.seeds import seeded
+from pyroflow.seeds import between_draws, quick, seeded
 
 STEPS_AT_FULL_WEIGHT = 5000  # the default number of steps after annealing has ended
 SCORED_DRAWS = 4096
@@ -62,7 +62,8 @@ def fit_energy(
         steps: optimiser steps; by default 5000 more than annealing needs.
         num_particles: draws a step.
         lr: highest learning rate; it warms up and decays to zero along a cosine.
-        seed: makes the fit reproducible, without touching the global generator.
+        seed: makes the fit reproducible, without touching the global generator, whatever other
+            threads draw; None draws from the global one.
         progress: show a progress bar.
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
             needs a seed.
@@ -100,21 +101,25 @@ def fit_energy(
         settings["annealing"] = described(annealing, steps)
         flow.initialize()
         settings["flow"] = flow.get_extra_state()
-        scored = torch.randint(2**31, ())
+        scored = torch.randint(2**31, (), device="cpu")
 
         def loss(step: int) -> Tensor:
             q = flow()
-            z = q.rsample((num_particles,))
+            z = draw_from(q, num_particles)
             log_weights = -beta(step) * energy(z) - q.log_prob(z)
             if bool(log_weights.isfinite().all()):
                 return -log_weights.mean()
             return cut_loss(log_weights, "elbo", 1, z, log_prob_at_fixed(q, z), path=False)
 
+        @quick
+        def scored_weights() -> Tensor:
+            q = flow()
+            z = draw_from(q, SCORED_DRAWS)
+            return -energy(z) - q.log_prob(z)
+
         def score() -> Tensor:
-            with seeded(int(scored)):
-                q = flow()
-                z = q.rsample((SCORED_DRAWS,))
-            return bound_scores(-energy(z) - q.log_prob(z))
+            with seeded(int(scored)), between_draws():
+                return bound_scores(scored_weights())
 
         loop = Loop(
             trainable(flow),
@@ -151,7 +156,8 @@ def _check_annealing(annealing: Callable[[int], float] | None, steps: int) -> No
 def _check_energy(flow: Flow, energy: Callable) -> list[float]:
     """Refuse what is no energy; return its values at fixed points, by which to know it again."""
     like = trainable(flow)[0]
-    z = torch.linspace(-2, 2, 3 * flow.input_dim).reshape(3, -1).to(like).requires_grad_()
+    at = {"dtype": like.dtype, "device": like.device}
+    z = torch.linspace(-2, 2, 3 * flow.input_dim, **at).reshape(3, -1).requires_grad_()
     value = energy(z)
     if not isinstance(value, Tensor) or value.shape != (3,):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -179,7 +185,8 @@ def _check_proper(energy: Callable) -> None:
 
 def _warn_of_flat_axes(flow: Flow, energy: Callable) -> None:
     """Warn where U does not rise along an axis, far out."""
-    axes = torch.eye(flow.input_dim).to(trainable(flow)[0])
+    like = trainable(flow)[0]
+    axes = torch.eye(flow.input_dim, dtype=like.dtype, device=like.device)
     try:
         flat = [
             i for i, axis in enumerate(axes) if min(_rise(energy, s * axis) for s in (1, -1)) < RISE
@@ -203,6 +210,6 @@ def _rise(energy: Callable, direction: Tensor) -> float:
     Along an axis a proper density falls faster than 1/r, heavy tails included, and then U gains
     more than ln 100 = 4.6 here. Medians over many radii are what waves do not disturb.
     """
-    radii = torch.logspace(2, 6, 128).to(direction)
+    radii = torch.logspace(2, 6, 128, dtype=direction.dtype, device=direction.device)
     near, far = energy(radii.unsqueeze(-1) * direction).double().view(2, 64).median(-1).values
     return (far - near).item()

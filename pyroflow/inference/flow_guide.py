@@ -10,10 +10,11 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import TransformedDistribution
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyroflow.flows import log_prob_at_fixed
+from pyroflow.flows import draw_from, log_prob_at_fixed
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.annealing import AdaptiveAnnealing
 from pyroflow.inference.checkpoint import check_settings, saved_settings
@@ -36,7 +37,7 @@ from pyroflow.inference.traced_guide import (
     warn_of_mixing,
 )
 from pyroflow.inference.warm_start import TICKS, Gaussian, best_gaussian
-from pyroflow.seeds import seeded
+from pyroflow.seeds import between_draws, drawing, quick, seeded
 
 STEPS, PARTICLES = 3000, 128
 SCORED = 2048  # draws on which states are compared
@@ -91,8 +92,10 @@ class FlowFit:
         self.settings |= {"num_particles": self.num_particles, "early_stop": self.early_stop}
         self.settings["steps in all"] = self.steps
         self.path = objective != "iwae" and has_path(self.guide)
-        self.skipped = torch.zeros((), dtype=torch.long)
-        self.scored_seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.skipped = torch.zeros((), dtype=torch.long, device="cpu")
+        self.scored_draws = quick(self._draw)
+        drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        self.scored_seed = drawn
         used = isinstance(annealing, AdaptiveAnnealing) and annealing.steps > 0
         if used and self.part in (None, GAUSSIAN):
             raise ValueError(
@@ -100,6 +103,7 @@ class FlowFit:
                 "pass a new one"
             )
 
+    @between_draws()
     def run(self) -> Fit:
         """Place the guide, train it, and grow it if it is to grow."""
         untouched, before = _untouched(self.guide), None
@@ -115,7 +119,8 @@ class FlowFit:
         part = GROWN if self.part == GROWN else FLOW
         fit, gain = self._train(before, part, resume=self.part == part)
         while self._may_grow() and gain >= LEAST_GAIN:
-            self.guide.grow(min(self.guide.num_layers, DEEPEST - self.guide.num_layers))
+            with drawing():
+                self.guide.grow(min(self.guide.num_layers, DEEPEST - self.guide.num_layers))
             fit, gain = self._train(fit, GROWN, resume=False)
         with seeded(0), torch.no_grad():
             warn_of_mixing(self.log_joint.differs(self.guide.get_posterior().sample((3,))))
@@ -184,8 +189,7 @@ class FlowFit:
         return 1.0 if self.annealing is None else self.annealing(step)
 
     def _loss(self, beta: float, *, adapt: bool = False) -> Tensor:
-        q = self.guide.get_posterior()
-        z = q.rsample((self.num_particles,))
+        q, z = self._draw(self.num_particles)
         log_p = self.log_joint(z)
         if adapt:
             self.annealing.update(log_p)
@@ -199,11 +203,14 @@ class FlowFit:
         options = self.objective, self.group_size, z, log_q
         return cut_loss(log_weights, *options, path=self.path or self.objective == "dreg")
 
+    def _draw(self, num: int) -> tuple[TransformedDistribution, Tensor]:
+        q = self.guide.get_posterior()
+        return q, draw_from(q, num)
+
     def _score(self) -> Tensor:
         """The loss on fixed draws."""
-        with seeded(self.scored_seed):
-            q = self.guide.get_posterior()
-            z = q.sample((self.scored,))
+        with seeded(self.scored_seed), between_draws():
+            q, z = self.scored_draws(self.scored)
         log_weights = self.log_joint.values(z) - q.log_prob(z)
         return bound_scores(log_weights, 1 if self.objective == "elbo" else self.group_size)
 
@@ -213,7 +220,8 @@ class FlowFit:
     def _grow_to(self, num_layers: int) -> None:
         """A fit that is resumed may have grown before it was cut off."""
         if getattr(self.guide, "grows", False) and num_layers > self.guide.num_layers:
-            self.guide.grow(num_layers - self.guide.num_layers)
+            with drawing():
+                self.guide.grow(num_layers - self.guide.num_layers)
 
 
 def refuse_nonfinite(problem: Problem) -> None:

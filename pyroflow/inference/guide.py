@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.poutine.util import prune_subsample_sites
 from torch import nn
 
 from pyroflow.checks import check_choice, check_count
@@ -23,10 +24,12 @@ from pyroflow.inference.flow_guide import PARTICLES, STEPS, Annealing, FlowFit, 
 from pyroflow.inference.objectives import OBJECTIVES
 from pyroflow.inference.traced_guide import fit_by_traces, has_path
 from pyroflow.seeds import seeded
+from pyroflow.threads import one_at_a_time
 
 TRIES = 3  # draws that a model may fail before it is refused
 
 
+@one_at_a_time
 def fit_guide(
     model: Callable,
     guide: Callable,
@@ -75,8 +78,10 @@ def fit_guide(
         num_particles: draws a step; by default 128; by way of Pyro's traces 256, or 16 if they
             take a run each.
         lr: highest learning rate.
-        seed: makes the fit reproducible, without touching the global generator. A guide
-            that was called before keeps the parameters it got then.
+        seed: makes the fit reproducible, without touching the global generator, whatever other
+            threads draw; fits of guides in several threads take turns. A guide that was called
+            before keeps the parameters it got then, and what the model draws by NumPy or
+            Python's ``random`` is the caller's. None draws from the global generator.
         progress: show a progress bar.
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
             needs a seed.
@@ -204,7 +209,7 @@ def _traced_at_start(
 
 def _fingerprint(trace: poutine.Trace) -> str:
     """What model and arguments have to say of a fixed draw, by which to know them again."""
-    return f"{trace.log_prob_sum().item():.6g}"
+    return f"{float(prune_subsample_sites(trace).log_prob_sum()):.6g}"
 
 
 def _or_one(count: int | None) -> int:

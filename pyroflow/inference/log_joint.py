@@ -17,7 +17,7 @@ from pyroflow.inference.comparison import FAILURES, PROBES, agree, differs, move
 from pyroflow.inference.elbo import Problem
 from pyroflow.inference.records import Values
 from pyroflow.model.supports import bijection, remember
-from pyroflow.seeds import seeded
+from pyroflow.seeds import quick, seeded
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -44,6 +44,7 @@ class LogJoint:
         probes = self._spread_points(len(PROBES))
         self.runs.choose(self._constrained(probes)[0], len(probes))
         self._graph = self._record()
+        self._evaluate = self._graph or quick(self._value_and_gradient)
 
     @property
     def one_by_one(self) -> bool:
@@ -70,8 +71,7 @@ class LogJoint:
 
     def values_and_gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The log joint at z (S, D) and its gradient, shapes (S,) and (S, D)."""
-        run = self._graph or self._value_and_gradient
-        parts = [run(_padded(part, self.num)) for part in z.detach().split(self.num)]
+        parts = [self._evaluate(_padded(part, self.num)) for part in z.detach().split(self.num)]
         value, gradient = (torch.cat(found)[: len(z)] for found in zip(*parts, strict=True))
         return value, gradient
 

@@ -19,6 +19,7 @@ from pyroflow.inference.course import Course
 from pyroflow.inference.fit import Fit
 from pyroflow.inference.optimizers import Mark, adam, copy, lbfgs
 from pyroflow.inference.stopping import StopRule
+from pyroflow.seeds import between_draws, own_generators, quick
 
 EVALUATIONS = 60  # scores taken in the course of Adam's steps
 CLEARLY_WORSE = 5  # evaluations in a row, each by three standard errors, that end a fit
@@ -33,7 +34,7 @@ class Loop:
     Args:
         parameters: the tensors that are trained.
         fixed: tensors that are not, but belong to the state that a checkpoint restores.
-        loss: step ↦ scalar training loss.
+        loss: step ↦ scalar training loss; what it draws itself it draws inside ``drawing``.
         score: () ↦ losses of fixed points or draws, shape (n,). States are compared on their
             mean; with a ``polish_loss``, pairwise differences also decide on stopping.
         before: the course of an earlier part, which the result begins with.
@@ -81,8 +82,9 @@ class Loop:
         stateful: Sequence[Any] = (),
         resume: bool = True,
     ) -> None:
-        self.parameters, self.fixed, self.loss, self.score = parameters, fixed, loss, score
-        self.keep_last, self.polish_loss = keep_last, polish_loss
+        self.parameters, self.fixed, self.keep_last = parameters, fixed, keep_last
+        self.loss, self.score = quick(loss), quick(score)
+        self.polish_loss = None if polish_loss is None else quick(polish_loss)
         self.steps, self.total, self.lr = steps, steps + polish, lr
         self.settings = settings | {"steps": steps, "polish": polish, "lr": lr}
         self.settings["shapes"] = [list(t.shape) for t in [*parameters, *fixed]]
@@ -98,11 +100,13 @@ class Loop:
         self.scores: list[tuple[int, float]] = []
         self.average: list[Tensor] = []
         self.best: list[Tensor] = []
-        self.best_score = torch.tensor(math.inf)
+        self.best_score = torch.tensor(math.inf, device="cpu")
         self.seconds, self.stopped, self.polishing, self.warned = 0.0, "", False, False
+        self.generators = own_generators()
         self.mark: Mark | None = None
         self.spare: list[Tensor] = []  # for the next mark: that of now stays whole meanwhile
 
+    @between_draws()
     def run(self) -> Fit:
         """Take the steps that are left; the parameters end in their best state, come what may."""
         self._resume()
@@ -273,8 +277,9 @@ class Loop:
         loop = {name: getattr(self, name) for name in self.SAVED}
         loop["states"] = [part.state_dict() for part in self.stateful]
         loop["tensors"] = [t.detach() for t in [*self.parameters, *self.fixed]]
+        state, rng = self.optimizer.state_dict(), self.generators.state_dict()
         try:
-            write_checkpoint(self.checkpoint, self.settings, loop, self.optimizer.state_dict())
+            write_checkpoint(self.checkpoint, self.settings, loop, state, rng)
         except OSError as error:
             if not self.warned:
                 warnings.warn(
@@ -288,7 +293,9 @@ class Loop:
     def _resume(self) -> None:
         if self.checkpoint is None or not self.resume or not self.checkpoint.exists():
             return
-        loop, optimizer = read_checkpoint(self.checkpoint, self.settings)
+        loop, optimizer, rng = read_checkpoint(self.checkpoint, self.settings)
+        if self.generators is not None:
+            self.generators.load_state_dict(rng)
         for name in self.SAVED:
             setattr(self, name, loop[name])
         for part, state in zip(self.stateful, loop["states"], strict=True):

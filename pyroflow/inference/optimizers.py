@@ -34,7 +34,7 @@ class Mark:
         self.live = [*loop.parameters, *loop.fixed, *moments]
         self.copies = spare if len(spare) == len(self.live) else [t.clone() for t in self.live]
         torch._foreach_copy_(self.copies, self.live)
-        self.rng = torch.get_rng_state()
+        self.rng = loop.generators.state_dict()
 
     @torch.no_grad()
     def restore(self, loop: Loop) -> None:
@@ -48,7 +48,7 @@ class Mark:
         if not self.started:
             loop.optimizer.state.clear()
         copy(self.copies, self.live)
-        torch.set_rng_state(self.rng)
+        loop.generators.load_state_dict(self.rng)
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import default_process_message
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ from pyroflow.inference.fit import Fit
 from pyroflow.inference.loop import Loop
 from pyroflow.inference.objectives import bound_loss, bound_scores, cut_loss
 from pyroflow.inference.records import is_random, log_joint
-from pyroflow.seeds import seeded
+from pyroflow.seeds import between_draws, drawing, quick, seeded
 from pyroflow.transforms import Bijection
 
 VECTORIZED = {"particles": 256, "scored": 1024}
@@ -138,15 +140,18 @@ def _objective(
     objective = "iwae" if importance_weighted else "elbo"
 
     def loss(beta: float) -> Tensor:
-        if not importance_weighted:
-            found = elbo.differentiable_loss(poutine.scale(model, scale=beta), guide)
-            if bool(found.isfinite()) or not has_rsample:
-                return found
-        return _loss_of_weights(problem, beta, objective, num_particles)
+        with _DrawingAtSites():
+            if not importance_weighted:
+                found = elbo.differentiable_loss(poutine.scale(model, scale=beta), guide)
+                if bool(found.isfinite()) or not has_rsample:
+                    return found
+            return _loss_of_weights(problem, beta, objective, num_particles)
+
+    weigh = quick(_DrawingAtSites()(lambda: draw(problem, scored).log_weights))
 
     def score() -> Tensor:
-        with seeded(int(seed)):
-            return bound_scores(draw(problem, scored).log_weights)
+        with seeded(int(seed)), between_draws():
+            return bound_scores(weigh())
 
     return loss, score
 
@@ -173,6 +178,15 @@ def _loss_of_weights(problem: Problem, beta: float, objective: str, num: int) ->
         log_q = log_joint(problem.guide_runs.way(fixed, num))
     z = torch.cat([value.detach().reshape(num, -1) for value in latents.values()], 1)
     return cut_loss(log_weights, objective, num, z, log_q, path=along_path)
+
+
+class _DrawingAtSites(Messenger):
+    """Lets sample sites draw inside of ``drawing``, and nothing else of model and guide."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if not msg["done"] and msg["value"] is None:
+            with drawing():
+                default_process_message(msg)
 
 
 def layers_inside(guide: Callable) -> set[Tensor]:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from pyroflow.inference.ascent import Points, ascend
 from pyroflow.inference.log_joint import LogJoint
 from pyroflow.inference.objectives import bound_scores, edge_factors
+from pyroflow.seeds import drawing
 
 PATHS = 8
 TRIED = 128  # points at which a start is looked for, at each reach
@@ -87,7 +88,8 @@ def _lower(factor: Tensor) -> Tensor:
 
 
 def _antithetic(num: int, like: Tensor) -> Tensor:
-    half = torch.randn(num // 2, len(like), dtype=like.dtype).to(like)
+    with drawing():
+        half = torch.randn(num // 2, len(like), dtype=like.dtype, device="cpu").to(like)
     return torch.cat([half, -half])
 
 
@@ -95,7 +97,9 @@ def _starts(log_joint: LogJoint, start: Tensor) -> Tensor | None:
     """The guide's own start and points around it; nearer and farther ones where few are finite."""
     found = []
     for reach in REACHES:
-        offsets = torch.rand(TRIED, len(start), dtype=start.dtype).to(start)
+        with drawing():
+            size = TRIED, len(start)
+            offsets = torch.rand(size, dtype=start.dtype, device="cpu").to(start)
         points = start + reach * (2 * offsets - 1)
         points[0] = start
         value, gradient = log_joint.values_and_gradients(points)
@@ -111,7 +115,7 @@ def _along(points: Points) -> list[tuple[Tensor, Tensor]]:
     for path in range(points.z.shape[1]):
         moved = points.value[1:, path] != points.value[:-1, path]
         last = int(moved.nonzero().max()) + 1 if bool(moved.any()) else 0
-        steps = torch.linspace(last, 0, ALONG).round().long().unique().tolist()
+        steps = torch.linspace(last, 0, ALONG, device="cpu").round().long().unique().tolist()
         chosen += [(points.z[t, path], points.scale[t, path]) for t in steps]
     return chosen
 
@@ -164,7 +168,8 @@ def _moved(
     loc: Tensor, scale: Tensor, gradient: Tensor, slope: Tensor, rate: float
 ) -> tuple[Tensor, Tensor]:
     """One natural-gradient step of at most one standard deviation, in whitened coordinates."""
-    precision = (1 - rate) * torch.eye(len(loc)).to(loc) + rate * (slope + slope.mT) / 2
+    identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+    precision = (1 - rate) * identity + rate * (slope + slope.mT) / 2
     values, vectors = torch.linalg.eigh(precision)
     values = values.clamp(0.25, 4.0)
     shift = rate * (vectors / values) @ vectors.mT @ gradient
@@ -190,4 +195,4 @@ def _cut(noise: Tensor, log_weights: Tensor, gradient: Tensor) -> tuple[Tensor, 
     gradient = (gradient + noise)[inside]
     hessian = gradient.mT @ noise[inside] / len(gradient) + noise.mT @ (factor * noise)
     mean = gradient.mean(0) + (factor * noise).sum(0)
-    return mean, torch.eye(noise.shape[-1]).to(noise) - hessian
+    return mean, torch.eye(noise.shape[-1], dtype=noise.dtype, device=noise.device) - hessian

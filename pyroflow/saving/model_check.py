@@ -17,6 +17,7 @@ from pyroflow.guides.sites import started_anywhere
 from pyroflow.saving.recipes import DESCRIPTIONS
 from pyroflow.saving.sites import Description, describe_sites
 from pyroflow.seeds import seeded
+from pyroflow.threads import one_at_a_time
 
 
 def check_model(guide: AutoContinuous, sites: list[Description]) -> None:
@@ -80,6 +81,7 @@ def _refuse(difference: str) -> None:
     )
 
 
+@one_at_a_time
 def _sites_of(model: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Description]:
     """The latents of a run of the model, as a file would describe them.
 

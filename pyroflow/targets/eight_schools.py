@@ -120,14 +120,15 @@ def eight_schools_exact(
         >>> draws["theta"].shape, round(log_evidence, 2)
         (torch.Size([100, 8]), -31.31)
     """
-    y, sigma = (t.double() for t in _schools(y, sigma))
+    y, sigma = (t.double().cpu() for t in _schools(y, sigma))
     generator = torch.Generator().manual_seed(seed)
-    middle = (torch.arange(_CELLS, dtype=torch.float64) + 0.5) / _CELLS
+    on_cpu = {"dtype": torch.float64, "device": "cpu"}
+    middle = (torch.arange(_CELLS, **on_cpu) + 0.5) / _CELLS
     log_like = _log_likelihood(_TAU_SCALE * torch.tan(math.pi / 2 * middle), y, sigma)
     cell = torch.multinomial(log_like.softmax(0), num, replacement=True, generator=generator)
-    jitter = torch.rand(num, generator=generator, dtype=torch.float64)
+    jitter = torch.rand(num, generator=generator, **on_cpu)
     tau = _TAU_SCALE * torch.tan(math.pi / 2 * (cell + jitter) / _CELLS)
-    noise = torch.randn(num, 1 + len(y), generator=generator, dtype=torch.float64)
+    noise = torch.randn(num, 1 + len(y), generator=generator, **on_cpu)
     mu = _mu_given(tau, y, sigma, noise[:, 0])
     precision = sigma**-2 + tau[:, None] ** -2
     mean = (y / sigma**2 + mu[:, None] / tau[:, None] ** 2) / precision

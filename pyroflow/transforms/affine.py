@@ -60,20 +60,19 @@ class Affine(Bijection, TransformModule):
     ) -> None:
         check_count("input_dim", input_dim, 1)
         check_choice("affine", kind, ("full", "diagonal"))
-        raw = inverse_softplus(
-            torch.full((input_dim,), float(check_positive("init_scale", init_scale)))
-        )
+        offset = torch.zeros(input_dim) if init_loc is None else init_loc.clone()
+        scale = torch.full_like(offset, float(check_positive("init_scale", init_scale)))
         Bijection.__init__(self)
         self.diagonal = kind == "diagonal"
         trained = {"offset": 1, "raw_scale": 1} | ({} if self.diagonal else {"lower": 2})
         self.event_dims = trained | {"centre": 1, "unit": 1 if self.diagonal else 2}
-        self.offset = nn.Parameter(torch.zeros_like(raw) if init_loc is None else init_loc.clone())
-        self.raw_scale = nn.Parameter(raw.to(self.offset))
+        self.offset = nn.Parameter(offset)
+        self.raw_scale = nn.Parameter(inverse_softplus(scale))
         if not self.diagonal:
-            self.lower = nn.Parameter(torch.zeros(input_dim, input_dim).to(self.offset))
-        unit = torch.ones_like(self.raw_scale) if self.diagonal else torch.eye(input_dim)
-        self.register_buffer("centre", torch.zeros_like(raw).to(self.offset))
-        self.register_buffer("unit", unit.detach().to(self.offset))
+            self.lower = nn.Parameter(offset.new_zeros(input_dim, input_dim))
+        ones = torch.ones_like(scale)
+        self.register_buffer("centre", torch.zeros_like(scale))
+        self.register_buffer("unit", ones if self.diagonal else ones.diag())
 
     def standardize(self, y: Tensor) -> None:
         """Set location and scale to the mean and covariance of y, shape (N, D).

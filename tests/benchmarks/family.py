@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -108,20 +109,20 @@ def draw_row(figure: Any, name: str, found: dict[str, Any], flows: dict[str, pf.
     drawing.heatmaps(panels, limits, "x", figure)
 
 
-def table(report: dict[str, Any]) -> str:
-    """Markdown: the median NLL, the median and the range of the gap, and the median seconds."""
-    lines = ["| data (floor) | " + " | ".join(FAMILIES) + " |", "|---" * (1 + len(FAMILIES)) + "|"]
+def frame(report: dict[str, Any]) -> pd.DataFrame:
+    """The median NLL, the median and the range of the gap, and the median seconds, as text."""
+    rows = []
     for name, found in report["data"].items():
-        cells = []
+        row = {"data (floor)": f"{name} ({found['floor']:.4f})"}
         for family in FAMILIES:
             nll, gap, seconds = (
                 sorted(seed[key] for seed in found[family].values())
                 for key in ("nll", "gap", "seconds")
             )
             spread = f"{median(gap):.4f} ({gap[0]:.4f} to {gap[-1]:.4f})"
-            cells.append(f"{median(nll):.4f}; {spread}; {median(seconds):.0f} s")
-        lines.append(f"| {name} ({found['floor']:.4f}) | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            row[family] = f"{median(nll):.4f}; {spread}; {median(seconds):.0f} s"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def main() -> None:
@@ -142,7 +143,7 @@ def main() -> None:
         OUT.mkdir(parents=True, exist_ok=True)
         (OUT / "family.json").write_text(json.dumps(report, indent=2) + "\n")
     figure.savefig(OUT / "family.png", dpi=85)
-    print(table(report))
+    print(frame(report).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.posteriordb run`` and ``table``, in the folder tests; see README."""
+"""``python -m benchmarks.posteriordb run`` and ``table``, in the folder tests; see CONTRIBUTING."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run(
 
 @app.command()
 def table(results: Annotated[Path, typer.Argument(help="What run has written.")] = OUT) -> None:
-    """Print the Markdown table of README."""
+    """Print the Markdown tables."""
     typer.echo(markdown(read(results)))
 
 

@@ -1,4 +1,4 @@
-"""The results as Markdown, for README, and which of the bars they meet."""
+"""The results as Markdown, and which of the bars they meet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
+import pandas as pd
+
+from .. import tables
 from .models import NAMES
 from .rivals import GUIDES
 from .run import NUTS, OURS, Record
@@ -21,6 +24,7 @@ COLUMNS = {
     "log sd, PSIS": "sd error, weighted",
     "seconds": "seconds",
 }
+HEAD = ["posterior", *COLUMNS, "best rival: KL", "NUTS: mean, log sd, seconds"]
 HARD = {"gp_pois_regr-gp_pois_regr": 0.2, "eight_schools-eight_schools_centered": 0.45}
 NOISE = 3  # standard errors by which ours may be above a rival
 
@@ -28,10 +32,15 @@ Found = dict[str, dict[str, Record]]  # of one posterior, by method and seed
 Bar = Callable[[Record], bool]
 
 
+def finished(stored: dict[str, Any]) -> dict[str, Found]:
+    """The results by posterior, of those where ours has been run."""
+    results = {name: stored["results"].get(name, {}) for name in NAMES}
+    return {name: found for name, found in results.items() if found.get(OURS)}
+
+
 def markdown(stored: dict[str, Any]) -> str:
     """Ours beside the best rival and NUTS; all rivals; the bars."""
-    results = {name: stored["results"][name] for name in NAMES if name in stored["results"]}
-    results = {name: found for name, found in results.items() if found.get(OURS)}
+    results = finished(stored)
     if not results:
         return f"there are no results of {OURS} yet"
     ours = [[name, *_ours(found), _best(found), _nuts(found)] for name, found in results.items()]
@@ -42,9 +51,9 @@ def markdown(stored: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "Median over the seeds, and their range:",
-            _table(["posterior", *COLUMNS, "best rival: KL", "NUTS: mean, log sd, seconds"], ours),
+            tables.markdown(pd.DataFrame(ours, columns=HEAD)),
             "KL of the rivals in the same time:",
-            _table(["posterior", *GUIDES], rivals),
+            tables.markdown(pd.DataFrame(rivals, columns=["posterior", *GUIDES])),
             "\n".join(f"- {line}" for line in bars(results)),
         ]
     )
@@ -161,8 +170,3 @@ def _losses(found: Found) -> Iterable[bool]:
             theirs = found.get(rival, {}).get(seed, {})
             noise = math.hypot(ours.get("elbo_se") or 0, theirs.get("elbo_se") or 0)
             yield _kl(theirs) < _kl(ours) - NOISE * noise
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

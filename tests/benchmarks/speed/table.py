@@ -1,8 +1,12 @@
-"""The results as Markdown, for README."""
+"""The results as Markdown."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import pandas as pd
+
+from .. import tables
 
 COLUMNS = {
     "Pyro chain / ours": "Pyro chain / ours, {}",
@@ -81,7 +85,7 @@ def _memory(results: dict[str, Any]) -> list[str]:
 
 
 def _table(results: dict[str, Any], columns: list[str], rows: list[list[str]]) -> str:
+    frame = pd.DataFrame(rows, columns=columns)
     sizes = [", ".join(str(size) for size in found["shape"]) for found in results["shapes"]]
-    lines = [["N, D, K", *columns], ["---"] * (1 + len(columns))]
-    lines += [[size, *row] for size, row in zip(sizes, rows, strict=True)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    frame.insert(0, "N, D, K", sizes)
+    return tables.markdown(frame)

@@ -1,1 +1,0 @@
-"""The experiments behind the command line, one module each."""
