@@ -164,8 +164,7 @@ class Flow(nn.Module):
         reproducible from its own seed. Where their direction is open, they take the one that is
         in closed form for what the fit does most: scoring, where there are data, else sampling.
         Given data, an outermost affine layer is set to their mean and covariance if all of
-        pyroflow's layers are the identity. Whatever has moved was trained, loaded or given, and is
-        kept.
+        pyroflow's layers are the identity. What has moved was trained, loaded or given: it stays.
 
         Args:
             data: shape (N, D), for a fit to data.
