@@ -6,8 +6,7 @@ from pyroflow import datasets, targets
 from pyroflow.arviz_export import to_arviz
 from pyroflow.calibration import Calibration, calibrate
 from pyroflow.diagnostics import Report, diagnose
-from pyroflow.flow import Flow
-from pyroflow.flows import planar_flow, radial_flow, sylvester_flow
+from pyroflow.flows import Flow, planar_flow, radial_flow, sylvester_flow
 from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
 from pyroflow.inference import Fit, fit_density, fit_energy, fit_guide, paper_annealing
 from pyroflow.inference.annealing import AdaptiveAnnealing
@@ -23,16 +22,13 @@ from pyroflow.transforms import (
     Radial,
     Sylvester,
 )
-from pyroflow.transforms.helpers import (
-    conditional_planar,
-    conditional_radial,
-    conditional_sylvester,
-    planar,
-    radial,
-    sylvester,
-)
 
 __version__ = version("pyroflow")
+
+# Named as Pyro names the functions that make a transform.
+planar, conditional_planar = Planar, ConditionalPlanar
+radial, conditional_radial = Radial, ConditionalRadial
+sylvester, conditional_sylvester = Sylvester, ConditionalSylvester
 
 __all__ = [
     "AdaptiveAnnealing",

@@ -25,7 +25,6 @@ from pyroflow.inference.draws import draw
 from pyroflow.inference.elbo import Problem
 from pyroflow.io import write_json
 from pyroflow.seeds import seeded
-from pyroflow.transforms import ConditionedPlanar
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def _bending(guide: AutoPlanarFlow, pieces: int = 4) -> Any:
     """A grid of the base space as it goes through the planar stack, in a few pieces."""
     planar = guide.planar
     chunks = zip(*(t.chunk(pieces) for t in (planar.w, planar.u, planar.b)), strict=True)
-    steps = [*(ConditionedPlanar(*chunk) for chunk in chunks), guide.affine]
+    steps = [*(planar.at(*chunk) for chunk in chunks), guide.affine]
     chain = TransformedDistribution(guide.get_base_dist(), steps)
     return plots.plot_grid_bending(chain, layers=tuple(range(1, pieces + 1)))
 

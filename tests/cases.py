@@ -17,10 +17,7 @@ from pyroflow.transforms import (
     ConditionalPlanar,
     ConditionalRadial,
     ConditionalSylvester,
-    ConditionedAffine,
-    ConditionedPlanar,
-    ConditionedRadial,
-    ConditionedSylvester,
+    Conditioned,
     Planar,
     Radial,
     Sylvester,
@@ -67,14 +64,46 @@ def scatter(module: nn.Module, sd: float) -> nn.Module:
     return module
 
 
+def untouched(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Make a module without a change of the generator that the start values are drawn from."""
+
+    def made(*args: object, **kwargs: object) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            return make(*args, **kwargs)
+
+    return made
+
+
+def planar_at(w: Tensor, u: Tensor, b: Tensor, **bend: object) -> Conditioned:
+    return untouched(Planar)(w.shape[-1], w.shape[-2], **bend).at(w, u, b)
+
+
+def radial_at(x0: Tensor, raw_alpha: Tensor, beta: Tensor) -> Conditioned:
+    return untouched(Radial)(x0.shape[-1], x0.shape[-2]).at(x0, raw_alpha, beta)
+
+
+def sylvester_at(
+    frame: Tensor, R: Tensor, R_tilde: Tensor, b: Tensor, orthogonal: str = "householder"
+) -> Conditioned:
+    L, M, D = frame.shape[-3:]
+    t = untouched(Sylvester)(D, M, L, orthogonal)
+    if orthogonal == "triangular":
+        t.frame = frame
+        return t.at(R, R_tilde, b)
+    return t.at(frame, R, R_tilde, b)
+
+
 def planar(dim: int, layers: int, sd: float = 1.5) -> Source:
     return Source(dim, scatter(Planar(dim, layers), sd))
 
 
-def given_planar(dim: int, layers: int, batch: tuple[int, ...], sd: float = 1.2) -> Source:
+def given_planar(
+    dim: int, layers: int, batch: tuple[int, ...], sd: float = 1.2, **bend: object
+) -> Source:
     sizes = {"w": (layers, dim), "u": (layers, dim), "b": (layers,)}
+    family = untouched(Planar)(dim, layers, **bend)
     parts = nn.ParameterDict({k: sd * torch.randn(*batch, *size) for k, size in sizes.items()})
-    return Source(dim, parts, lambda p: ConditionedPlanar(p["w"], p["u"], p["b"]), batch)
+    return Source(dim, parts, lambda p: family.at(*(p[k] for k in sizes)), batch)
 
 
 def context_planar(dim: int, layers: int, batch: tuple[int, ...]) -> Source:
@@ -89,10 +118,9 @@ def radial(dim: int, layers: int, sd: float = 1.5) -> Source:
 
 def given_radial(dim: int, layers: int, batch: tuple[int, ...], sd: float = 1.2) -> Source:
     sizes = {"x0": (layers, dim), "raw_alpha": (layers,), "beta": (layers,)}
+    family = untouched(Radial)(dim, layers)
     parts = nn.ParameterDict({k: sd * torch.randn(*batch, *size) for k, size in sizes.items()})
-    return Source(
-        dim, parts, lambda p: ConditionedRadial(p["x0"], p["raw_alpha"], p["beta"]), batch
-    )
+    return Source(dim, parts, lambda p: family.at(*(p[k] for k in sizes)), batch)
 
 
 def context_radial(dim: int, layers: int, batch: tuple[int, ...]) -> Source:
@@ -106,10 +134,7 @@ def leaky(dim: int, layers: int, sd: float = 1.5) -> Source:
 
 
 def given_leaky(dim: int, layers: int, batch: tuple[int, ...], sd: float = 1.2) -> Source:
-    source = given_planar(dim, layers, batch, sd)
-    bend = {"nonlinearity": "leaky_relu", "negative_slope": 0.4}
-    source.build = lambda p: ConditionedPlanar(p["w"], p["u"], p["b"], **bend)
-    return source
+    return given_planar(dim, layers, batch, sd, nonlinearity="leaky_relu", negative_slope=0.4)
 
 
 def sylvester(dim: int, units: int, layers: int, kind: str, sd: float = 1.2) -> Source:
@@ -125,10 +150,9 @@ def given_sylvester(
         "R_tilde": (layers, units, units),
         "b": (layers, units),
     }
+    family = untouched(Sylvester)(dim, units, layers, kind)
     parts = nn.ParameterDict({k: sd * torch.randn(*batch, *size) for k, size in sizes.items()})
-    return Source(
-        dim, parts, lambda p: ConditionedSylvester(*(p[k] for k in sizes), orthogonal=kind), batch
-    )
+    return Source(dim, parts, lambda p: family.at(*(p[k] for k in sizes)), batch)
 
 
 def context_sylvester(
@@ -146,12 +170,11 @@ def affine(dim: int, kind: str) -> Source:
 
 
 def given_affine(dim: int, batch: tuple[int, ...], diagonal: bool) -> Source:
-    widths = torch.rand(*batch, dim) + 0.5
-    scale = widths if diagonal else torch.randn(*batch, dim, dim).tril(-1) + widths.diag_embed()
-    parts = nn.ParameterDict({"loc": torch.randn(*batch, dim), "scale": scale})
-    return Source(
-        dim, parts, lambda p: ConditionedAffine(p["loc"], p["scale"], diagonal=diagonal), batch
-    )
+    t = Affine(dim, "diagonal" if diagonal else "full")
+    t.standardize(3 + 2 * torch.randn(50, dim) @ torch.randn(dim, dim))
+    for name, p in list(t.named_parameters()):
+        setattr(t, name, nn.Parameter(torch.randn(*batch, *p.shape)))
+    return Source(dim, t, lambda t: t.at(*t.trained()), batch)
 
 
 def context_affine(dim: int, kind: str, batch: tuple[int, ...]) -> Source:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroflow.transforms import activations, chain_kernels, stack_kernels
+from pyroflow.transforms.kernels import per_point, shared, units
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for each other
 
@@ -43,7 +43,7 @@ def float32() -> Iterator[None]:
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every pass that has roots to find, of the kernels or the general path."""
     calls = []
-    searching = {stack_kernels: "pull", chain_kernels: "pull", activations: "monotone_root"}
+    searching = {shared: "inverse", per_point: "inverse", units: "monotone_root"}
 
     def counted(search: Callable) -> Callable:
         def call(value: Tensor, other: object) -> object:

@@ -14,7 +14,7 @@ from torch import nn
 
 import pyroflow as pf
 from pyroflow.targets import eight_schools_noncentered as eight_schools
-from pyroflow.transforms import stack_kernels
+from pyroflow.transforms.kernels import shared
 
 
 @pytest.mark.usefixtures("float32")
@@ -119,14 +119,14 @@ def test_a_sample_may_be_edited_in_place() -> None:
 
 
 def test_backward_frees_what_it_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, push = [], stack_kernels.push
+    made, push = [], shared.forward
 
-    def watched(*args: object) -> stack_kernels.Pass:
+    def watched(*args: object) -> shared.Pass:
         done = push(*args)
         made.append(weakref.ref(done.pq))
         return done
 
-    monkeypatch.setattr(stack_kernels, "push", watched)
+    monkeypatch.setattr(shared, "forward", watched)
     t = layers()
     y = t(torch.randn(5, 2))
     y.sum().backward()

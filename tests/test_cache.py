@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import D, layers, log_prob_at, normal, scatter
+from cases import D, layers, log_prob_at, normal, planar_at, scatter
 from pyro.distributions import transforms as pyro_transforms
 from torch import Tensor, nn
 from torch.distributions import transforms as torch_transforms
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyroflow.flows import Flow, StandardNormal
-from pyroflow.transforms import Affine, ConditionalPlanar, ConditionedPlanar, Planar
+from pyroflow.transforms import Affine, ConditionalPlanar, Planar
 
 
 def step(t: nn.Module, loss: Tensor) -> None:
@@ -31,7 +31,7 @@ def step(t: nn.Module, loss: Tensor) -> None:
 
 
 @pytest.mark.parametrize("inverted", [False, True], ids=["layers", "inverse"])
-def test_scores_of_own_and_foreign_tensors(inverted: bool) -> None:
+def test_scores_of_tensors_that_it_has_and_has_not_made(inverted: bool) -> None:
     t = layers().inv if inverted else layers()
     q = dist.TransformedDistribution(normal(), [t])
     x = torch.randn(5, D)
@@ -177,7 +177,7 @@ def test_an_edit_between_two_transforms_of_a_chain() -> None:
 
 def test_one_input_for_a_batch_of_parameters() -> None:
     """The inverse has the shape of its argument, although one x was enough to make it."""
-    t = ConditionedPlanar(torch.randn(7, 2, D), torch.randn(7, 2, D), torch.randn(7, 2))
+    t = planar_at(torch.randn(7, 2, D), torch.randn(7, 2, D), torch.randn(7, 2))
     x = torch.randn(D)
     with torch.no_grad():
         y = t(x)

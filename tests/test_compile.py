@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 import pyroflow as pf
-from pyroflow.transforms import compiled
+from pyroflow.transforms.kernels import compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of itself
 

@@ -77,7 +77,7 @@ def test_copies_of_an_undecided_flow_are_undecided() -> None:
     for how in COPIES.values():
         twin = how(flow)
         assert not twin.fitted
-        twin.place("base_to_data")
+        twin.initialize()
         assert twin.transforms()[0] is twin.parts[0]
     assert not flow.fitted
 

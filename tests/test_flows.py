@@ -19,7 +19,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from pyroflow import ConditionalPlanar, Flow, Planar, Radial, planar_flow, radial_flow
 from pyroflow.flows import StandardNormal
-from pyroflow.transforms import Affine, ConditionalRadial
+from pyroflow.transforms import Affine, Bijection, ConditionalRadial
 
 MAKERS = pytest.mark.parametrize("make", [planar_flow, radial_flow])
 DIRECTIONS = pytest.mark.parametrize("direction", ["base_to_data", "data_to_base"])
@@ -200,7 +200,7 @@ def test_affine_that_runs_backwards_is_not_set_to_the_data() -> None:
     data = 5 + 0.1 * torch.randn(500, 2)
     flow = Flow(StandardNormal(2), [Planar(2, 3), Affine(2).inv])
     before = flow().log_prob(data)
-    flow.place("data_to_base", data)
+    flow.initialize(data)
     assert torch.allclose(flow().log_prob(data), before)
 
 
@@ -218,13 +218,13 @@ def test_radial_flows_hold_radial_layers(context: int | None) -> None:
 @MAKERS
 @DIRECTIONS
 @pytest.mark.parametrize("context", [None, 3])
-def test_place_draws_and_turns_layers_of_every_kind(
+def test_initialize_draws_and_turns_layers_of_every_kind(
     make: Callable, direction: str, context: int | None
 ) -> None:
     flow, y = make(D, 3, context, affine=None), torch.randn(4, D)
     contexts = () if context is None else (torch.randn(4, context),)
     before = next(flow.parameters()).clone()
-    flow.place(direction)
+    flow.initialize(*([torch.randn(50, D)] if direction == "data_to_base" else []))
     assert not torch.equal(next(flow.parameters()), before)
     assert torch.allclose(flow(*contexts).log_prob(y), normal().log_prob(y), atol=1e-10)
     (layer,) = flow.transforms(*contexts)
@@ -239,3 +239,59 @@ def test_a_radial_flow_is_one_density_in_either_direction() -> None:
         push = t if direction == "base_to_data" else t.inv
         y = push(x).detach().clone()
         assert torch.allclose(flow().log_prob(y), log_prob_at(push, x), atol=1e-9)
+
+
+# The distribution of a flow.
+
+
+def chain_of_all() -> list:
+    """Layers both ways, an affine layer, and others' transforms with and without an event."""
+    coupling = pyro_transforms.affine_coupling(D, hidden_dims=[4])
+    return [
+        layers(),
+        torch.distributions.AffineTransform(1.0, 2.0),
+        Radial(D, 2).inv,
+        coupling,
+        scatter(Affine(D), 0.5).inv,
+        layers().inv,
+    ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_and_gradients_are_those_of_torchs_distribution(seed: int) -> None:
+    """To the last bit, for data and for samples."""
+    torch.manual_seed(seed)
+    flow = Flow(StandardNormal(D), chain_of_all())
+    plain = dist.TransformedDistribution(flow.base(), flow.transforms())
+    for y in (torch.randn(5, D), torch.randn(3, 4, D), flow().rsample((5,)), torch.zeros(D)):
+        found, expected = flow().log_prob(y), plain.log_prob(y.clone())
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+    y = torch.randn(5, D)
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    results = [torch.autograd.grad(q.log_prob(y).sum(), parameters) for q in (flow(), plain)]
+    assert all(torch.allclose(p, q, rtol=1e-11, atol=1e-11) for p, q in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("direction", ["base_to_data", "data_to_base"])
+@pytest.mark.parametrize("make", [planar_flow, radial_flow])
+def test_a_score_reads_the_parameters_once(
+    make: Callable, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow, reads = wild(make(D, 3, direction=direction), 0.5), []
+    read = Bijection._map_parameters
+
+    def counted(self: Bijection) -> tuple:
+        reads.append(type(self).__name__)
+        return read(self)
+
+    monkeypatch.setattr(Bijection, "_map_parameters", counted)
+    flow().log_prob(torch.randn(5, D))
+    assert sorted(reads) == ["Affine", make.__name__.split("_")[0].title()]
+
+
+def test_a_flow_is_expanded_and_validates_like_any_distribution() -> None:
+    q = wild(planar_flow(D, 3), 0.5)()
+    y = torch.randn(4, D)
+    assert torch.equal(q.expand([4]).log_prob(y), q.log_prob(y))
+    with pytest.raises(ValueError, match="Expected value argument"):
+        q.log_prob(torch.full((4, D), torch.nan))

@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import scatter
+from cases import planar_at, scatter
 from test_kernels import BOTH, by_kernels, general, planar_units, sylvester_units
 from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 
 from pyroflow import Planar
-from pyroflow.transforms import ConditionedPlanar, stack
-from pyroflow.transforms.stack_kernels import Units
+from pyroflow.transforms import Conditioned
+from pyroflow.transforms.kernels import autograd
+from pyroflow.transforms.kernels.units import Units
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -95,7 +96,7 @@ def test_hessians_by_differences(inverse: bool) -> None:
 # Inputs that meet again.
 
 
-def twice(t: ConditionedPlanar, x: Tensor, inverse: bool) -> Tensor:
+def twice(t: Conditioned, x: Tensor, inverse: bool) -> Tensor:
     """Images and log-determinants of t after t."""
     direction = t.inv if inverse else t
     middle = direction(x)
@@ -106,14 +107,14 @@ def twice(t: ConditionedPlanar, x: Tensor, inverse: bool) -> Tensor:
 
 MEETINGS: dict[str, Callable[..., Tensor]] = {
     "a layer twice": lambda w, u, b, inverse: twice(
-        ConditionedPlanar(w, u, b), torch.linspace(-1, 1, 20).reshape(10, 2), inverse
+        planar_at(w, u, b), torch.linspace(-1, 1, 20).reshape(10, 2), inverse
     ),
     "an input made of w": lambda w, u, b, inverse: twice(
-        ConditionedPlanar(w, u, b), w.tanh() + b.unsqueeze(-1), inverse
+        planar_at(w, u, b), w.tanh() + b.unsqueeze(-1), inverse
     ),
-    "w is u": lambda w, u, b, inverse: twice(ConditionedPlanar(w, w, b), u, inverse),
-    "w is x": lambda w, u, b, inverse: twice(ConditionedPlanar(w, u, b), w, inverse),
-    "x is w and u": lambda w, u, b, inverse: twice(ConditionedPlanar(w, w, b), w, inverse),
+    "w is u": lambda w, u, b, inverse: twice(planar_at(w, w, b), u, inverse),
+    "w is x": lambda w, u, b, inverse: twice(planar_at(w, u, b), w, inverse),
+    "x is w and u": lambda w, u, b, inverse: twice(planar_at(w, w, b), w, inverse),
 }
 
 
@@ -126,7 +127,7 @@ def test_paths_that_meet_are_counted_once(
     units, answers = planar_units(4, 2, 0.7), []
     for plain in (True, False):
         if not plain:
-            monkeypatch.setattr(stack, "_plain", lambda z: False)
+            monkeypatch.setattr(autograd, "_plain", lambda z: False)
         leaves = [t.clone().requires_grad_() for t in units[:3]]
         value = MEETINGS[meeting](*leaves, inverse)
         options = {"allow_unused": True, "materialize_grads": True}
@@ -142,10 +143,10 @@ def test_paths_that_meet_are_counted_once(
 def test_a_layer_used_twice_gets_the_sum_of_two_copies_gradients(inverse: bool) -> None:
     """With no derivative of the general path on either side."""
     t, x = scatter(Planar(3, 20), 0.6), torch.randn(10, 3)
-    copies = [ConditionedPlanar(*(p.detach().clone() for p in (t.w, t.u, t.b))) for _ in range(2)]
+    copies = [planar_at(*(p.detach().clone() for p in (t.w, t.u, t.b))) for _ in range(2)]
     leaves = [p.requires_grad_() for one in copies for p in (one.w, one.u, one.b)]
 
-    def loss(first: ConditionedPlanar, second: ConditionedPlanar) -> Tensor:
+    def loss(first: Conditioned, second: Conditioned) -> Tensor:
         ways = [s.inv if inverse else s for s in (first, second)]
         middle = ways[0](x)
         end = ways[1](middle)

@@ -7,14 +7,12 @@ import weakref
 
 import pytest
 import torch
-from cases import scatter
+from cases import planar_at, scatter
 from torch import Tensor
 
 from pyroflow import Planar, Sylvester
-from pyroflow.transforms import ConditionedPlanar, stack, stack_kernels
-from pyroflow.transforms.activations import TANH
-from pyroflow.transforms.constraint import constrain
-from pyroflow.transforms.stack_kernels import Units
+from pyroflow.transforms.kernels import autograd, reference, shared
+from pyroflow.transforms.kernels.units import TANH, Units, constrain
 
 EPS = torch.finfo(torch.float64).eps
 BOTH = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
@@ -32,14 +30,13 @@ def sylvester_units(num_units: int, dim: int, sd: float, size: int) -> Units:
 
 
 def general(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Tensor]:
-    image, work = stack._general(z, units, inverse, None, TANH)
-    return image, work.log_det
+    return reference.evaluate(z, units, inverse, None, TANH)[:2]
 
 
 def by_kernels(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Tensor]:
-    image, work = stack.evaluate_stack(z, units, inverse=inverse)
-    assert work.done is not None
-    return image, work.log_det
+    image, found = autograd.evaluate_stack(z, units, inverse=inverse)
+    assert found.done is not None
+    return image, found.log_det
 
 
 def results(path: object, z: Tensor, units: Units, inverse: bool, weights: Tensor) -> list[Tensor]:
@@ -95,13 +92,13 @@ def test_one_number_a_point(inverse: bool) -> None:
 @pytest.fixture
 def in_turn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of columns that each call of the unit-by-unit solver was left with."""
-    columns, solve = [], stack_kernels._solve_in_turn
+    columns, solve = [], shared._solve_in_turn
 
     def counted(r: Tensor, coupling: Tensor, s: Tensor) -> Tensor:
         columns.append(r.shape[1])
         return solve(r, coupling, s)
 
-    monkeypatch.setattr(stack_kernels, "_solve_in_turn", counted)
+    monkeypatch.setattr(shared, "_solve_in_turn", counted)
     return columns
 
 
@@ -131,7 +128,7 @@ def test_the_last_resort_alone_is_right(monkeypatch: pytest.MonkeyPatch) -> None
     def endless(r: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         return torch.full_like(r, torch.nan), torch.arange(r.shape[1])
 
-    monkeypatch.setattr(stack_kernels, "_solve_together", endless)
+    monkeypatch.setattr(shared, "_solve_together", endless)
     for found, value in zip(by_kernels(y, units, inverse=True), expected, strict=True):
         assert torch.allclose(found, value, rtol=0, atol=1e-11)
 
@@ -162,7 +159,7 @@ def test_a_row_of_w_that_is_zero_is_a_translation(inverse: bool) -> None:
     w, u, b = planar_units(5, 3, 1.0)[:3]
     w[2] = 0.0
     z = torch.randn(30, 3)
-    first, last = (ConditionedPlanar(w[k], u[k], b[k]) for k in (slice(0, 2), slice(3, 5)))
+    first, last = (planar_at(w[k], u[k], b[k]) for k in (slice(0, 2), slice(3, 5)))
     shift = u[2] * b[2].tanh()
     x = first.inv(last.inv(z) - shift) if inverse else z
     y = last(first(x) + shift)
@@ -234,7 +231,9 @@ def test_work_is_freed() -> None:
             pair = (t.inv(z), z) if step % 2 else (z, t(z))
             loss = sum(p.square().sum() for p in pair) - t.log_abs_det_jacobian(*pair).sum()
             loss.backward()
-            works.append(weakref.ref((t._solved if step % 2 else t._made).work.done.h))
+            last = t._inverse_pair if step % 2 else t._forward_pair
+            works.append(weakref.ref(last.intermediates.done.h))
+        del last
         del loss, pair, z
         assert sum(work() is not None for work in works) <= 2
     finally:
@@ -253,11 +252,11 @@ def test_float32_error_is_that_of_the_terms(dim: int, num_units: int) -> None:
     torch.manual_seed(1)
     w = torch.nn.functional.normalize(torch.randn(num_units, dim), dim=-1) * 1.5
     u, b = 0.3 * torch.randn(num_units, dim), torch.randn(num_units)
-    exact = ConditionedPlanar(*(p.float().double() for p in (w, u, b)))
-    single = ConditionedPlanar(*(p.float() for p in (w, u, b)))
+    exact = planar_at(*(p.float().double() for p in (w, u, b)))
+    single = planar_at(*(p.float() for p in (w, u, b)))
     x = torch.randn(2000, dim).float()
     y = exact(x.double())
-    h = exact._made.work.done.h
+    h = exact._forward_pair.intermediates.done.h
     u_hat = constrain(exact.w, exact.u)[0]
     terms = x.abs().double().amax(-1) + (h.abs() * u_hat.norm(dim=-1, keepdim=True)).sum(0)
     error = (single(x).double() - y).abs().amax(-1) / terms / torch.finfo(torch.float32).eps

@@ -8,14 +8,13 @@ import pickle
 
 import pytest
 import torch
-from cases import leaky, saved
+from cases import leaky, planar_at, saved
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from pyroflow import ConditionalPlanar, Planar
-from pyroflow.transforms import ConditionedPlanar
-from pyroflow.transforms.activations import LeakyReLU
-from pyroflow.transforms.constraint import constrain
+from pyroflow.transforms import Conditioned
+from pyroflow.transforms.kernels.units import LeakyReLU, constrain
 
 LEAKY = {"nonlinearity": "leaky_relu"}
 
@@ -30,9 +29,9 @@ BY_HAND = {
 }
 
 
-def by_hand() -> ConditionedPlanar:
+def by_hand() -> Conditioned:
     w, u, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.3, -0.5]]), torch.tensor([0.1])
-    return ConditionedPlanar(w, u, b, negative_slope=0.2, **LEAKY)
+    return planar_at(w, u, b, negative_slope=0.2, **LEAKY)
 
 
 @pytest.mark.parametrize("side", BY_HAND)
@@ -48,7 +47,7 @@ def test_one_layer_by_hand(side: str) -> None:
     assert score == pytest.approx(-math.log(det), abs=1e-14)
 
 
-def by_the_formula(t: ConditionedPlanar, x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+def by_the_formula(t: Conditioned, x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """y = x + û leaky(a) and the logarithm of 1 + (s - 1) h'(a), layer by layer."""
     log_det = torch.zeros(x.shape[:-1])
     for w, u, b in zip(t.w, t.u, t.b, strict=True):
@@ -64,7 +63,7 @@ def by_the_formula(t: ConditionedPlanar, x: Tensor, slope: float) -> tuple[Tenso
 @pytest.mark.parametrize(("dim", "layers", "sd"), [(1, 1, 2.0), (2, 5, 1.0), (10, 40, 0.3)])
 def test_stacks_follow_the_formula(dim: int, layers: int, sd: float, slope: float) -> None:
     parts = sd * torch.randn(layers, dim), sd * torch.randn(layers, dim), torch.randn(layers)
-    t, x = ConditionedPlanar(*parts, negative_slope=slope, **LEAKY), torch.randn(30, dim)
+    t, x = planar_at(*parts, negative_slope=slope, **LEAKY), torch.randn(30, dim)
     y, (expected, log_det) = t(x), by_the_formula(t, x, slope)
     scale = expected.abs().max()
     assert torch.allclose(y, expected, rtol=0, atol=1e-12 * scale)
@@ -107,7 +106,7 @@ def test_the_tails_are_linear_and_need_not_be_those_of_the_base() -> None:
     near, middle, far = (t(r * directions) for r in (1e4, 2e4, 3e4))
     assert torch.allclose(far - middle, middle - near, rtol=0, atol=1e-6)
     assert ((far - middle) / 1e4 - directions).norm(dim=-1).max() > 0.1
-    tanh = ConditionedPlanar(t.w, t.u, t.b)
+    tanh = planar_at(t.w, t.u, t.b)
     shift = [tanh(r * directions) - r * directions for r in (1e4, 2e4)]
     assert torch.allclose(*shift, rtol=0, atol=1e-6)
 
@@ -116,7 +115,7 @@ def test_extreme_slopes_are_finite() -> None:
     """wᵀu from -80 to 80, both sides: the determinants are s and 0.8 + 0.2 s."""
     for dot in (-80.0, -20.0, 0.0, 80.0):
         w = torch.tensor([[0.6, 0.8]])
-        t = ConditionedPlanar(w, dot * w, torch.zeros(1), **LEAKY)
+        t = planar_at(w, dot * w, torch.zeros(1), **LEAKY)
         s = math.log1p(math.exp(dot))
         for a, det in ((3.0, s), (-3.0, 0.8 + 0.2 * s)):
             x = a * w[0]
@@ -152,7 +151,7 @@ def test_an_unknown_nonlinearity_is_named() -> None:
     with pytest.raises(ValueError, match=message):
         Planar(2, nonlinearity="relu")
     with pytest.raises(ValueError, match=message):
-        ConditionedPlanar(*torch.zeros(2, 1, 2), torch.zeros(1), nonlinearity="relu")
+        planar_at(*torch.zeros(2, 1, 2), torch.zeros(1), nonlinearity="relu")
     with pytest.raises(ValueError, match=message):
         ConditionalPlanar(2, 3, nonlinearity="relu")
 
@@ -184,7 +183,7 @@ def test_contexts_decide_leaky_layers_too() -> None:
     layers = t.condition(torch.randn(7, 3))
     y = layers(x)
     for row in range(7):
-        one = ConditionedPlanar(*(p[row] for p in (layers.w, layers.u, layers.b)))
+        one = planar_at(*(p[row] for p in (layers.w, layers.u, layers.b)))
         one.activation = LeakyReLU(0.5)
         expected, log_det = by_the_formula(one, x[row], 0.5)
         assert torch.allclose(y[row], expected, atol=1e-12)

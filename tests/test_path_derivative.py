@@ -7,11 +7,11 @@ import copy
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import D, layers, normal, scatter
+from cases import D, layers, normal, planar_at, scatter
 from torch import Tensor, nn
 
-from pyroflow.path_derivative import AlongPath
-from pyroflow.transforms import Affine, ConditionedAffine, ConditionedPlanar
+from pyroflow.flows import AlongPath
+from pyroflow.transforms import Affine
 
 CHAINS = {
     "planar": lambda: [layers()],
@@ -49,7 +49,7 @@ def test_values_are_those_of_the_distribution(chain: list) -> None:
 
 def test_the_value_by_hand() -> None:
     """y = 1 + 2x in two dimensions, at y = (3, 1): x = (1, 0), log det = 2 ln 2."""
-    t = ConditionedAffine(torch.ones(2), torch.full((2,), 2.0), diagonal=True)
+    t = Affine(2, "diagonal", init_loc=torch.ones(2), init_scale=2.0)
     log_prob = AlongPath(normal(), [t]).log_prob(torch.tensor([3.0, 1.0]))
     assert log_prob.item() == pytest.approx(-1.837877066409345 - 0.5 - 1.386294361119891)
 
@@ -124,7 +124,7 @@ def test_nothing_is_stale_after_a_step(chain: list) -> None:
 def test_batched_parameters() -> None:
     chain = [
         layers(),
-        ConditionedPlanar(torch.randn(7, 2, D), torch.randn(7, 2, D), torch.randn(7, 2)),
+        planar_at(torch.randn(7, 2, D), torch.randn(7, 2, D), torch.randn(7, 2)),
     ]
     q, plain = AlongPath(normal(), chain), dist.TransformedDistribution(normal(), chain)
     y = q.rsample((3,))

@@ -7,9 +7,10 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import planar_at
 
-from pyroflow.transforms import ConditionalPlanar, ConditionedPlanar, Planar
-from pyroflow.transforms.constraint import constrain
+from pyroflow.transforms import ConditionalPlanar, Planar
+from pyroflow.transforms.kernels.units import constrain
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -142,7 +143,7 @@ def test_a_stack_is_the_chain_of_its_layers() -> None:
 @pytest.mark.parametrize("batch", [(7,), (6, 5)], ids=str)
 def test_batched_parameters_are_a_loop(batch: tuple[int, ...]) -> None:
     w, u, b = torch.randn(*batch, 4, 3), torch.randn(*batch, 4, 3), torch.randn(*batch, 4)
-    t, x = ConditionedPlanar(w, u, b), torch.randn(2, *batch, 3)
+    t, x = planar_at(w, u, b), torch.randn(2, *batch, 3)
     y, back = t(x), t.inv(x)
     log_det = t.log_abs_det_jacobian(x, y)
     for index in torch.cartesian_prod(*(torch.arange(n) for n in batch)).view(-1, len(batch)):
@@ -159,8 +160,8 @@ def test_batched_parameters_are_a_loop(batch: tuple[int, ...]) -> None:
 def test_parameters_need_not_share_their_batch() -> None:
     """Shared w and u with biases (7, K), against the same w and u written out."""
     w, u, b = torch.randn(4, 3), torch.randn(4, 3), torch.randn(7, 4)
-    mixed = ConditionedPlanar(w, u, b)
-    full = ConditionedPlanar(w.expand(7, 4, 3), u.expand(7, 4, 3), b)
+    mixed = planar_at(w, u, b)
+    full = planar_at(w.expand(7, 4, 3), u.expand(7, 4, 3), b)
     for shape in ((), (1,), (7,), (6, 1), (6, 7)):
         x = torch.randn(*shape, 3)
         assert mixed.forward_shape(x.shape) == full(x).shape

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from cases import planar_at
 from torch import Tensor
 
-from pyroflow.transforms import ConditionedPlanar
-from pyroflow.transforms.constraint import constrain
+from pyroflow.transforms.kernels.units import constrain
 
 DOTS = [-80.0, -40.0, -17.0, -5.0, -0.51, -0.49, 0.0, 5.0, 17.0, 80.0]
 PRE_ACTIVATIONS = [0.0, 1e-8, -0.3, 3.0, -20.0, 100.0, -1e4, 1e4]
@@ -23,7 +23,7 @@ def assert_finite(w: Tensor, u: Tensor, inverse: bool) -> None:
     b = torch.tensor(PRE_ACTIVATIONS, dtype=w.dtype).repeat(len(w) // n) - w @ x
     leaves = [x.expand_as(w), w.unsqueeze(1), u.unsqueeze(1), b.unsqueeze(1)]
     leaves = [t.clone().requires_grad_() for t in leaves]
-    t = ConditionedPlanar(*leaves[1:])
+    t = planar_at(*leaves[1:])
     t = t.inv if inverse else t
     y = t(leaves[0])
     log_det = t.log_abs_det_jacobian(leaves[0], y)
@@ -64,7 +64,7 @@ def test_vanishing_weights_are_finite(dtype: torch.dtype, inverse: bool) -> None
 def test_log_det_of_large_slopes_by_hand(dtype: torch.dtype, dot: float) -> None:
     """ln(tanh²a + ln(1 + e^(wᵀu)) / cosh²a) for a layer that reads a from one coordinate."""
     w, slope = torch.tensor([[1.0, 0.0]], dtype=dtype), math.log1p(math.exp(dot))
-    t, eps = ConditionedPlanar(w, dot * w, torch.zeros(1, dtype=dtype)), torch.finfo(dtype).eps
+    t, eps = planar_at(w, dot * w, torch.zeros(1, dtype=dtype)), torch.finfo(dtype).eps
     for a in (0.0, 0.25, 3.0, -6.0, 10.0, 300.0, -1e4):
         x = torch.tensor([a, 2.0], dtype=dtype)
         bend = (2 * math.exp(-abs(a)) / (1 + math.exp(-2 * abs(a)))) ** 2
@@ -77,7 +77,7 @@ def test_log_det_of_large_slopes_by_hand(dtype: torch.dtype, dot: float) -> None
 def test_slopes_below_the_smallest_number(dtype: torch.dtype) -> None:
     """wᵀu = -1000: det is e⁻¹⁰⁰⁰ on the hyperplane; what comes is finite and very negative."""
     w = torch.tensor([[0.6, 0.8]], dtype=dtype)
-    t, x = ConditionedPlanar(w, -1000 * w, torch.zeros(1, dtype=dtype)), torch.zeros(2, dtype=dtype)
+    t, x = planar_at(w, -1000 * w, torch.zeros(1, dtype=dtype)), torch.zeros(2, dtype=dtype)
     log_det = t.log_abs_det_jacobian(x, t(x))
     assert log_det.isfinite()
     assert log_det < -87
@@ -90,7 +90,7 @@ def test_short_weights_with_a_long_u_stay_invertible(dtype: torch.dtype) -> None
     norm = 1e-12 if dtype == torch.float32 else 1e-80
     w = norm * torch.tensor([[0.6, 0.8]], dtype=dtype)
     u = -5 / norm * torch.tensor([[0.6, 0.8]], dtype=dtype)
-    t, x = ConditionedPlanar(w, u, torch.zeros(1, dtype=dtype)), torch.zeros(2, dtype=dtype)
+    t, x = planar_at(w, u, torch.zeros(1, dtype=dtype)), torch.zeros(2, dtype=dtype)
     log_det = t.log_abs_det_jacobian(x, t(x)).item()
     assert log_det == pytest.approx(math.log(math.log1p(math.exp(-5))), rel=1e-5)
 
@@ -99,7 +99,7 @@ def test_short_weights_with_a_long_u_stay_invertible(dtype: torch.dtype) -> None
 def test_weights_of_zero_have_a_known_limit(dtype: torch.dtype) -> None:
     """At w = 0 the layer is the translation by u tanh(b), with determinant 1, both ways."""
     w, u = torch.zeros(1, 2, dtype=dtype), torch.tensor([[0.3, -0.5]], dtype=dtype)
-    t, x = ConditionedPlanar(w, u, torch.full((1,), 0.7, dtype=dtype)), torch.ones(2, dtype=dtype)
+    t, x = planar_at(w, u, torch.full((1,), 0.7, dtype=dtype)), torch.ones(2, dtype=dtype)
     y = t(x)
     expected = torch.tensor([1 + 0.3 * math.tanh(0.7), 1 - 0.5 * math.tanh(0.7)], dtype=dtype)
     assert torch.allclose(y, expected, rtol=1e-6)
@@ -113,9 +113,9 @@ def test_float32_error_is_that_of_the_terms() -> None:
     for dim, num_layers, sd in ((2, 1, 2.0), (2, 32, 1.0), (10, 16, 1.0), (50, 64, 0.3)):
         sizes = ((num_layers, dim), (num_layers, dim), (num_layers,))
         parameters = [(sd * torch.randn(size)).float() for size in sizes]
-        t = ConditionedPlanar(*parameters)
+        t = planar_at(*parameters)
         x = torch.randn(500, dim, dtype=torch.float32)
-        exact = ConditionedPlanar(*(p.double() for p in parameters))
+        exact = planar_at(*(p.double() for p in parameters))
         u_hat = constrain(exact.w, exact.u)[0]
         terms = x.abs().amax(-1) + u_hat.norm(dim=-1).sum()
         error = (t(x).double() - exact(x.double())).abs().amax(-1)

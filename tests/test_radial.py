@@ -9,12 +9,12 @@ from itertools import product
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import normal, radial, scatter
+from cases import normal, radial, radial_at, scatter
 from pyro.distributions import transforms as pyro_transforms
 from torch import Tensor
 
-from pyroflow.path_derivative import AlongPath
-from pyroflow.transforms import Affine, ConditionalRadial, ConditionedRadial, Radial
+from pyroflow.flows import AlongPath
+from pyroflow.transforms import Affine, ConditionalRadial, Radial
 from pyroflow.transforms.radial import constrain
 
 
@@ -223,11 +223,11 @@ def test_names_and_shapes_of_the_parameters() -> None:
 @pytest.mark.parametrize("batch", [(7,), (6, 5)], ids=str)
 def test_batched_parameters_are_a_loop(batch: tuple[int, ...]) -> None:
     parameters = torch.randn(*batch, 4, 3), torch.randn(*batch, 4), torch.randn(*batch, 4)
-    t, x = ConditionedRadial(*parameters), torch.randn(2, *batch, 3)
+    t, x = radial_at(*parameters), torch.randn(2, *batch, 3)
     y, back = t(x), t.inv(x)
     log_det = t.log_abs_det_jacobian(x, y)
     for at in product(*(range(n) for n in batch)):
-        one, rows = ConditionedRadial(*(p[at] for p in parameters)), x[(slice(None), *at)]
+        one, rows = radial_at(*(p[at] for p in parameters)), x[(slice(None), *at)]
         image = one(rows)
         assert torch.allclose(y[(slice(None), *at)], image, atol=1e-12)
         assert torch.allclose(back[(slice(None), *at)], one.inv(rows), atol=1e-10)
@@ -239,8 +239,8 @@ def test_batched_parameters_are_a_loop(batch: tuple[int, ...]) -> None:
 def test_parameters_need_not_share_their_batch(num_layers: int) -> None:
     """Shared centres with widths (7, K), against the same centres written out."""
     x0, (raw_alpha, beta) = torch.randn(num_layers, 3), torch.randn(2, 7, num_layers)
-    mixed = ConditionedRadial(x0, raw_alpha, beta)
-    full = ConditionedRadial(x0.expand(7, num_layers, 3), raw_alpha, beta)
+    mixed = radial_at(x0, raw_alpha, beta)
+    full = radial_at(x0.expand(7, num_layers, 3), raw_alpha, beta)
     for shape in ((), (1,), (7,), (6, 1), (6, 7)):
         x = torch.randn(*shape, 3)
         y = mixed(x)

@@ -7,19 +7,20 @@ from itertools import product
 
 import pytest
 import torch
+from cases import radial_at
 from torch import Tensor
 
-from pyroflow.transforms import ConditionedRadial
+from pyroflow.transforms import Conditioned
 from pyroflow.transforms.radial import constrain
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 BOTH = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 
 
-def layer(x0: Tensor, alpha: float, s: float) -> ConditionedRadial:
+def layer(x0: Tensor, alpha: float, s: float) -> Conditioned:
     """One layer with this α and s = α + β̂."""
     raw = (torch.tensor([math.log(math.expm1(v))]) for v in (alpha, s))
-    return ConditionedRadial(x0.unsqueeze(0), *raw)
+    return radial_at(x0.unsqueeze(0), *raw)
 
 
 # At the centre.
@@ -60,7 +61,7 @@ def test_all_is_finite(dtype: torch.dtype, inverse: bool, centre: float) -> None
     x = centre + rows[:, 2:] * torch.tensor([0.6, -0.8], dtype=dtype)
     leaves = [x, torch.full((len(rows), 1, 2), centre, dtype=dtype), rows[:, :1], rows[:, 1:2]]
     leaves = [leaf.clone().requires_grad_() for leaf in leaves]
-    t = ConditionedRadial(*leaves[1:])
+    t = radial_at(*leaves[1:])
     t = t.inv if inverse else t
     y = t(leaves[0])
     log_det = t.log_abs_det_jacobian(leaves[0], y)
@@ -78,7 +79,7 @@ def test_nothing_cancels(dtype: torch.dtype, raw_alpha: float, beta: float) -> N
     """1 + β̂h would be 0 in float32 for β = −17 and −25, next to the centre."""
     alpha, s = (max(v, 0.0) + math.log1p(math.exp(-abs(v))) for v in (raw_alpha, beta))
     parameters = (torch.zeros(1, 3), torch.tensor([raw_alpha]), torch.tensor([beta]))
-    t, eps = ConditionedRadial(*(p.to(dtype) for p in parameters)), torch.finfo(dtype).eps
+    t, eps = radial_at(*(p.to(dtype) for p in parameters)), torch.finfo(dtype).eps
     for r in (0.0, 1e-30, 1e-12, 1e-6, 1.0, 1e4, 1e15):
         x = r * torch.tensor([0.0, 0.6, -0.8], dtype=dtype)
         log_det = t.log_abs_det_jacobian(x, t(x)).item()
@@ -104,9 +105,9 @@ def test_short_distances_in_float32(inverse: bool) -> None:
     x = torch.tensor([[1e-30, 0.0], [1e-20, -1e-20], [0.0, 3e-19]], dtype=torch.float32)
     for raw_alpha, beta in product((-80.0, -20.0, 80.0), repeat=2):
         parameters = (torch.zeros(1, 2), torch.tensor([raw_alpha]), torch.tensor([beta]))
-        single = ConditionedRadial(*(p.float() for p in parameters))
+        single = radial_at(*(p.float() for p in parameters))
         alpha, s = (v.double() for v in constrain(single.raw_alpha, single.beta))
-        exact = ConditionedRadial(parameters[0], *((v.expm1().log()) for v in (alpha, s)))
+        exact = radial_at(parameters[0], *((v.expm1().log()) for v in (alpha, s)))
         t, u = (single.inv, exact.inv) if inverse else (single, exact)
         error = (t(x).double() - u(x.double())).abs().max().item()
         assert error <= torch.finfo(torch.float32).eps * max(alpha.item(), s.item())

@@ -17,7 +17,7 @@ from torch.distributions import Transform
 from torch.distributions import transforms as torch_transforms
 
 import pyroflow as pf
-from pyroflow.flow import StandardNormal
+from pyroflow.flows import StandardNormal
 from pyroflow.guides.bases import StandardStudentT
 from tests.cases import CASES, Source, scatter, wild
 
@@ -229,10 +229,10 @@ def trained(flow: pf.Flow, y: Tensor) -> pf.Flow:
 def test_a_fitted_flow_trains_on_as_it_would_have(tmp_path: Path) -> None:
     y = 3 + 2 * torch.randn(50, 2)
     flow = pf.planar_flow(2, 4)
-    flow.place("data_to_base", y)
+    flow.initialize(y)
     loaded = returned(trained(flow, y), tmp_path)
     assert loaded.fitted
-    loaded.place("base_to_data", 5 * y)  # does nothing, as on any fitted flow
+    loaded.initialize(5 * y)  # does nothing, as on any fitted flow
     assert_equal(loaded, flow)
     before = flow().log_prob(y)
     assert_equal(trained(loaded, y), trained(flow, y))

@@ -9,12 +9,12 @@ import pickle
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import saved, scatter, wild
+from cases import planar_at, saved, scatter, sylvester_at, wild
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from pyroflow import ConditionalSylvester, Sylvester, sylvester_flow
-from pyroflow.transforms import ConditionedPlanar, ConditionedSylvester
+from pyroflow.transforms import Conditioned
 from pyroflow.transforms.sylvester import KINDS, bind_diagonal, orthonormal
 
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -25,7 +25,7 @@ def random_sylvester(dim: int, units: int, layers: int, kind: str, sd: float = 1
     return scatter(Sylvester(dim, units, layers, kind), sd)
 
 
-def by_the_paper(t: ConditionedSylvester, x: Tensor) -> tuple[Tensor, Tensor]:
+def by_the_paper(t: Conditioned, x: Tensor) -> tuple[Tensor, Tensor]:
     """z of equation 13 and the logarithm of the product in equation 14, naively, layer by layer."""
     log_det = torch.zeros(x.shape[:-1])
     for frame, R, R_tilde, b in zip(t.frame, t.R, t.R_tilde, t.b, strict=True):
@@ -66,7 +66,7 @@ def test_two_dimensions_by_hand(units: int) -> None:
     """What stands below the diagonals of R and R̃, the 9s, does not count."""
     parts = (torch.tensor(t)[:units, :units].unsqueeze(0) for t in (R, R_TILDE))
     frame, b = torch.eye(2)[:units].unsqueeze(0), torch.tensor([B])[:, :units]
-    t, x = ConditionedSylvester(frame, *parts, b, "triangular"), torch.tensor(X)
+    t, x = sylvester_at(frame, *parts, b, "triangular"), torch.tensor(X)
     expected, log_det = BY_HAND[units]
     y = t(x)
     assert y.tolist() == pytest.approx(expected, abs=1e-14)
@@ -97,7 +97,7 @@ def test_one_unit_is_a_planar_layer() -> None:
     bound, s = bind_diagonal(t.R, t.R_tilde)
     assert torch.allclose(1 + bound * t.R_tilde, s, rtol=1e-12, atol=0)
     w, u = t.R_tilde @ q, torch.log(torch.expm1(s)) / t.R_tilde * q
-    planar = ConditionedPlanar(w.squeeze(1), u.squeeze(1), t.b.squeeze(1))
+    planar = planar_at(w.squeeze(1), u.squeeze(1), t.b.squeeze(1))
     y, expected = t(x), planar(x)
     assert torch.allclose(y, expected, rtol=0, atol=1e-12)
     log_dets = (s.log_abs_det_jacobian(x, s(x)) for s in (t, planar))
@@ -109,7 +109,7 @@ def test_layers_are_the_chain_of_single_layers() -> None:
     t, x = random_sylvester(4, 3, 5, "householder"), torch.randn(20, 4)
     z, log_det = x, torch.zeros(20)
     for k in range(5):
-        one = ConditionedSylvester(*(p[k : k + 1] for p in (t.frame, t.R, t.R_tilde, t.b)))
+        one = sylvester_at(*(p[k : k + 1] for p in (t.frame, t.R, t.R_tilde, t.b)))
         image = one(z)
         log_det, z = log_det + one.log_abs_det_jacobian(z, image), image
     y = t(x)
@@ -236,7 +236,7 @@ def test_log_det_on_a_bend_by_hand(dot: float, float32: None) -> None:
     """a = 0 and r̃ = 1 have the determinant softplus(2 r + 2)/2, which 1 + r̂ would round away."""
     one = torch.ones(1, 1, 1)
     R, x = dot / 2 * one, torch.zeros(1)
-    t = ConditionedSylvester(torch.ones(1, 1, 1), R, one, torch.zeros(1, 1), "triangular")
+    t = sylvester_at(torch.ones(1, 1, 1), R, one, torch.zeros(1, 1), "triangular")
     expected = math.log(math.log1p(math.exp(dot + 2)) / 2)
     assert t.log_abs_det_jacobian(x, t(x)).item() == pytest.approx(expected, rel=1e-6)
 

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from cases import scatter
+from cases import scatter, sylvester_at
 
 from pyroflow import Sylvester
-from pyroflow.transforms import ConditionedSylvester
 from pyroflow.transforms.sylvester import bind_diagonal
 
 
@@ -76,6 +75,6 @@ def test_an_amortised_layer_moves_nothing_far_while_a_diagonal_crosses_zero(kind
     t, x = scatter(Sylvester(6, 3, 1, kind), 1.0), torch.randn(41, 6)
     R_tilde = t.R_tilde.detach().expand(41, 1, 3, 3).clone()
     R_tilde[:, 0, 1, 1] = torch.linspace(-1e-3, 1e-3, 41)
-    swept = ConditionedSylvester(t.frame, t.R, R_tilde, t.b, kind)
+    swept = sylvester_at(t.frame, t.R, R_tilde, t.b, kind)
     assert (swept(x) - x).norm(dim=-1).max() <= 2 * t.R.abs().sum()
     assert torch.allclose(swept.inv(swept(x).clone()), x, atol=1e-12)

@@ -9,13 +9,14 @@ from collections.abc import Callable
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, Source, planar, saved
+from cases import CASES, Source, planar, planar_at, saved
 from pyro.distributions import transforms as pyro_transforms
 from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions import transforms as torch_transforms
 
-from pyroflow.transforms import Affine, ConditionedAffine, ConditionedPlanar, Planar
+from pyroflow import transforms
+from pyroflow.transforms import Affine, Planar
 
 
 @pytest.fixture(params=CASES)
@@ -63,8 +64,8 @@ def test_copies_of_given_parameters(how: str) -> None:
     """A transform that holds plain tensors is copied with them."""
     x = torch.randn(4, 7, 3)
     for t in (
-        ConditionedPlanar(torch.randn(7, 2, 3), torch.randn(7, 2, 3), torch.randn(7, 2)),
-        ConditionedAffine(torch.randn(7, 3), torch.rand(7, 3) + 0.5, diagonal=True),
+        planar_at(torch.randn(7, 2, 3), torch.randn(7, 2, 3), torch.randn(7, 2)),
+        Affine(3, "diagonal").at(torch.randn(7, 3), torch.randn(7, 3)),
     ):
         y = t(x)
         twin = COPIES[how](t)
@@ -96,6 +97,17 @@ def test_names_and_shapes_of_the_parameters() -> None:
     assert shapes == {"offset": (3,), "raw_scale": (3,), "lower": (3, 3)}
     assert {name for name, _ in affine.named_buffers()} == {"centre", "unit"}
     assert {name for name, _ in Affine(3, "diagonal").named_parameters()} == {"offset", "raw_scale"}
+
+
+@pytest.mark.parametrize("name", ["planar", "radial", "sylvester", "affine"])
+def test_names_in_the_state_of_conditional_transforms(name: str) -> None:
+    """The start values under the family's name, then the network: files and checkpoints say so."""
+    sizes = (3, 2, 2) if name == "sylvester" else (3, 2)
+    t = getattr(transforms, f"Conditional{name.title()}")(*sizes, hidden_dims=(4,))
+    start = [f"{name}.{key}" for key in t.start.state_dict()]
+    network = [f"nn.nn.layers.{i}.{key}" for i in range(2) for key in ("weight", "bias")]
+    assert list(t.state_dict()) == [*start, *network]
+    assert repr(t.condition(torch.zeros(2))) == f"{name.title()}.at(...)"
 
 
 # In chains with the transforms of torch and of Pyro.
@@ -155,7 +167,7 @@ def test_chains_of_batched_parameters_have_a_batch_shape() -> None:
     b = dist.TransformedDistribution(
         base,
         [
-            ConditionedPlanar(torch.randn(7, 3, 2), torch.randn(7, 3, 2), torch.randn(7, 3)),
+            planar_at(torch.randn(7, 3, 2), torch.randn(7, 3, 2), torch.randn(7, 3)),
             Affine(2),
         ],
     )

@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
-from cases import CASES, SHAPES, Source
+from cases import CASES, SHAPES, Source, planar_at
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from pyroflow.transforms import Affine, ConditionedAffine, ConditionedPlanar, Planar
+from pyroflow.transforms import Affine, Bijection, Planar
 
 EPS = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps
@@ -178,12 +178,20 @@ def test_inputs_of_a_wrong_dtype(source: Source) -> None:
 def test_inputs_that_do_not_broadcast() -> None:
     message = "has parameters of batch shape (7,), which does not broadcast with x of shape (5, 2)"
     w = torch.ones(7, 1, 2)
-    for t in (
-        ConditionedPlanar(w, w, torch.zeros(7, 1)),
-        ConditionedAffine(torch.zeros(7, 2), torch.ones(7, 2), diagonal=True),
-    ):
-        with pytest.raises(ValueError, match=re.escape(f"{type(t).__name__} {message}")):
+    planar, affine = planar_at(w, w, torch.zeros(7, 1)), Affine(2).at(w[:, 0], w[:, 0], w.mT @ w)
+    for name, t in (("Planar", planar), ("Affine", affine)):
+        with pytest.raises(ValueError, match=re.escape(f"{name} {message}")):
             t(torch.zeros(5, 2))
+
+
+def test_at_takes_as_many_tensors_as_are_trained(source: Source) -> None:
+    family = getattr(source.parts, "start", source.parts)
+    if isinstance(family, Bijection):
+        twin = family.at(*family.trained())
+        for one, other in zip(twin._map_parameters(), family._map_parameters(), strict=True):
+            assert one is other
+        with pytest.raises(ValueError, match=r"\w+\.at expects \w+, .*, got 1"):
+            family.at(torch.zeros(2))
 
 
 @pytest.mark.parametrize(

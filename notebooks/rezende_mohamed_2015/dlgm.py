@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, SigmoidTransform, Transform
 
 from pyroflow.checks import check_count
-from pyroflow.flow import draw_from
+from pyroflow.flows import draw_from
 
 MAX_LOG_SCALE = 5.0  # of the logit-normal: colours that repeat exactly have no finite likelihood
 

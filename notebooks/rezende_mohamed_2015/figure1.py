@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyroflow.drawing import save_figure
 from pyroflow.seeds import seeded
-from pyroflow.transforms import Bijection, ConditionedPlanar, ConditionedRadial
+from pyroflow.transforms import Bijection, Conditioned, Planar, Radial
 from pyroflow.transforms.affine import inverse_softplus
 from rezende_mohamed_2015.results import Options, Results
 
@@ -54,7 +54,7 @@ def run(options: Options) -> dict[str, Any]:
     return {"runs": results.ordered(planned), **results.summary}
 
 
-def planar_layers(num_layers: int) -> ConditionedPlanar:
+def planar_layers(num_layers: int) -> Conditioned:
     """The first of ten planar layers: wᵀû decides how a layer stretches across its hyperplane.
 
     The first two are at right angles and expand; the others contract or expand at random.
@@ -73,10 +73,10 @@ def planar_layers(num_layers: int) -> ConditionedPlanar:
         u = slope.unsqueeze(-1) * w / steepness.square()
         u[2:] += 0.7 * torch.randn(8, 1, dtype=torch.float64) * along[2:]
     K = num_layers
-    return ConditionedPlanar(w[:K], u[:K], b[:K])
+    return Planar(2, K).at(w[:K], u[:K], b[:K])
 
 
-def radial_layers(num_layers: int) -> ConditionedRadial:
+def radial_layers(num_layers: int) -> Conditioned:
     """The first of ten radial layers: β̂ > 0 expands around a centre, β̂ < 0 contracts."""
     with seeded(SEED):
         centre = 1.2 * torch.randn(10, 2, dtype=torch.float64)
@@ -85,7 +85,7 @@ def radial_layers(num_layers: int) -> ConditionedRadial:
         ratio[:2] = torch.tensor([5.0, 0.25], dtype=torch.float64)
         s = ratio * alpha  # α + β̂
     K = num_layers
-    return ConditionedRadial(centre[:K], inverse_softplus(alpha)[:K], inverse_softplus(s)[:K])
+    return Radial(2, K).at(centre[:K], inverse_softplus(alpha)[:K], inverse_softplus(s)[:K])
 
 
 def gaussian(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyroflow.drawing import save_figure
-from pyroflow.flow import Flow, StandardNormal
+from pyroflow.flows import Flow, StandardNormal
 from pyroflow.inference import fit_energy
 from pyroflow.seeds import seeded
 from pyroflow.targets import energy

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pyro.distributions.torch_transform import TransformModule
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.nn.functional import linear
 
@@ -77,12 +77,6 @@ class AdditiveCoupling(Bijection, TransformModule):
         self.weight = nn.Parameter(torch.zeros(K, D - kept, H))
         self.bias = nn.Parameter(torch.zeros(K, D - kept))
 
-    def forward_shape(self, shape: Size) -> Size:
-        """The shape itself."""
-        return shape
-
-    inverse_shape = forward_shape
-
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Zeros of shape (*B), for x of shape (*B, D)."""
         return self._log_det(x)
@@ -98,8 +92,8 @@ class AdditiveCoupling(Bijection, TransformModule):
             x = torch.cat([kept, moved + _shift(kept, *network)], -1)
         return x, x
 
-    def _backward(
-        self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Any] | None
+    def _invert(
+        self, y: Tensor, parameters: tuple[Tensor, ...], cached: tuple[Tensor, Any] | None
     ) -> tuple[Tensor, Tensor]:
         sizes = self._sizes()
         for *network, Q in reversed(self._layers(parameters)):
@@ -108,8 +102,8 @@ class AdditiveCoupling(Bijection, TransformModule):
             y = y if Q is None else y @ Q
         return y, y
 
-    def _log_det(self, work: Tensor) -> Tensor:
-        return work.new_zeros(work.shape[:-1])
+    def _log_det(self, intermediates: Tensor) -> Tensor:
+        return intermediates.new_zeros(intermediates.shape[:-1])
 
     def _sizes(self) -> list[int]:
         return [self.input_dim // 2, self.input_dim - self.input_dim // 2]
@@ -140,7 +134,7 @@ def nice_layers(
         ValueError: a size that is too small, or an unknown mixing.
 
     Example:
-        >>> from pyroflow.flow import Flow, StandardNormal
+        >>> from pyroflow.flows import Flow, StandardNormal
         >>> flow = Flow(StandardNormal(4), nice_layers(4, 3, "orthogonal"))
         >>> flow().log_prob(flow().sample((5,))).shape
         torch.Size([5])

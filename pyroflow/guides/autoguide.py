@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyroflow.checks import check_choice, check_positive
-from pyroflow.flow import Flow
+from pyroflow.flows import AlongPath, Flow
 from pyroflow.guides.bases import base_of
 from pyroflow.guides.drop_in import DropIn
 from pyroflow.guides.given_transforms import Build, check_sizes, check_transforms, transforms_for
 from pyroflow.guides.sites import started_anywhere, unconstrain
 from pyroflow.model.supports import bijection
-from pyroflow.path_derivative import AlongPath
 from pyroflow.seeds import seeded
 from pyroflow.transforms import Affine
 from pyroflow.transforms.affine import AffineKind
@@ -60,7 +59,7 @@ class AutoFlow(DropIn):
         flow: after the first call, the :class:`~pyroflow.Flow` over the unconstrained latents.
         affine: after the first call, its affine layer; None if there is none.
         path_derivative: whether gradients of log q go along the path of the sample only
-            (:class:`~pyroflow.path_derivative.AlongPath`), in any ELBO.
+            (:class:`~pyroflow.flows.AlongPath`), in any ELBO.
 
     Raises:
         TypeError: ``transforms`` or an entry of another type.

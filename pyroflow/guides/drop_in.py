@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyroflow.flow import Flow
+from pyroflow.flows import Flow
 from pyroflow.guides.own_name import take_own_name
 from pyroflow.guides.refusals import (
     refuse_circular,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyroflow.checks import check_choice, check_count
-from pyroflow.flow import Flow
+from pyroflow.flows import Flow
 from pyroflow.guides.autoguide import AutoFlow
 from pyroflow.transforms import Planar, Sylvester
 from pyroflow.transforms.affine import AffineKind

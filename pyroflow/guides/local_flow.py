@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyroflow.checks import check_count
-from pyroflow.flow import StandardNormal
-from pyroflow.transforms import Affine, ConditionedPlanar, Planar
+from pyroflow.flows import StandardNormal
+from pyroflow.transforms import Affine, Planar
 from pyroflow.transforms.affine import AffineKind
 
 # How fast the planar parameters learn, beside location and scale. As fast, they would take part
@@ -66,6 +66,7 @@ class LocalFlow(nn.Module):
         D = len(init_loc)
         self.base = StandardNormal(D)
         planar = Planar(D, num_layers)
+        self._planar = (planar,)  # within a tuple, so that it is neither trained nor saved
         for name in ("w", "u", "b"):  # where every row starts; not trained
             self.register_buffer(name, getattr(planar, name).detach())
         self.affine = Affine(D, affine, init_loc=init_loc, init_scale=init_scale)
@@ -98,7 +99,7 @@ class LocalFlow(nn.Module):
             added = [a + table[index] for a, table in zip(added, self.tables, strict=True)]
         gains = (GAIN, GAIN, GAIN, 1.0, 1.0, 1.0)
         values = [v + gain * a for v, a, gain in zip(start, added, gains, strict=False)]
-        planar = ConditionedPlanar(*values[:3])
+        planar = self._planar[0].at(*values[:3])
         return dist.TransformedDistribution(self.base(), [planar, self.affine.at(*values[3:])])
 
     def _start(self) -> list[Tensor]:

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyroflow.flow import Flow, draw_from
+from pyroflow.flows import Flow, draw_from, log_prob_at_fixed
 from pyroflow.inference.annealing import described
 from pyroflow.inference.checkpoint import held
 from pyroflow.inference.fit import Fit, check_options, trainable
 from pyroflow.inference.loop import Loop
 from pyroflow.inference.objectives import bound_scores, cut_loss
-from pyroflow.path_derivative import log_prob_at_fixed
 from pyroflow.seeds import between_draws, quick, seeded
 
 STEPS_AT_FULL_WEIGHT = 5000  # the default number of steps after annealing has ended
@@ -100,7 +99,7 @@ def fit_energy(
         settings["energy"] = _check_energy(flow, energy)
         _warn_of_flat_axes(flow, energy)
         settings["annealing"] = described(annealing, steps)
-        flow.place("base_to_data")
+        flow.initialize()
         settings["flow"] = flow.get_extra_state()
         scored = torch.randint(2**31, (), device="cpu")
 

@@ -14,7 +14,7 @@ from pyro.distributions import TransformedDistribution
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyroflow.flow import draw_from
+from pyroflow.flows import draw_from, log_prob_at_fixed
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.annealing import AdaptiveAnnealing
 from pyroflow.inference.checkpoint import check_settings, saved_settings
@@ -37,7 +37,6 @@ from pyroflow.inference.traced_guide import (
     warn_of_mixing,
 )
 from pyroflow.inference.warm_start import TICKS, Gaussian, best_gaussian
-from pyroflow.path_derivative import log_prob_at_fixed
 from pyroflow.seeds import between_draws, drawing, quick, seeded
 
 STEPS, PARTICLES = 3000, 128
@@ -110,6 +109,7 @@ class FlowFit:
         untouched, before = _untouched(self.guide), None
         if self.saved:
             check_settings(self.checkpoint, self.saved, self.settings)
+        self.guide.flow.fitted = True
         if self.part in (FLOW, GROWN):
             self.spent = self.steps - self.saved["steps"]
             if self.part == GROWN:
@@ -147,7 +147,7 @@ class FlowFit:
         options |= {"label": "fit_guide, Gaussian", "checkpoint": self.checkpoint, **self.shared}
         options["fixed"] = [*guide.buffers(), self.skipped]
         fit = self._run(Loop(gaussian, lambda step: self._loss(1.0), self._score, **options))
-        guide.affine.absorb()
+        guide.affine.recentre()
         return fit
 
     def _train(self, before: Fit | None, part: str, *, resume: bool) -> tuple[Fit, float]:

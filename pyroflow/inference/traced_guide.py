@@ -73,6 +73,8 @@ def fit_by_traces(
         inner = layers_inside(guide)
         first = round(GAUSSIAN_PART * steps) if inner else 0
         start = None
+        if isinstance(guide, AutoFlow):
+            guide.flow.fitted = True
         placing = first > 0 and saved_settings(checkpoint).get("part") != FLOW
         fixed = list(guide.buffers()) if isinstance(guide, nn.Module) else []
         options = {"fixed": [*fixed, scored], "checkpoint": checkpoint, **shared}
@@ -81,7 +83,7 @@ def fit_by_traces(
             part = {"steps": first, "label": "fit_guide, Gaussian"}
             part["settings"] = settings | {"part": GAUSSIAN}
             start = _run(Loop(gaussian, lambda step: loss(1.0), score, **part, **options))
-            guide.affine.absorb()
+            guide.affine.recentre()
         annealed = ANNEALED_PART * (steps - first)
         if annealing is None:
             annealing = (lambda t: min(1.0, 0.1 + 0.9 * t / annealed)) if first else (lambda t: 1.0)

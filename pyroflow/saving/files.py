@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflow.flow import Flow
+from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow
 from pyroflow.io import packed, read_data, write_whole
 from pyroflow.saving.description import Bounded, UndescribedError

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyroflow.flow import Flow
+from pyroflow.flows import Flow
 from pyroflow.saving.description import stored
 from pyroflow.saving.recipes import DESCRIPTIONS
 from pyroflow.seeds import seeded

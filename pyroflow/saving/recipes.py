@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from torch import nn
 from torch.distributions import transforms as torch_transforms
 
-from pyroflow.flow import Flow, StandardNormal
+from pyroflow.flows import Flow, StandardNormal
 from pyroflow.guides.bases import StandardStudentT
 from pyroflow.saving.description import Descriptions, Recipe
 from pyroflow.transforms import (
@@ -52,12 +52,12 @@ def _flow(base: Any, transforms: list, order: list[int]) -> Flow:
 
 def _distinct(flow: Flow) -> list:
     """Each transform once, so that layers which share parameters share them again."""
-    return list({id(t): t for t in flow._parts}.values())
+    return list({id(t): t for t, _ in flow.steps}.values())
 
 
 def _order(flow: Flow) -> list[int]:
     ids = [id(t) for t in _distinct(flow)]
-    return [ids.index(id(t)) for t in flow._parts]
+    return [ids.index(id(t)) for t, _ in flow.steps]
 
 
 _PLANAR: Arguments = {

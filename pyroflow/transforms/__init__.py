@@ -1,22 +1,27 @@
 """The bijections: each maps base to data and runs both ways."""
 
-from pyroflow.transforms.affine import Affine, ConditionalAffine, ConditionedAffine
-from pyroflow.transforms.bijection import Bijection
-from pyroflow.transforms.planar import ConditionalPlanar, ConditionedPlanar, Planar
-from pyroflow.transforms.radial import ConditionalRadial, ConditionedRadial, Radial
-from pyroflow.transforms.sylvester import ConditionalSylvester, ConditionedSylvester, Sylvester
+from pyroflow.transforms.affine import Affine
+from pyroflow.transforms.bijection import Bijection, Conditioned
+from pyroflow.transforms.conditional import (
+    Conditional,
+    ConditionalAffine,
+    ConditionalPlanar,
+    ConditionalRadial,
+    ConditionalSylvester,
+)
+from pyroflow.transforms.planar import Planar
+from pyroflow.transforms.radial import Radial
+from pyroflow.transforms.sylvester import Sylvester
 
 __all__ = [
     "Affine",
     "Bijection",
+    "Conditional",
     "ConditionalAffine",
     "ConditionalPlanar",
     "ConditionalRadial",
     "ConditionalSylvester",
-    "ConditionedAffine",
-    "ConditionedPlanar",
-    "ConditionedRadial",
-    "ConditionedSylvester",
+    "Conditioned",
     "Planar",
     "Radial",
     "Sylvester",

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from pyroflow.checks import check_choice, check_count, check_positive
-from pyroflow.transforms.bijection import Bijection, precisely
-from pyroflow.transforms.constraint import softplus
-from pyroflow.transforms.hypernet import Hypernet
+from pyroflow.transforms.bijection import Bijection
+from pyroflow.transforms.cache import Cached, Parameters, precisely
+from pyroflow.transforms.kernels.units import softplus
 
 AffineKind = Literal["full", "diagonal"]
 
@@ -24,109 +22,7 @@ def inverse_softplus(scale: Tensor) -> Tensor:
     return scale + torch.log(-torch.expm1(-scale))
 
 
-class ConditionedAffine(Bijection):
-    """y = loc + L x with given parameters; base to data.
-
-    Args:
-        loc: shape (*P, D).
-        scale: L with positive diagonal, lower triangular (*P, D, D), or its diagonal
-            (*P, D) alone where ``diagonal``.
-        diagonal: whether ``scale`` is a diagonal.
-        trained: the offset, raw scale and, where not diagonal, lower of an :class:`Affine` that
-            acts first, each with batch dimensions of its own; none by default.
-
-    Example:
-        >>> import torch
-        >>> from pyroflow.transforms import ConditionedAffine
-        >>> t = ConditionedAffine(torch.zeros(3), torch.full((3,), 2.0), diagonal=True)
-        >>> t(torch.ones(3))
-        tensor([2., 2., 2.])
-    """
-
-    def __init__(
-        self, loc: Tensor, scale: Tensor, *, diagonal: bool, trained: Sequence[Tensor] = ()
-    ) -> None:
-        super().__init__()
-        self._given, self.diagonal = (*trained, loc, scale), diagonal
-
-    def loc_and_scale(self) -> tuple[Tensor, Tensor]:
-        """The location, shape (*P, D), and L, shape (*P, D, D) or (*P, D)."""
-        parameters = self._map_parameters()
-        loc, scale = precisely(self._compose, parameters[0], parameters)
-        return loc, scale.to(loc.dtype)
-
-    def _map_parameters(self) -> tuple[Tensor, ...]:
-        return self._given
-
-    def _parameter_batch(self) -> Size:
-        return self._map_parameters()[0].shape[:-1]
-
-    def _compose(self, _: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        *trained, loc, scale = parameters
-        if not trained:
-            return loc, scale
-        offset, raw_scale, *lower = trained
-        widths = softplus(raw_scale)
-        if not lower:
-            return loc + scale * offset, scale * widths
-        identity = torch.eye(widths.shape[-1], dtype=widths.dtype, device=widths.device)
-        A = widths.unsqueeze(-1) * (lower[0].tril(-1) + identity)
-        return loc + _times(scale, offset), scale @ A
-
-    def _factors(self, parameters: tuple[Tensor, ...], x: Tensor) -> tuple:
-        """Location, scale, and the offset, widths and lower of A if it is to act by itself.
-
-        L = C A costs as much as D draws: with fewer of them the factors act in turn.
-        """
-        if len(parameters) < 5 or x.numel() >= parameters[2].numel():
-            return *self._compose(x, parameters), None
-        offset, raw_scale, lower, centre, unit = parameters
-        return centre, unit, (offset, softplus(raw_scale), lower)
-
-    def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        loc, scale, inner = self._factors(parameters, x)
-        work = self._spread(scale, inner, x)
-        if self.diagonal:
-            return loc + scale * x, work
-        if inner:
-            offset, widths, lower = inner
-            x = offset + widths * (x + _times(lower.tril(-1), x))
-        return loc + _times(scale, x), work
-
-    def _backward(
-        self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        loc, scale, inner = self._factors(parameters, y)
-        x = (y - loc) / scale if self.diagonal else _solve_lower(scale, y - loc)
-        if inner:
-            offset, widths, lower = inner
-            x = _solve_lower(lower, (x - offset) / widths, unitriangular=True)
-        return x, self._spread(scale, inner, y)
-
-    def _log_det(self, work: Tensor) -> Tensor:
-        return work
-
-    def _spread(self, scale: Tensor, inner: tuple | None, x: Tensor) -> Tensor:
-        """The log-determinant, the same for each x."""
-        diagonal = scale if self.diagonal else scale.diagonal(dim1=-2, dim2=-1)
-        diagonal = diagonal * inner[1] if inner else diagonal
-        return diagonal.log().sum(-1).expand(self.forward_shape(x.shape)[:-1])
-
-
-def _times(tril: Tensor, x: Tensor) -> Tensor:
-    return x @ tril.mT if tril.dim() == 2 else (tril @ x.unsqueeze(-1)).squeeze(-1)
-
-
-def _solve_lower(tril: Tensor, y: Tensor, *, unitriangular: bool = False) -> Tensor:
-    """The x with tril x = y; what lies above the diagonal is not read."""
-    solve = partial(torch.linalg.solve_triangular, unitriangular=unitriangular)
-    if tril.dim() > 2:
-        return solve(tril, y.unsqueeze(-1), upper=False).squeeze(-1)
-    flat = y.reshape(-1, y.shape[-1])
-    return solve(tril.mT, flat, upper=True, left=False).view_as(y)
-
-
-class Affine(ConditionedAffine, TransformModule):
+class Affine(Bijection, TransformModule):
     """y = loc + L x with a trainable location and lower-triangular scale L; base to data.
 
     The trainable part is A = diag(softplus(raw)) · (unit lower triangular), as in Pyro's
@@ -152,6 +48,8 @@ class Affine(ConditionedAffine, TransformModule):
         torch.Size([5, 3])
     """
 
+    fixed = ("centre", "unit")
+
     def __init__(
         self,
         input_dim: int,
@@ -166,6 +64,8 @@ class Affine(ConditionedAffine, TransformModule):
         scale = torch.full_like(offset, float(check_positive("init_scale", init_scale)))
         Bijection.__init__(self)
         self.diagonal = kind == "diagonal"
+        trained = {"offset": 1, "raw_scale": 1} | ({} if self.diagonal else {"lower": 2})
+        self.event_dims = trained | {"centre": 1, "unit": 1 if self.diagonal else 2}
         self.offset = nn.Parameter(offset)
         self.raw_scale = nn.Parameter(inverse_softplus(scale))
         if not self.diagonal:
@@ -195,7 +95,7 @@ class Affine(ConditionedAffine, TransformModule):
             )
         self.start_from(y.mean(0), sd.unsqueeze(-1) * factor)
 
-    def absorb(self) -> None:
+    def recentre(self) -> None:
         """Make the present location and scale the units; the map stays as it is."""
         self.start_from(*(t.clone() for t in self.loc_and_scale()))
 
@@ -209,57 +109,66 @@ class Affine(ConditionedAffine, TransformModule):
         if not self.diagonal:
             self.lower.zero_()
 
-    def _map_parameters(self) -> tuple[Tensor, ...]:
-        return (*self.trained(), self.centre, self.unit)
+    def loc_and_scale(self) -> tuple[Tensor, Tensor]:
+        """The location, shape (D,), and L, shape (D, D), or its diagonal (D,)."""
+        parameters = self._map_parameters()
+        loc, scale = precisely(self._compose, parameters[0], parameters)
+        return loc, scale.to(loc.dtype)
 
-    def trained(self) -> tuple[Tensor, ...]:
-        """The trainable parameters: offset (D,), raw scale (D,) and, if full, lower (D, D)."""
-        return (self.offset, self.raw_scale) + (() if self.diagonal else (self.lower,))
+    def _compose(self, _: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        offset, raw_scale, *lower, centre, unit = parameters
+        widths = softplus(raw_scale)
+        if not lower:
+            return centre + unit * offset, unit * widths
+        identity = torch.eye(widths.shape[-1], dtype=widths.dtype, device=widths.device)
+        A = widths.unsqueeze(-1) * (lower[0].tril(-1) + identity)
+        return centre + _times(unit, offset), unit @ A
 
-    def at(self, *trained: Tensor) -> ConditionedAffine:
-        """The layer with other tensors, of any batch shape, in place of the trained ones."""
-        return ConditionedAffine(self.centre, self.unit, diagonal=self.diagonal, trained=trained)
+    def _factors(self, parameters: Parameters, x: Tensor) -> tuple:
+        """Location, scale, and the offset, widths and lower of A if it is to act by itself.
+
+        L = C A costs as much as D draws: with fewer of them the factors act in turn.
+        """
+        if self.diagonal or x.numel() >= parameters[2].numel():
+            return *self._compose(x, parameters), None
+        offset, raw_scale, lower, centre, unit = parameters
+        return centre, unit, (offset, softplus(raw_scale), lower)
+
+    def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        loc, scale, inner = self._factors(parameters, x)
+        z = x
+        if inner:
+            offset, widths, lower = inner
+            z = offset + widths * (x + _times(lower.tril(-1), x))
+        y = loc + (scale * z if self.diagonal else _times(scale, z))
+        return y, self._spread(scale, inner, y)
+
+    def _invert(self, y: Tensor, parameters: Parameters, cached: Cached) -> tuple[Tensor, Tensor]:
+        loc, scale, inner = self._factors(parameters, y)
+        x = (y - loc) / scale if self.diagonal else _solve_lower(scale, y - loc)
+        if inner:
+            offset, widths, lower = inner
+            x = _solve_lower(lower, (x - offset) / widths, unitriangular=True)
+        return x, self._spread(scale, inner, x)
+
+    def _log_det(self, intermediates: Tensor) -> Tensor:
+        return intermediates
+
+    def _spread(self, scale: Tensor, inner: tuple | None, image: Tensor) -> Tensor:
+        """The log-determinant, the same for each row of an image."""
+        diagonal = scale if self.diagonal else scale.diagonal(dim1=-2, dim2=-1)
+        diagonal = diagonal * inner[1] if inner else diagonal
+        return diagonal.log().sum(-1).expand(image.shape[:-1])
 
 
-class ConditionalAffine(ConditionalTransformModule):
-    """An :class:`Affine` whose parameters depend on a context: theirs plus a network's output.
+def _times(tril: Tensor, x: Tensor) -> Tensor:
+    return x @ tril.mT if tril.dim() == 2 else (tril @ x.unsqueeze(-1)).squeeze(-1)
 
-    The network's last layer starts at zero, so at first every context has the same map.
 
-    Args:
-        input_dim: D.
-        context_dim: C; ``condition`` takes a context of shape (*B, C).
-        kind: "full" or "diagonal".
-        hidden_dims: sizes of the network's hidden layers; () for a linear map.
-
-    Raises:
-        ValueError: a size below 1, or an unknown kind.
-
-    Example:
-        >>> import torch
-        >>> from pyroflow import ConditionalAffine
-        >>> t = ConditionalAffine(2, context_dim=3).condition(torch.randn(7, 3))
-        >>> t(torch.zeros(7, 2)).shape
-        torch.Size([7, 2])
-    """
-
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        kind: AffineKind = "full",
-        *,
-        hidden_dims: tuple[int, ...] = (64, 64),
-    ) -> None:
-        super().__init__()
-        self.affine = Affine(input_dim, kind)
-        self.nn = Hypernet(context_dim, hidden_dims, [t.shape for t in self.affine.trained()])
-
-    def standardize(self, y: Tensor) -> None:
-        """Set every context's location and scale to the mean and covariance of y, shape (N, D)."""
-        self.affine.standardize(y)
-        self.nn.reset_output()
-
-    def condition(self, context: Tensor) -> ConditionedAffine:
-        """The affine map for a context of shape (*B, C); a snapshot of the parameters."""
-        return self.affine.at(*self.nn(context, self.affine.trained()))
+def _solve_lower(tril: Tensor, y: Tensor, *, unitriangular: bool = False) -> Tensor:
+    """The x with tril x = y; what lies above the diagonal is not read."""
+    solve = partial(torch.linalg.solve_triangular, unitriangular=unitriangular)
+    if tril.dim() > 2:
+        return solve(tril, y.unsqueeze(-1), upper=False).squeeze(-1)
+    flat = y.reshape(-1, y.shape[-1])
+    return solve(tril.mT, flat, upper=True, left=False).view_as(y)

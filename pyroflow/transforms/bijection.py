@@ -1,239 +1,141 @@
-"""What every pyroflow transform shares: the pair cache, shape checks, broadcasting."""
+"""A bijection is a formula and parameters; ``t.at(...)`` is the same formula at other tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Transform, constraints
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.distributions import constraints
 
-# Beside the tensors and not on them: an attribute would travel into files and copies.
-_ORIGINS = WeakTensorKeyDictionary()
+from pyroflow.transforms.cache import Cached, CachedTransform, Parameters
 
 
-class _Pair(NamedTuple):
-    """One (x, y) with the intermediate results of the call that made it."""
+class Bijection(CachedTransform):
+    """A bijection of R^D: a formula, and the tensors that it takes.
 
-    x: Tensor
-    y: Tensor
-    work: Any
-    recorded: bool
-    parameters: tuple[Tensor, ...]  # kept alive, so that no other tensor gets one of their ids
-    stamp: list
+    A family sets ``event_dims``, holds a tensor under each of its names, and implements
+    ``_forward``, ``_invert`` and ``_log_det``.
 
-
-class Bijection(Transform):
-    """A bijection of R^D whose cache is never stale.
-
-    Two pairs are remembered. The pair that the last *forward* call made lets a sample be
-    scored without a root search, in a chain of bijections as well. The pair of the last
-    *inverse* call only hands its intermediate results on to ``log_abs_det_jacobian``. A pair
-    serves the very tensors it was made with, as long as they and the parameters are unchanged:
-    neither an optimiser step nor an in-place edit leaves a wrong answer behind (pyro issues
-    #2718 and #2564). Only an edit in place through ``.data`` escapes, as it escapes autograd.
-    Copies and pickles start with an empty cache.
-
-    As with torch's cached transforms, the x found for a sample that carries its graph is the x
-    it was made from: gradients flow on to the parameters, and not into the sample as such. For
-    the latter clone the sample, or use :class:`~pyroflow.path_derivative.AlongPath`.
-
-    Subclasses implement the four methods that raise ``NotImplementedError`` here.
+    Attributes:
+        event_dims: the number of dimensions of each parameter without its batch, by name and in
+            the order in which the formula takes them; the first parameter's last size is D.
+        fixed: the names of those that are not trained.
     """
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
+    event_dims: Mapping[str, int] = {}
+    fixed: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
-        super().__init__(cache_size=1)
-        self._made: _Pair | None = None
-        self._solved: _Pair | None = None
+    def trained(self) -> Parameters:
+        """The trainable parameters."""
+        return tuple(getattr(self, name) for name in self._trained_names())
 
-    def _map_parameters(self) -> tuple[Tensor, ...]:
-        """The tensors that decide the map; the first has shape (*P, D) or (*P, K, D)."""
-        raise NotImplementedError
-
-    def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
-        """Return y and the intermediate results ("work") that the other methods reuse."""
-        raise NotImplementedError
-
-    def _backward(
-        self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Any] | None
-    ) -> tuple[Tensor, Any]:
-        """Return x and the work; ``known`` holds their values where they were found before."""
-        raise NotImplementedError
-
-    def _log_det(self, work: Any) -> Tensor:
-        """Return log |det dy/dx|, shape (*B)."""
-        raise NotImplementedError
-
-    def _parameter_batch(self) -> Size:
-        """The batch shape P of the parameters."""
-        return Size()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return y = t(x) for x of shape (*B, D), and remember the pair."""
-        parameters = self._map_parameters()
-        self._check("x", x, parameters)
-        y, work = precisely(self._forward, x, parameters)
-        if torch.compiler.is_compiling():  # a compiler merges equal passes itself
-            return y
-        solved = self._solved
-        if solved is not None and solved.x is _origin(x) and self._unchanged(solved):
-            _remember_origin(y, _origin(solved.y))
-        self._made = self._pair(x, y, work, parameters)
-        return y
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        parameters = self._map_parameters()
-        self._check("y", y, parameters)
-        if torch.compiler.is_compiling():
-            return precisely(self._backward, y, parameters, None)[0]
-        made = self._made_from(y, y) or self._made_from(y, _origin(y))
-        if made is not None and made.x.shape == y.shape:
-            own = made.y is y and not (y.is_leaf and y.requires_grad)
-            if (own and made.recorded) or not torch.is_grad_enabled():
-                return made.x
-        known = made and (made.x, made.work)
-        x, work = precisely(self._backward, y, parameters, known)
-        if made is not None:
-            _remember_origin(x, made.x)
-        self._solved = self._pair(x, y, work, parameters)
-        return x
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return log |det dy/dx|, shape (*B), for y = t(x)."""
-        known = () if torch.compiler.is_compiling() else (self._made, self._solved)
-        for pair in known:
-            if pair is not None and self._serves(pair, x, y):
-                return self._log_det(pair.work).to(x.dtype)
-        parameters = self._map_parameters()
-        self._check("x", x, parameters)
-        return self._log_det(precisely(self._forward, x, parameters)[1]).to(x.dtype)
-
-    def inverse_along_path(self, y: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """t⁻¹(y) and log |det dy/dx| as functions of y alone, the parameters held fixed.
-
-        Where ``origin`` is what this transform has just made nothing is solved: the activations
-        of the forward pass are the solution.
+    def at(self, *trained: Tensor) -> Conditioned:
+        """The same map with other tensors, of any batch shape, in place of the trained ones.
 
         Args:
-            y: shape (*B, D).
-            origin: a tensor with the values of y: y itself, or the origin that the next
-                transform towards the data returned.
+            *trained: as :meth:`trained` returns them, each with batch dimensions of its own.
 
-        Returns:
-            x, shape (*B, D); log |det|, shape (*B); the origin of x.
+        Raises:
+            ValueError: If their number is not that of the trained parameters.
         """
-        parameters = self._map_parameters()
-        self._check("y", y, parameters)
-        fixed = tuple(t.detach() for t in parameters)
-        made = None if torch.compiler.is_compiling() else self._made_from(y, origin)
-        x, work = precisely(self._backward, y, fixed, made and (made.x, made.work))
-        return x, self._log_det(work).to(y.dtype), made.x if made else x
+        names = self._trained_names()
+        if len(trained) != len(names):
+            raise ValueError(f"{self._name()}.at expects {', '.join(names)}, got {len(trained)}")
+        fixed = {name: getattr(self, name) for name in self.fixed}
+        return Conditioned(self, fixed | dict(zip(names, trained, strict=True)))
 
     def forward_shape(self, shape: Size) -> Size:
-        """Broadcast the batch part of a shape with that of the parameters."""
-        return torch.broadcast_shapes(shape[:-1], self._parameter_batch()) + shape[-1:]
+        """The shape itself: the trained parameters have no batch dimensions."""
+        return shape
 
     inverse_shape = forward_shape
 
-    def with_cache(self, cache_size: int = 1) -> Bijection:
-        """Return self: the cache is always on, and never changes a result."""
-        return self
+    def _name(self) -> str:
+        return type(self).__name__
 
-    def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_made": None, "_solved": None}
+    def _map_parameters(self) -> Parameters:
+        return tuple([getattr(self, name) for name in self.event_dims])
 
-    def _pair(
-        self, x: Tensor, y: Tensor, work: Any, parameters: tuple[Tensor, ...]
-    ) -> _Pair | None:
-        if any([t.is_inference() for t in (x, y, *parameters)]):  # their edits cannot be noticed
-            return None
-        stamp = _stamp(x, y, parameters)
-        return _Pair(x, y, work, torch.is_grad_enabled(), parameters, stamp)
+    def _trained_names(self) -> list[str]:
+        return [name for name in self.event_dims if name not in self.fixed]
 
-    def _made_from(self, y: Tensor, origin: Tensor) -> _Pair | None:
-        made = self._made
-        if made is None or made.y is not origin or origin.shape != y.shape:
-            return None
-        return made if self._unchanged(made) else None
+    def _batch(self, parameters: Parameters) -> Size:
+        """The batch shape P of the parameters."""
+        pairs = list(zip(parameters, self.event_dims.values(), strict=True))
+        if not any([t.dim() > n for t, n in pairs]):
+            return Size()
+        return torch.broadcast_shapes(*[t.shape[: t.dim() - n] for t, n in pairs])
 
-    def _serves(self, pair: _Pair, x: Tensor, y: Tensor) -> bool:
-        enough = pair.recorded or not torch.is_grad_enabled()
-        return enough and pair.x is x and pair.y is y and self._unchanged(pair)
-
-    def _unchanged(self, pair: _Pair) -> bool:
-        return pair.stamp == _stamp(pair.x, pair.y, self._map_parameters())
-
-    def _check(self, name: str, value: Tensor, parameters: tuple[Tensor, ...]) -> None:
+    def _check(self, name: str, value: Tensor, parameters: Parameters) -> None:
         parameter = parameters[0]
-        kind, size = type(self).__name__, parameter.shape[-1]
-        if value.dim() == 0 or value.shape[-1] != size:
+        if value.dim() == 0 or value.shape[-1] != parameter.shape[-1]:
             raise ValueError(
-                f"{kind} expects {name} with last dimension {size}, got shape {tuple(value.shape)}"
+                f"{self._name()} expects {name} with last dimension {parameter.shape[-1]}, got "
+                f"shape {tuple(value.shape)}"
             )
         if value.dtype != parameter.dtype:
             raise ValueError(
-                f"{kind} has {parameter.dtype} parameters, got {name} in {value.dtype}: "
+                f"{self._name()} has {parameter.dtype} parameters, got {name} in {value.dtype}: "
                 f"convert one of them, as in {name}.to({parameter.dtype})"
             )
-        if self._parameter_batch():
-            self._check_batch(name, value)
 
-    def _check_batch(self, name: str, value: Tensor) -> None:
+
+class Conditioned(Bijection):
+    """The formula of a bijection at given parameters, each with batch dimensions of its own.
+
+    Made by :meth:`Bijection.at`, and by the conditional transforms; a snapshot.
+
+    Args:
+        family: whose formula it is.
+        parameters: a tensor for each name of its ``event_dims``.
+
+    Example:
+        >>> import torch
+        >>> from pyroflow import Planar
+        >>> t = Planar(3, num_layers=4)
+        >>> t.at(torch.randn(7, 4, 3), t.u, t.b)(torch.zeros(5, 7, 3)).shape
+        torch.Size([5, 7, 3])
+    """
+
+    def __init__(self, family: Bijection, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.family = family
+        self.event_dims, self.fixed = family.event_dims, family.fixed
+        vars(self).update(parameters)
+        self._batch_shape = self._batch(self._map_parameters())
+
+    def forward_shape(self, shape: Size) -> Size:
+        """Broadcast the batch part of a shape with that of the parameters."""
+        return torch.broadcast_shapes(shape[:-1], self._batch_shape) + shape[-1:]
+
+    inverse_shape = forward_shape
+
+    def __repr__(self) -> str:
+        return f"{self._name()}.at(...)"
+
+    def _name(self) -> str:
+        return self.family._name()
+
+    def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Any]:
+        return self.family._forward(x, parameters)
+
+    def _invert(self, y: Tensor, parameters: Parameters, cached: Cached) -> tuple[Tensor, Any]:
+        return self.family._invert(y, parameters, cached)
+
+    def _log_det(self, intermediates: Any) -> Tensor:
+        return self.family._log_det(intermediates)
+
+    def _check(self, name: str, value: Tensor, parameters: Parameters) -> None:
+        super()._check(name, value, parameters)
         try:
             self.forward_shape(value.shape)
         except RuntimeError as error:
             raise ValueError(
-                f"{type(self).__name__} has parameters of batch shape "
-                f"{tuple(self._parameter_batch())}, which does not broadcast with {name} of "
-                f"shape {tuple(value.shape)}"
+                f"{self._name()} has parameters of batch shape {tuple(self._batch_shape)}, which "
+                f"does not broadcast with {name} of shape {tuple(value.shape)}"
             ) from error
-
-
-def precisely(
-    evaluate: Callable, value: Tensor, parameters: tuple[Tensor, ...], *known: Any
-) -> tuple[Tensor, Any]:
-    """Evaluate in the value's own dtype: with fewer digits the two directions would not meet.
-
-    Half precision has too few itself: it is evaluated in float32 and the image rounded once.
-    """
-    if value.dtype.itemsize < 4:
-        known = [pair and (pair[0].float(), pair[1]) for pair in known]
-        wide = tuple(t.float() for t in parameters)
-        image, work = precisely(evaluate, value.float(), wide, *known)
-        return image.to(value.dtype), work
-    device = value.device.type
-    if value.is_meta or not torch.is_autocast_enabled(device):
-        return evaluate(value, parameters, *known)
-    with torch.autocast(device, enabled=False):
-        return evaluate(value, parameters, *known)
-
-
-def _remember_origin(value: Tensor, origin: Tensor) -> None:
-    """Let the next transform of a chain know that value repeats a tensor it has made itself."""
-    if not value.is_inference():  # their edits cannot be noticed
-        _ORIGINS[value] = (origin, value._version)
-
-
-def _origin(value: Tensor) -> Tensor:
-    origin, version = _ORIGINS.get(value, (value, None))
-    return origin if version is None or version == value._version else value
-
-
-def _stamp(x: Tensor, y: Tensor, parameters: tuple[Tensor, ...]) -> list:
-    """What changes with the tensors, their values or what they record."""
-    watched = [(id(t), _address(t), t._version, t.requires_grad) for t in (x, *parameters)]
-    return [y._version, _address(y), *watched]
-
-
-def _address(t: Tensor) -> int:
-    """Where the data lie: assigning ``t.data`` changes it, but not the version."""
-    try:
-        return t.data_ptr()
-    except RuntimeError:  # the tensors of torch.func have none
-        return 0

@@ -3,80 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
-from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from pyroflow.checks import check_count
-from pyroflow.transforms.activations import Nonlinearity, activation_named
 from pyroflow.transforms.bijection import Bijection
-from pyroflow.transforms.hypernet import Hypernet
-from pyroflow.transforms.stack import Work, evaluate_stack
-from pyroflow.transforms.stack_kernels import Units
+from pyroflow.transforms.cache import Cached, Parameters
+from pyroflow.transforms.kernels.autograd import Intermediates, evaluate_stack
+from pyroflow.transforms.kernels.units import Nonlinearity, Units, activation_named
 
 IDENTITY_SLOPE = math.log(math.e - 1)  # wᵀu at which m(wᵀu) = 0, so that û = 0
 INIT_SLOPE = 3.0  # ‖w‖ at the start, about: hyperplanes with bends as sharp as data need
 
 
-class ConditionedPlanar(Bijection):
-    """K planar layers with given parameters: y = x + û₁ tanh(w₁ᵀx + b₁), and so on.
-
-    Base to data: ``t(x) = y``. Made by :class:`ConditionalPlanar`; usable by itself with
-    parameters of any batch shape. Layer 1 acts first.
-
-    Args:
-        w, u: shape (*P, K, D).
-        b: shape (*P, K).
-        nonlinearity: "tanh" or "leaky_relu".
-        negative_slope: of the leaky ReLU, in (0, 1).
-
-    Example:
-        >>> import torch
-        >>> from pyroflow.transforms import ConditionedPlanar
-        >>> t = ConditionedPlanar(torch.randn(7, 4, 3), torch.randn(7, 4, 3), torch.randn(7, 4))
-        >>> t(torch.zeros(5, 7, 3)).shape
-        torch.Size([5, 7, 3])
-    """
-
-    def __init__(
-        self,
-        w: Tensor,
-        u: Tensor,
-        b: Tensor,
-        *,
-        nonlinearity: Nonlinearity = "tanh",
-        negative_slope: float = 0.2,
-    ) -> None:
-        super().__init__()
-        self.w, self.u, self.b = w, u, b
-        self.activation = activation_named(nonlinearity, negative_slope)
-
-    def _map_parameters(self) -> tuple[Tensor, ...]:
-        return self.w, self.u, self.b
-
-    def _parameter_batch(self) -> Size:
-        shapes = self.w.shape[:-2], self.u.shape[:-2], self.b.shape[:-1]
-        return torch.broadcast_shapes(*shapes) if any(shapes) else Size()
-
-    def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Work]:
-        units = Units(*parameters, None)
-        return evaluate_stack(x, units, inverse=False, activation=self.activation)
-
-    def _backward(
-        self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Work] | None
-    ) -> tuple[Tensor, Work]:
-        units = Units(*parameters, None)
-        return evaluate_stack(y, units, inverse=True, known=known, activation=self.activation)
-
-    def _log_det(self, work: Work) -> Tensor:
-        """Σ_k ln(t² + s(1 − t²)), equation 13 as a sum of positives (t = tanh a)."""
-        return work.log_det.clone()
-
-
-class Planar(ConditionedPlanar, TransformModule):
+class Planar(Bijection, TransformModule):
     """K planar layers y = x + û tanh(wᵀx + b), trainable, starting as the identity.
 
     Base to data: ``t(x) = y``. û is the paper's constrained u, so every parameter value is
@@ -117,6 +59,8 @@ class Planar(ConditionedPlanar, TransformModule):
         torch.Size([5])
     """
 
+    event_dims = {"w": 2, "u": 2, "b": 1}
+
     def __init__(
         self,
         input_dim: int,
@@ -148,58 +92,16 @@ class Planar(ConditionedPlanar, TransformModule):
         self.b.copy_((self.w * torch.randn_like(self.w)).sum(-1))
         self.u.copy_(IDENTITY_SLOPE * self.w / self.w.square().sum(-1, keepdim=True))
 
+    def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Intermediates]:
+        units = Units(*parameters, None)
+        return evaluate_stack(x, units, inverse=False, activation=self.activation)
 
-class ConditionalPlanar(ConditionalTransformModule):
-    """K planar layers whose parameters depend on a context, as in amortised inference.
+    def _invert(
+        self, y: Tensor, parameters: Parameters, cached: Cached
+    ) -> tuple[Tensor, Intermediates]:
+        units = Units(*parameters, None)
+        return evaluate_stack(y, units, inverse=True, cached=cached, activation=self.activation)
 
-    The parameters are those of a :class:`Planar` plus a network's output, whose last layer
-    starts at zero: at first the map is the identity for every context.
-
-    Args:
-        input_dim: D.
-        context_dim: C; ``condition`` takes a context of shape (*B, C).
-        num_layers: K.
-        hidden_dims: sizes of the network's hidden layers; () for a linear map.
-        nonlinearity: "tanh" or "leaky_relu".
-        negative_slope: of the leaky ReLU, in (0, 1).
-
-    Raises:
-        ValueError: a size that is too small, an unknown nonlinearity, or a context whose last
-            dimension is not C.
-
-    Example:
-        >>> import torch
-        >>> from pyroflow import ConditionalPlanar
-        >>> t = ConditionalPlanar(2, context_dim=3, num_layers=4)
-        >>> import pyro.distributions as dist
-        >>> base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
-        >>> q = dist.TransformedDistribution(base, [t.condition(torch.randn(7, 3))])
-        >>> q.batch_shape, q.rsample().shape
-        (torch.Size([7]), torch.Size([7, 2]))
-    """
-
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        num_layers: int = 1,
-        *,
-        hidden_dims: Sequence[int] = (64, 64),
-        nonlinearity: Nonlinearity = "tanh",
-        negative_slope: float = 0.2,
-    ) -> None:
-        super().__init__()
-        self.bend = {"nonlinearity": nonlinearity, "negative_slope": negative_slope}
-        self.planar = Planar(input_dim, num_layers, **self.bend)
-        shapes = [t.shape for t in self.planar._map_parameters()]
-        self.nn = Hypernet(context_dim, hidden_dims, shapes)
-
-    def reset_parameters(self) -> None:
-        """Draw the start values anew and make every context's map the identity again."""
-        self.planar.reset_parameters()
-        self.nn.reset_output()
-
-    def condition(self, context: Tensor) -> ConditionedPlanar:
-        """The layers for a context of shape (*B, C); a snapshot of the network's output."""
-        parameters = self.nn(context, self.planar._map_parameters())
-        return ConditionedPlanar(*parameters, **self.bend)
+    def _log_det(self, intermediates: Intermediates) -> Tensor:
+        """Σ_k ln(t² + s(1 − t²)), equation 13 as a sum of positives (t = tanh a)."""
+        return intermediates.log_det.clone()

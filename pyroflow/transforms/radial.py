@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from pyroflow.checks import check_count
 from pyroflow.transforms.bijection import Bijection
-from pyroflow.transforms.constraint import softplus
-from pyroflow.transforms.coupled_tanh import pad
-from pyroflow.transforms.hypernet import Hypernet
+from pyroflow.transforms.cache import Cached, Parameters
+from pyroflow.transforms.kernels.reference import pad
+from pyroflow.transforms.kernels.units import softplus
 
 INIT_WIDTH = 1.0  # α at the start: the reach of a layer, in standard deviations of the base
 
@@ -42,118 +40,14 @@ def constrain(raw_alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     return softplus(raw_alpha).clamp(min=least), softplus(beta).clamp(min=least)
 
 
-class _Work(NamedTuple):
+class _Intermediates(NamedTuple):
     r: Tensor
     alpha: Tensor
     s: Tensor
+    D: int
 
 
-class ConditionedRadial(Bijection):
-    """K radial layers with given parameters: y = x + β̂₁ (x − x0₁) / (α₁ + r₁), and so on.
-
-    Base to data: ``t(x) = y``. Made by :class:`ConditionalRadial`; usable by itself with
-    parameters of any batch shape. Layer 1 acts first.
-
-    Args:
-        x0: shape (*P, K, D).
-        raw_alpha, beta: shape (*P, K).
-
-    Example:
-        >>> import torch
-        >>> from pyroflow.transforms import ConditionedRadial
-        >>> t = ConditionedRadial(torch.randn(7, 4, 3), torch.randn(7, 4), torch.randn(7, 4))
-        >>> t(torch.zeros(5, 7, 3)).shape
-        torch.Size([5, 7, 3])
-    """
-
-    def __init__(self, x0: Tensor, raw_alpha: Tensor, beta: Tensor) -> None:
-        super().__init__()
-        self.x0, self.raw_alpha, self.beta = x0, raw_alpha, beta
-
-    def _map_parameters(self) -> tuple[Tensor, ...]:
-        return self.x0, self.raw_alpha, self.beta
-
-    def _parameter_batch(self) -> Size:
-        shapes = (self.x0.shape[:-2], self.raw_alpha.shape[:-1], self.beta.shape[:-1])
-        return torch.broadcast_shapes(*shapes)
-
-    def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, _Work]:
-        x = self._columns(x)
-        x0, alpha, s = _aligned(parameters, x.dim() - 1)
-        distances = []
-        for x0_k, alpha_k, beta_hat in zip(x0, alpha, s - alpha, strict=True):
-            d = x - x0_k
-            r = _length(d)
-            x = torch.addcmul(x, d, beta_hat / (alpha_k + r))
-            distances.append(r)
-        return _rows(x), _Work(_stack(distances, x), alpha, s)
-
-    def _backward(
-        self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, _Work] | None
-    ) -> tuple[Tensor, _Work]:
-        y = self._columns(y)  # in closed form, so that what is known saves nothing
-        x0, alpha, s = _aligned(parameters, y.dim() - 1)
-        distances = []
-        for x0_k, alpha_k, s_k in reversed(list(zip(x0, alpha, s, strict=True))):
-            d = y - x0_k
-            r = _preimage(_length(d), alpha_k, s_k)
-            y = torch.addcmul(y, d, (alpha_k - s_k) / (r + s_k))
-            distances.append(r)
-        return _rows(y), _Work(_stack(distances[::-1], y), alpha, s)
-
-    def _log_det(self, work: _Work) -> Tensor:
-        """Σ_k (D−1) ln f + ln(1 + β̂ h + β̂ h' r), equation 14 with h = 1/(α + r), f = 1 + β̂ h.
-
-        As sums of positives: f = (r + s)/(r + α), and the other factor is (r + α f)/(r + α).
-        """
-        r, alpha, s = work
-        f = (r + s) / (r + alpha)
-        g = (r + alpha * f) / (r + alpha)
-        return ((self.x0.shape[-1] - 1) * f.log() + g.log()).sum(0)
-
-    def _columns(self, x: Tensor) -> Tensor:
-        """A copy of x of the full batch shape, (D, *B): short sums are fast over the first axis."""
-        full = x.expand(self.forward_shape(x.shape))
-        return full.movedim(-1, 0).clone(memory_format=torch.contiguous_format)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.movedim(0, -1).contiguous()
-
-
-def _aligned(parameters: tuple[Tensor, ...], batch_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x0, shape (K, D, *P), α and s, shape (K, *P), with P padded to batch_dim dimensions."""
-    x0, raw_alpha, beta = parameters
-    alpha, s = constrain(raw_alpha, beta)
-    x0 = x0.movedim((-2, -1), (0, 1))
-    return pad(x0, batch_dim, 2), *(pad(t.movedim(-1, 0), batch_dim, 1) for t in (alpha, s))
-
-
-def _length(d: Tensor) -> Tensor:
-    """‖d‖ over the first axis, or the nearest distance; its derivatives are 0 at a centre."""
-    return d.square().sum(0).clamp(min=_nearest(d.dtype) ** 2).sqrt()
-
-
-def _preimage(length: Tensor, alpha: Tensor, s: Tensor) -> Tensor:
-    """The r ≥ 0 that solves r (r + s) / (r + α) = length.
-
-    It is the positive root of r² + q r − α length with q = s − length. Of the two ways to write
-    it, each sign of q takes the one that adds.
-    """
-    length = length - _nearest(length.dtype)  # so that r is 0 at the centre
-    q, product = s - length, alpha * length
-    root = (q * q + 4 * product).sqrt()
-    outside = q < 0
-    larger = torch.where(outside, root - q, root + q) / 2
-    return torch.where(outside, larger, product / larger)
-
-
-def _stack(distances: list[Tensor], like: Tensor) -> Tensor:
-    """The distances of all layers, shape (K, *B), for like of shape (D, *B)."""
-    return torch.stack(distances) if distances else like.new_empty(0, *like.shape[1:])
-
-
-class Radial(ConditionedRadial, TransformModule):
+class Radial(Bijection, TransformModule):
     """K radial layers y = x + β̂ (x − x0) / (α + r), r = ‖x − x0‖, starting as the identity.
 
     Base to data: ``t(x) = y``. A layer expands (β̂ > 0) or contracts (β̂ < 0) space around its
@@ -189,6 +83,8 @@ class Radial(ConditionedRadial, TransformModule):
         torch.Size([5])
     """
 
+    event_dims = {"x0": 2, "raw_alpha": 1, "beta": 1}
+
     def __init__(self, input_dim: int, num_layers: int = 1) -> None:
         check_count("input_dim", input_dim, 1)
         check_count("num_layers", num_layers, 0)
@@ -205,51 +101,77 @@ class Radial(ConditionedRadial, TransformModule):
         self.raw_alpha.fill_(math.log(math.expm1(INIT_WIDTH)))
         self.beta.copy_(self.raw_alpha)
 
+    def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, _Intermediates]:
+        x = self._columns(x, parameters)
+        x0, alpha, s = _aligned(parameters, x.dim() - 1)
+        distances = []
+        for x0_k, alpha_k, beta_hat in zip(x0, alpha, s - alpha, strict=True):
+            d = x - x0_k
+            r = _length(d)
+            x = torch.addcmul(x, d, beta_hat / (alpha_k + r))
+            distances.append(r)
+        return _rows(x), _Intermediates(_stack(distances, x), alpha, s, len(x))
 
-class ConditionalRadial(ConditionalTransformModule):
-    """K radial layers whose parameters depend on a context, as in amortised inference.
+    def _invert(
+        self, y: Tensor, parameters: Parameters, cached: Cached
+    ) -> tuple[Tensor, _Intermediates]:
+        y = self._columns(y, parameters)  # in closed form, so that what is cached saves nothing
+        x0, alpha, s = _aligned(parameters, y.dim() - 1)
+        distances = []
+        for x0_k, alpha_k, s_k in reversed(list(zip(x0, alpha, s, strict=True))):
+            d = y - x0_k
+            r = _preimage(_length(d), alpha_k, s_k)
+            y = torch.addcmul(y, d, (alpha_k - s_k) / (r + s_k))
+            distances.append(r)
+        return _rows(y), _Intermediates(_stack(distances[::-1], y), alpha, s, len(y))
 
-    The parameters are those of a :class:`Radial` plus a network's output, whose last layer
-    starts at zero: at first the map is the identity for every context.
+    def _log_det(self, intermediates: _Intermediates) -> Tensor:
+        """Σ_k (D−1) ln f + ln(1 + β̂ h + β̂ h' r), equation 14 with h = 1/(α + r), f = 1 + β̂ h.
 
-    Args:
-        input_dim: D.
-        context_dim: C; ``condition`` takes a context of shape (*B, C).
-        num_layers: K.
-        hidden_dims: sizes of the network's hidden layers; () for a linear map.
+        As sums of positives: f = (r + s)/(r + α), and the other factor is (r + α f)/(r + α).
+        """
+        r, alpha, s, D = intermediates
+        f = (r + s) / (r + alpha)
+        g = (r + alpha * f) / (r + alpha)
+        return ((D - 1) * f.log() + g.log()).sum(0)
 
-    Raises:
-        ValueError: a size that is too small, or a context whose last dimension is not C.
+    def _columns(self, x: Tensor, parameters: Parameters) -> Tensor:
+        """A copy of x of the full batch shape, (D, *B): short sums are fast over the first axis."""
+        full = x.expand(*torch.broadcast_shapes(x.shape[:-1], self._batch(parameters)), x.shape[-1])
+        return full.movedim(-1, 0).clone(memory_format=torch.contiguous_format)
 
-    Example:
-        >>> import torch
-        >>> from pyroflow import ConditionalRadial
-        >>> t = ConditionalRadial(2, context_dim=3, num_layers=4)
-        >>> import pyro.distributions as dist
-        >>> base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
-        >>> q = dist.TransformedDistribution(base, [t.condition(torch.randn(7, 3))])
-        >>> q.batch_shape, q.rsample().shape
-        (torch.Size([7]), torch.Size([7, 2]))
+
+def _rows(x: Tensor) -> Tensor:
+    return x.movedim(0, -1).contiguous()
+
+
+def _aligned(parameters: Parameters, batch_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x0, shape (K, D, *P), α and s, shape (K, *P), with P padded to batch_dim dimensions."""
+    x0, raw_alpha, beta = parameters
+    alpha, s = constrain(raw_alpha, beta)
+    x0 = x0.movedim((-2, -1), (0, 1))
+    return pad(x0, batch_dim, 2), *(pad(t.movedim(-1, 0), batch_dim, 1) for t in (alpha, s))
+
+
+def _length(d: Tensor) -> Tensor:
+    """‖d‖ over the first axis, or the nearest distance; its derivatives are 0 at a centre."""
+    return d.square().sum(0).clamp(min=_nearest(d.dtype) ** 2).sqrt()
+
+
+def _preimage(length: Tensor, alpha: Tensor, s: Tensor) -> Tensor:
+    """The r ≥ 0 that solves r (r + s) / (r + α) = length.
+
+    It is the positive root of r² + q r − α length with q = s − length. Of the two ways to write
+    it, each sign of q takes the one that adds.
     """
+    length = length - _nearest(length.dtype)  # so that r is 0 at the centre
+    q, product = s - length, alpha * length
+    root = (q * q + 4 * product).sqrt()
+    outside = q < 0
+    larger = torch.where(outside, root - q, root + q) / 2
+    return torch.where(outside, larger, product / larger)
 
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        num_layers: int = 1,
-        *,
-        hidden_dims: Sequence[int] = (64, 64),
-    ) -> None:
-        super().__init__()
-        self.radial = Radial(input_dim, num_layers)
-        shapes = [t.shape for t in self.radial._map_parameters()]
-        self.nn = Hypernet(context_dim, hidden_dims, shapes)
 
-    def reset_parameters(self) -> None:
-        """Draw the start values anew and make every context's map the identity again."""
-        self.radial.reset_parameters()
-        self.nn.reset_output()
-
-    def condition(self, context: Tensor) -> ConditionedRadial:
-        """The layers for a context of shape (*B, C); a snapshot of the network's output."""
-        return ConditionedRadial(*self.nn(context, self.radial._map_parameters()))
+def _stack(distances: list[Tensor], like: Tensor) -> Tensor:
+    """The distances of all layers, shape (K, *B), for like of shape (D, *B)."""
+    return torch.stack(distances) if distances else like.new_empty(0, *like.shape[1:])

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.transforms.bijection import Bijection
-from pyroflow.transforms.constraint import softplus
-from pyroflow.transforms.hypernet import Hypernet
+from pyroflow.transforms.cache import Cached, Parameters
+from pyroflow.transforms.kernels.autograd import Intermediates, evaluate_stack
+from pyroflow.transforms.kernels.units import Units, softplus
 from pyroflow.transforms.planar import INIT_SLOPE
-from pyroflow.transforms.stack import Work, evaluate_stack
-from pyroflow.transforms.stack_kernels import Units
 
 Orthogonal = Literal["householder", "qr", "triangular"]
 KINDS = ("householder", "qr", "triangular")
@@ -66,74 +63,7 @@ def bind_diagonal(r: Tensor, r_tilde: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(above, r + sign * tail, sign * (tail - 1 / p)), s
 
 
-class ConditionedSylvester(Bijection):
-    """L Sylvester layers y = x + Q R tanh(R̃ Qᵀ x + b) with given parameters; base to data.
-
-    Made by :class:`ConditionalSylvester`; usable by itself with parameters of any batch shape.
-    Layer 1 acts first. The diagonal of R is bound by 1 + r_ii r̃_ii > 0, see
-    :func:`bind_diagonal`; M = 1 is a planar layer.
-
-    Args:
-        frame: what Q is made of, see :func:`orthonormal`; shape (*P, L, M, D).
-        R, R_tilde: shape (*P, L, M, M); the upper triangles count.
-        b: shape (*P, L, M).
-        orthogonal: "householder", "qr", or "triangular": then the frame is Qᵀ itself, and its
-            rows must be orthonormal, which is not checked.
-
-    Example:
-        >>> import torch
-        >>> from pyroflow.transforms import ConditionedSylvester
-        >>> R = torch.randn(7, 2, 3, 3)
-        >>> t = ConditionedSylvester(torch.randn(7, 2, 3, 5), R, R, torch.zeros(7, 2, 3))
-        >>> t(torch.zeros(7, 5)).shape
-        torch.Size([7, 5])
-    """
-
-    def __init__(
-        self,
-        frame: Tensor,
-        R: Tensor,
-        R_tilde: Tensor,
-        b: Tensor,
-        orthogonal: Orthogonal = "householder",
-    ) -> None:
-        check_choice("orthogonal", orthogonal, KINDS)
-        super().__init__()
-        self.frame, self.R, self.R_tilde, self.b = frame, R, R_tilde, b
-        self.orthogonal = orthogonal
-
-    def _map_parameters(self) -> tuple[Tensor, ...]:
-        return self.frame, self.R, self.R_tilde, self.b
-
-    def _parameter_batch(self) -> Size:
-        frame, R, R_tilde, b = self._map_parameters()
-        shapes = frame.shape[:-3], R.shape[:-3], R_tilde.shape[:-3], b.shape[:-2]
-        return torch.broadcast_shapes(*shapes) if any(shapes) else Size()
-
-    def _forward(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Work]:
-        return evaluate_stack(x, self._units(*parameters), inverse=False)
-
-    def _backward(
-        self, y: Tensor, parameters: tuple[Tensor, ...], known: tuple[Tensor, Work] | None
-    ) -> tuple[Tensor, Work]:
-        return evaluate_stack(y, self._units(*parameters), inverse=True, known=known)
-
-    def _log_det(self, work: Work) -> Tensor:
-        """Σ_i ln(1 + tanh'(a_i) r_ii r̃_ii), equation 14 of the paper, as a sum of positives."""
-        return work.log_det.clone()
-
-    def _units(self, frame: Tensor, R: Tensor, R_tilde: Tensor, b: Tensor) -> Units:
-        """The layers as planar units: W = R̃ Qᵀ and Û = (Q R)ᵀ, so that G = R̃ R is triangular."""
-        M, D = frame.shape[-2:]
-        bound, s = bind_diagonal(*(t.diagonal(dim1=-2, dim2=-1) for t in (R, R_tilde)))
-        Q_T = orthonormal(frame, self.orthogonal)
-        W = R_tilde.triu() @ Q_T
-        U = (R.triu(1) + bound.diag_embed()).mT @ Q_T
-        W, U, s = (t.flatten(-3, -2) for t in (W, U, s.unsqueeze(-1)))
-        return Units(W, U, b.flatten(-2), s, max(M, 1))
-
-
-class Sylvester(ConditionedSylvester, TransformModule):
+class Sylvester(Bijection, TransformModule):
     """L Sylvester layers y = x + Q R tanh(R̃ Qᵀ x + b), trainable, starting as the identity.
 
     Base to data: ``t(x) = y``. Q (D×M) has orthonormal columns, R and R̃ are upper triangular:
@@ -177,6 +107,8 @@ class Sylvester(ConditionedSylvester, TransformModule):
         torch.Size([7])
     """
 
+    event_dims = {"frame": 3, "R": 3, "R_tilde": 3, "b": 2}
+
     def __init__(
         self,
         input_dim: int,
@@ -195,6 +127,7 @@ class Sylvester(ConditionedSylvester, TransformModule):
         Bijection.__init__(self)
         self.orthogonal = orthogonal
         if orthogonal == "triangular":
+            self.fixed = ("frame",)
             turns = torch.stack([torch.eye(M, D), torch.eye(M, D).flip(1)])
             self.register_buffer("frame", turns[torch.arange(L) % 2])
         else:
@@ -203,11 +136,6 @@ class Sylvester(ConditionedSylvester, TransformModule):
         self.R_tilde = nn.Parameter(torch.empty(L, M, M))
         self.b = nn.Parameter(torch.empty(L, M))
         self.reset_parameters()
-
-    def trained(self) -> tuple[Tensor, ...]:
-        """The trainable parameters: the frame, where Q is not fixed, R, R̃ and b."""
-        fixed = self.orthogonal == "triangular"
-        return (() if fixed else (self.frame,)) + (self.R, self.R_tilde, self.b)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -226,56 +154,24 @@ class Sylvester(ConditionedSylvester, TransformModule):
             math.log(math.expm1(1 + 1 / p)) / (1 + p) - 1 / p
         )
 
+    def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Intermediates]:
+        return evaluate_stack(x, self._units(*parameters), inverse=False)
 
-class ConditionalSylvester(ConditionalTransformModule):
-    """L Sylvester layers whose parameters depend on a context, as in amortised inference.
+    def _invert(
+        self, y: Tensor, parameters: Parameters, cached: Cached
+    ) -> tuple[Tensor, Intermediates]:
+        return evaluate_stack(y, self._units(*parameters), inverse=True, cached=cached)
 
-    The parameters are those of a :class:`Sylvester` plus a network's output, whose last layer
-    starts at zero: at first the map is the identity for every context.
+    def _log_det(self, intermediates: Intermediates) -> Tensor:
+        """Σ_i ln(1 + tanh'(a_i) r_ii r̃_ii), equation 14 of the paper, as a sum of positives."""
+        return intermediates.log_det.clone()
 
-    Args:
-        input_dim: D.
-        context_dim: C; ``condition`` takes a context of shape (*B, C).
-        num_units: M, from 1 to D.
-        num_layers: L.
-        orthogonal: "householder", "qr" or "triangular", as in :class:`Sylvester`.
-        hidden_dims: sizes of the network's hidden layers; () for a linear map.
-
-    Raises:
-        ValueError: a size out of range, or a context whose last dimension is not C.
-
-    Example:
-        >>> import torch
-        >>> from pyroflow import ConditionalSylvester
-        >>> t = ConditionalSylvester(4, context_dim=3, num_units=2).condition(torch.randn(7, 3))
-        >>> t(torch.zeros(7, 4)).shape
-        torch.Size([7, 4])
-    """
-
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        num_units: int,
-        num_layers: int = 1,
-        orthogonal: Orthogonal = "householder",
-        *,
-        hidden_dims: Sequence[int] = (64, 64),
-    ) -> None:
-        super().__init__()
-        self.sylvester = Sylvester(input_dim, num_units, num_layers, orthogonal)
-        shapes = [t.shape for t in self.sylvester.trained()]
-        self.nn = Hypernet(context_dim, hidden_dims, shapes)
-
-    def reset_parameters(self) -> None:
-        """Draw the start values anew and make every context's map the identity again."""
-        self.sylvester.reset_parameters()
-        self.nn.reset_output()
-
-    def condition(self, context: Tensor) -> ConditionedSylvester:
-        """The layers for a context of shape (*B, C); a snapshot of the network's output."""
-        start = self.sylvester
-        parameters = self.nn(context, start.trained())
-        if start.orthogonal == "triangular":
-            parameters.insert(0, start.frame)
-        return ConditionedSylvester(*parameters, start.orthogonal)
+    def _units(self, frame: Tensor, R: Tensor, R_tilde: Tensor, b: Tensor) -> Units:
+        """The layers as planar units: W = R̃ Qᵀ and Û = (Q R)ᵀ, so that G = R̃ R is triangular."""
+        M, D = frame.shape[-2:]
+        bound, s = bind_diagonal(*(t.diagonal(dim1=-2, dim2=-1) for t in (R, R_tilde)))
+        Q_T = orthonormal(frame, self.orthogonal)
+        W = R_tilde.triu() @ Q_T
+        U = (R.triu(1) + bound.diag_embed()).mT @ Q_T
+        W, U, s = (t.flatten(-3, -2) for t in (W, U, s.unsqueeze(-1)))
+        return Units(W, U, b.flatten(-2), s, max(M, 1))

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pyroflow as pf
-from pyroflow.flow import Flow, StandardNormal
-from pyroflow.path_derivative import AlongPath
+from pyroflow.flows import AlongPath, Flow, StandardNormal
 from rezende_mohamed_2015 import nice as module
 from rezende_mohamed_2015.nice import AdditiveCoupling, nice_layers, volume_preserving_floor
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.path_derivative import AlongPath
-from pyroflow.transforms import ConditionedPlanar
+from pyroflow.flows import AlongPath
 
 from .contenders import FLOOR, FLOWJAX, NORMFLOWS, OURS, PYRO, Contender, Ours
 from .problem import Problem
@@ -61,13 +60,14 @@ class Batched(Contender):
 
     def __init__(self, problem: Problem) -> None:
         self.x = problem.x
+        self.planar = pf.Planar(problem.shape.D, problem.shape.K)
         self.parameters = [
             p.expand(problem.shape.N, *p.shape).contiguous().requires_grad_()
             for p in problem.parameters
         ]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        transform = ConditionedPlanar(*self.parameters)
+        transform = self.planar.at(*self.parameters)
         y = transform(x)
         return y, transform.log_abs_det_jacobian(x, y)
 

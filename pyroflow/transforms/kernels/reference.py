@@ -7,9 +7,8 @@ pre-activation of layer k and h = tanh(a), both directions of the stack are one 
 
 with N strictly triangular. Forward, N is lower triangular and s = 1: an explicit
 recursion. Inverse, N is upper triangular and each unknown is the root of a monotone
-scalar equation. The derivatives of the system are *linear* triangular systems, and the
-derivatives of those are linear triangular systems again: two autograd functions that call
-each other give derivatives of every order.
+scalar equation. The derivatives of the system are *linear* triangular systems, which torch
+differentiates to any order.
 
 Another activation may take the place of tanh. Inside, the layer index comes first: r is
 (K, *B); N is (K, K), shared by a flat batch, or (K, K, *P) with P as long as B and
@@ -26,7 +25,53 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyroflow.transforms.activations import TANH, Activation
+from pyroflow.transforms.kernels.units import TANH, Activation, Units, constrain
+
+
+def evaluate(
+    z: Tensor, units: Units, inverse: bool, a: Tensor | None, activation: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stack in differentiable operations, with parameters of any batch shape."""
+    W, U, b, s, size = units
+    if s is None:
+        U, s = constrain(W, U)
+    G = (W @ U.mT).movedim((-2, -1), (0, 1))
+    s = s.squeeze(-1).movedim(-1, 0)
+    r = _project(z, W, b)
+    if inverse:
+        a = solve_coupled_tanh(
+            r, G, s, upper=True, solution=None if a is None else a.detach(), activation=activation
+        )
+    else:
+        N = -G if size == 1 else -G * _earlier_layers(G, size)
+        a = solve_coupled_tanh(r, N, None, upper=False, activation=activation)
+    s = s.reshape(s.shape[:1] + (1,) * (a.dim() - s.dim()) + s.shape[1:])
+    h = activation.value(a)
+    image = _shift(z, U, -h if inverse else h)
+    return image, activation.det(a, s).log().sum(0), a
+
+
+def _earlier_layers(G: Tensor, size: int) -> Tensor:
+    """1 where unit k lies in a later layer than unit j, shape (K, K, 1, ...)."""
+    layer = torch.arange(len(G), device=G.device) // size
+    mask = (layer.unsqueeze(1) > layer).to(G.dtype)
+    return mask.reshape(mask.shape + (1,) * (G.dim() - 2))
+
+
+def _project(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """W x + b with the layers first, shape (K, *B)."""
+    if w.dim() == b.dim() + 1 == 2:
+        flat = torch.addmm(b.unsqueeze(-1), w, x.reshape(-1, x.shape[-1]).T)
+        return flat.reshape(len(w), *x.shape[:-1])
+    return ((w @ x.unsqueeze(-1)).squeeze(-1) + b).movedim(-1, 0)
+
+
+def _shift(x: Tensor, u_hat: Tensor, h: Tensor) -> Tensor:
+    """Return x + Ûᵀ h for h of shape (K, *B)."""
+    if u_hat.dim() == 2 and h.shape[1:] == x.shape[:-1]:
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.addmm(flat, h.reshape(len(h), len(flat)).T, u_hat).reshape(x.shape)
+    return x + (h.movedim(0, -1).unsqueeze(-2) @ u_hat).squeeze(-2)
 
 
 def solve_coupled_tanh(
@@ -55,7 +100,7 @@ def solve_coupled_tanh(
 
     Example:
         >>> import torch
-        >>> from pyroflow.transforms.coupled_tanh import solve_coupled_tanh
+        >>> from pyroflow.transforms.kernels.reference import solve_coupled_tanh
         >>> N, s = torch.randn(3, 3), torch.ones(3) * 2
         >>> a = solve_coupled_tanh(torch.zeros(3, 5), N, s, upper=True)
         >>> a.shape, bool((a == 0).all())
@@ -101,7 +146,10 @@ class _CoupledTanh(Function):
         a, N, s = ctx.saved_tensors
         h, d = ctx.activation.value(a), ctx.activation.slope(a)
         det = None if s is None else ctx.activation.det(a, s)
-        adjoint = _LinearSystem.apply(grad, N.transpose(0, 1), det, d, None, not ctx.upper)
+        # Autograd differentiates the solution of a linear system to any order, a loop does not.
+        again = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        flipped = N.transpose(0, 1)
+        adjoint = _solve_linear(grad, flipped, det, d, not ctx.upper, differentiable=again)
         grad_N = -_outer(adjoint, h, N, ctx.upper) if ctx.needs_input_grad[1] else None
         grad_s = None if s is None else -(adjoint * h).sum_to_size(s.shape)
         return adjoint, grad_N, grad_s, None, None, None
@@ -122,54 +170,23 @@ class _CoupledTanh(Function):
         return _CoupledTanh.apply(r, N, s, upper, solution, activation), 1
 
 
-class _LinearSystem(Function):
-    """v ↦ x with (diag(p) + diag(e) N diag(f)) x = v; p, e, f are (K, *B), None means 1."""
-
-    @staticmethod
-    def forward(
-        v: Tensor, N: Tensor, p: Tensor | None, e: Tensor | None, f: Tensor | None, upper: bool
-    ) -> Tensor:
-        x, fx = v.clone(), torch.zeros_like(v)
-        for k, x_k, fx_k, coupling in _rows(upper, x, fx, _triangle(N, upper)):
-            sum_k = _combine(coupling, fx)
-            x_k.sub_(sum_k if e is None else sum_k.mul_(e[k]))
-            if p is not None:
-                x_k.div_(p[k])
-            fx_k.copy_(x_k if f is None else x_k * f[k])
-        return x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, N, p, e, f, ctx.upper = inputs
-        ctx.save_for_backward(output, N, p, e, f)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, N, p, e, f = ctx.saved_tensors
-        flipped = N.transpose(0, 1)
-        adjoint = _LinearSystem.apply(grad, flipped, p, f, e, not ctx.upper)
-        fx, left = _times(x, f), _times(adjoint, e)
-        grad_N = -_outer(left, fx, N, ctx.upper) if ctx.needs_input_grad[1] else None
-        grad_p = None if p is None else -adjoint * x
-        grad_e = None if e is None else -adjoint * _matvec(N, fx, ctx.upper)
-        grad_f = None if f is None else -x * _matvec(flipped, left, not ctx.upper)
-        return adjoint, grad_N, grad_p, grad_e, grad_f, None
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple,
-        v: Tensor,
-        N: Tensor,
-        p: Tensor | None,
-        e: Tensor | None,
-        f: Tensor | None,
-        upper: bool,
-    ) -> tuple[Tensor, int]:
-        dims, at = in_dims[:5], (1, 2, 1, 1, 1)
-        return _LinearSystem.apply(
-            *_add_batch(info.batch_size, dims, at, (v, N, p, e, f)), upper
-        ), 1
+def _solve_linear(
+    v: Tensor, N: Tensor, p: Tensor | None, e: Tensor, upper: bool, *, differentiable: bool
+) -> Tensor:
+    """The x with p ∘ x + e ∘ (N x) = v, for N strictly triangular; p None means 1."""
+    if differentiable:
+        coupling = _triangle(N, upper).movedim((0, 1), (-2, -1)) * e.movedim(0, -1).unsqueeze(-1)
+        diagonal = (torch.ones_like(e) if p is None else p).movedim(0, -1).diag_embed()
+        right = v.movedim(0, -1).unsqueeze(-1)
+        found = torch.linalg.solve_triangular(coupling + diagonal, right, upper=upper)
+        return found.squeeze(-1).movedim(-1, 0)
+    x, solved = v.clone(), torch.zeros_like(v)
+    for k, x_k, solved_k, coupling in _rows(upper, x, solved, _triangle(N, upper)):
+        x_k.sub_(_combine(coupling, solved).mul_(e[k]))
+        if p is not None:
+            x_k.div_(p[k])
+        solved_k.copy_(x_k)
+    return x
 
 
 def _rows(upper: bool, *tensors: Tensor) -> Iterator[tuple]:
@@ -183,18 +200,9 @@ def _combine(coupling: Tensor, h: Tensor) -> Tensor:
     return torch.mv(h.T, coupling) if coupling.dim() == 1 else (coupling * h).sum(0)
 
 
-def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else factor * x
-
-
 def _triangle(N: Tensor, upper: bool) -> Tensor:
     moved = N.movedim((0, 1), (-2, -1))
     return (moved.triu(1) if upper else moved.tril(-1)).movedim((-2, -1), (0, 1))
-
-
-def _matvec(N: Tensor, x: Tensor, upper: bool) -> Tensor:
-    N = _triangle(N, upper)
-    return N @ x if N.dim() == 2 else (N * x).sum(1)
 
 
 def _outer(left: Tensor, right: Tensor, N: Tensor, upper: bool) -> Tensor:

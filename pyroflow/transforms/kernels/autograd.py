@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyroflow.transforms import chain_kernels, compiled, stack_kernels
-from pyroflow.transforms.activations import TANH, Activation, Tanh
-from pyroflow.transforms.constraint import Rows, constrain, constrain_rows, row_gradients
-from pyroflow.transforms.coupled_tanh import solve_coupled_tanh
-from pyroflow.transforms.stack_kernels import Units
+from pyroflow.transforms.kernels import compiled, per_point, reference, shared
+from pyroflow.transforms.kernels.units import (
+    TANH,
+    Activation,
+    Rows,
+    Tanh,
+    Units,
+    constrain,
+    constrain_rows,
+    row_gradients,
+)
 
-Pass = stack_kernels.Pass | chain_kernels.Pass
+Pass = shared.Pass | per_point.Pass
 
 
-class Work(NamedTuple):
+class Intermediates(NamedTuple):
     """What a pass leaves for later calls at the same point.
 
     log_det has shape (*B). ``a`` (K, *B) comes from the general path, ``done`` from the kernels.
@@ -35,9 +41,9 @@ def evaluate_stack(
     units: Units,
     *,
     inverse: bool,
-    known: tuple[Tensor, Work] | None = None,
+    cached: tuple[Tensor, Intermediates] | None = None,
     activation: Activation = TANH,
-) -> tuple[Tensor, Work]:
+) -> tuple[Tensor, Intermediates]:
     """Evaluate y = x + Ûᵀ h(a) at z = x, or solve it for x at z = y; differentiable to any order.
 
     Args:
@@ -45,27 +51,29 @@ def evaluate_stack(
         units: W, Û (*P, K, D), b (*P, K), s (*P, K, 1), with P broadcastable to B; or u in
             place of Û, and s None.
         inverse: whether z is y.
-        known: the image and the work, where an earlier pass found them: nothing is solved.
+        cached: the image and its intermediates, where they were found before: nothing is solved.
         activation: what bends a unit; the kernels know tanh.
 
     Returns:
-        The image, shape (*B, D), and its work.
+        The image, shape (*B, D), and its intermediates.
     """
     kernels = _kernels_for(z, units) if isinstance(activation, Tanh) and _plain(z) else None
     if kernels is None:
-        return _general(z, units, inverse, known and known[1].a, activation)
+        a = cached and cached[1].a
+        image, log_det, a = reference.evaluate(z, units, inverse, a, activation)
+        return image, Intermediates(log_det, a=a)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # neither records a Function
         return _traced(z, units, inverse)
-    if kernels is chain_kernels:
+    if kernels is per_point:
         units = _flattened(units)
     rows = constrain_rows(units.W.detach(), units.U.detach()) if units.s is None else None
     if units.s is None and rows is None:
         u_hat, s = constrain(units.W, units.U)
         units = units._replace(U=u_hat, s=s)
     flat = z if z.dim() == 2 else z.reshape(-1, z.shape[-1])
-    found = known and known[1].done
+    found = cached and cached[1].done
     if found is not None:
-        found = found._replace(image=known[0].detach().reshape(flat.shape))
+        found = found._replace(image=cached[0].detach().reshape(flat.shape))
     call = _Call(kernels, units.size, inverse, rows, found)
     if torch.is_grad_enabled():
         image, log_det = _Stack.apply(flat, *units[:4], call)
@@ -74,10 +82,10 @@ def evaluate_stack(
     done, call.done = call.done, None  # the graph keeps what it needs by itself
     if flat is not z:
         image, log_det = image.reshape(z.shape), log_det.reshape(z.shape[:-1])
-    return image, Work(log_det, done=done)
+    return image, Intermediates(log_det, done=done)
 
 
-def _traced(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Work]:
+def _traced(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Intermediates]:
     """The kernels as one operator for ``torch.compile``."""
     W, U, b, s, size = units
     if s is None:
@@ -86,7 +94,7 @@ def _traced(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Work]:
         W, U, b, s, _ = _flattened(Units(W, U, b, s))
     flat = z.reshape(-1, z.shape[-1])
     image, log_det, _, _ = compiled.stack(flat, W, U, b, s, size, inverse)
-    return image.reshape(z.shape), Work(log_det.reshape(z.shape[:-1]))
+    return image.reshape(z.shape), Intermediates(log_det.reshape(z.shape[:-1]))
 
 
 def differentiable_gradients(
@@ -122,12 +130,12 @@ def _kernels_for(z: Tensor, units: Units) -> ModuleType | None:
     """Those for parameters that all points share, or for one set a point; else None."""
     W, U, b = units[:3]
     if W.dim() == U.dim() == 2 and b.dim() == 1:
-        return stack_kernels
+        return shared
     own = W.shape[:-2]
     extra = z.dim() - W.dim() + 1  # batch dimensions of z alone, such as one of samples
     fits = own and extra >= 0 and z.shape[:-1] == (1,) * extra + own
     fits = fits and U.shape[:-2] == b.shape[:-1] == own
-    return chain_kernels if fits and units.size == 1 else None
+    return per_point if fits and units.size == 1 else None
 
 
 def _flattened(units: Units) -> Units:
@@ -152,10 +160,10 @@ class _Call:
     """What a pass is to do, and what it found beside its results."""
 
     def __init__(
-        self, kernels: ModuleType, size: int, inverse: bool, rows: Rows | None, known: Pass | None
+        self, kernels: ModuleType, size: int, inverse: bool, rows: Rows | None, cached: Pass | None
     ) -> None:
         self.kernels, self.size, self.inverse, self.rows = kernels, size, inverse, rows
-        self.done = known
+        self.done = cached
 
     def units(self, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None) -> Units:
         """The units with û in its place."""
@@ -167,14 +175,13 @@ class _Call:
     def run(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None) -> Pass:
         """What the kernels find, or an earlier pass has found."""
         if self.done is None:
-            kernel = self.kernels.pull if self.inverse else self.kernels.push
+            kernel = self.kernels.inverse if self.inverse else self.kernels.forward
             self.done = kernel(z, self.units(W, U, b, s))
         return self.done
 
     def general(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None = None) -> tuple:
         """The results in differentiable operations."""
-        image, work = _general(z, Units(W, U, b, s, self.size), self.inverse, None, TANH)
-        return image, work.log_det
+        return reference.evaluate(z, Units(W, U, b, s, self.size), self.inverse, None, TANH)[:2]
 
 
 class _Stack(Function):
@@ -186,7 +193,7 @@ class _Stack(Function):
     ) -> tuple[Tensor, Tensor]:
         done = call.run(z, W, U, b, s)
         image = done.image.detach()
-        read = image if call.kernels is chain_kernels else None  # then nobody may edit it
+        read = image if call.kernels is per_point else None  # then nobody may edit it
         ctx.save_for_backward(z, W, U, b, s, read, *done[2:])
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -218,49 +225,3 @@ class _Stack(Function):
             grad_W, grad_U = row_gradients(W, U, call.rows, grad_W, grad_U, grad_s)
             grad_s = None
         return grad_z, grad_W, grad_U, grad_b, grad_s, None
-
-
-def _general(
-    z: Tensor, units: Units, inverse: bool, a: Tensor | None, activation: Activation
-) -> tuple[Tensor, Work]:
-    """The stack in differentiable operations, with parameters of any batch shape."""
-    W, U, b, s, size = units
-    if s is None:
-        U, s = constrain(W, U)
-    G = (W @ U.mT).movedim((-2, -1), (0, 1))
-    s = s.squeeze(-1).movedim(-1, 0)
-    r = _project(z, W, b)
-    if inverse:
-        a = solve_coupled_tanh(
-            r, G, s, upper=True, solution=None if a is None else a.detach(), activation=activation
-        )
-    else:
-        N = -G if size == 1 else -G * _earlier_layers(G, size)
-        a = solve_coupled_tanh(r, N, None, upper=False, activation=activation)
-    s = s.reshape(s.shape[:1] + (1,) * (a.dim() - s.dim()) + s.shape[1:])
-    h = activation.value(a)
-    image = _shift(z, U, -h if inverse else h)
-    return image, Work(activation.det(a, s).log().sum(0), a=a)
-
-
-def _earlier_layers(G: Tensor, size: int) -> Tensor:
-    """1 where unit k lies in a later layer than unit j, shape (K, K, 1, ...)."""
-    layer = torch.arange(len(G), device=G.device) // size
-    mask = (layer.unsqueeze(1) > layer).to(G.dtype)
-    return mask.reshape(mask.shape + (1,) * (G.dim() - 2))
-
-
-def _project(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """W x + b with the layers first, shape (K, *B)."""
-    if w.dim() == b.dim() + 1 == 2:
-        flat = torch.addmm(b.unsqueeze(-1), w, x.reshape(-1, x.shape[-1]).T)
-        return flat.reshape(len(w), *x.shape[:-1])
-    return ((w @ x.unsqueeze(-1)).squeeze(-1) + b).movedim(-1, 0)
-
-
-def _shift(x: Tensor, u_hat: Tensor, h: Tensor) -> Tensor:
-    """Return x + Ûᵀ h for h of shape (K, *B)."""
-    if u_hat.dim() == 2 and h.shape[1:] == x.shape[:-1]:
-        flat = x.reshape(-1, x.shape[-1])
-        return torch.addmm(flat, h.reshape(len(h), len(flat)).T, u_hat).reshape(x.shape)
-    return x + (h.movedim(0, -1).unsqueeze(-2) @ u_hat).squeeze(-2)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflow.transforms import chain_kernels, stack_kernels
-from pyroflow.transforms.stack_kernels import Units
+from pyroflow.transforms.kernels import per_point, shared
+from pyroflow.transforms.kernels.units import Units
 
 
 @torch.library.custom_op("pyroflow::stack", mutates_args=())
@@ -17,11 +17,11 @@ def stack(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image (N, D), log-determinant (N), h and pq (K, N) of a pass at z, shape (N, D).
 
-    The parameters are those of :class:`~pyroflow.transforms.stack_kernels.Units`, shared by all
+    The parameters are those of :class:`~pyroflow.transforms.kernels.units.Units`, shared by all
     points or one set a point.
     """
-    kernels = stack_kernels if W.dim() == 2 else chain_kernels
-    done = (kernels.pull if inverse else kernels.push)(z, Units(W, U, b, s, size))
+    kernels = shared if W.dim() == 2 else per_point
+    done = (kernels.inverse if inverse else kernels.forward)(z, Units(W, U, b, s, size))
     return done.image.contiguous(), done.log_det, done.h, done.pq
 
 
@@ -49,9 +49,9 @@ def stack_gradients(
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients in z and in the parameters."""
-    shared = W.dim() == 2
-    kernels, common = stack_kernels if shared else chain_kernels, (image, grad_log_det, h, pq)
-    done = kernels.Pass(*common, W @ U.T) if shared else kernels.Pass(*common)
+    kernels = shared if W.dim() == 2 else per_point
+    own = (W @ U.T,) if kernels is shared else ()
+    done = kernels.Pass(image, grad_log_det, h, pq, *own)
     units = Units(W, U, b, s, size)
     grads = kernels.gradients(
         z, units, done, grad_image, grad_log_det, inverse=inverse, needs=(True, True)

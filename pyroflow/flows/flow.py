@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from pyroflow.checks import check_count
-from pyroflow.foreign import forget, modules_within
+from pyroflow.checks import check_choice, check_count
+from pyroflow.flows.distribution import FlowDistribution
+from pyroflow.flows.others import clear_caches, modules_within
 from pyroflow.seeds import drawing
 from pyroflow.transforms import (
     Affine,
     Bijection,
+    Conditional,
     ConditionalAffine,
     ConditionalPlanar,
     ConditionalRadial,
@@ -42,7 +44,7 @@ _LAYERS = (
 _AFFINE = (Affine, ConditionalAffine)
 
 # What keeps no cache that outlives a change of the parameters.
-_OURS = (Bijection, *_AFFINE, *_LAYERS)
+_OURS = (Bijection, Conditional)
 
 
 class StandardNormal(nn.Module):
@@ -66,13 +68,17 @@ class Flow(nn.Module):
         base: a distribution with event shape (D,), or a module whose call returns one, so that
             its tensors move with the flow.
         transforms: applied from base to data, first to last; ``t.inv`` runs t backwards.
+        direction: which way the layers among them (planar, radial, Sylvester, all that start as
+            the identity) run in closed form: "base_to_data", "data_to_base", or "auto": as the
+            first fit needs it, until then "data_to_base". None leaves each as it is given.
 
     Attributes:
-        fitted: whether a ``fit_`` function has placed the flow on its data or target.
+        fitted: whether the flow has been fitted: it is then never initialized again.
 
     Raises:
-        TypeError: an entry that is no transform.
-        ValueError: at a call, a context that is missing or that no transform takes.
+        TypeError: If an entry is no transform.
+        ValueError: If the direction is unknown; at a call, if a context is missing, or given and
+            no transform takes it.
 
     Example:
         >>> import torch
@@ -87,6 +93,7 @@ class Flow(nn.Module):
         self,
         base: Distribution | nn.Module,
         transforms: Sequence[Transform | ConditionalTransform],
+        direction: Direction | None = None,
     ) -> None:
         super().__init__()
         if isinstance(transforms, Transform | ConditionalTransform):
@@ -94,21 +101,31 @@ class Flow(nn.Module):
         for t in transforms:
             if not isinstance(t, Transform | ConditionalTransform):
                 raise TypeError(f"transforms must hold transforms, got {type(t).__name__}")
+        check_choice("direction", direction, ("auto", "base_to_data", "data_to_base", None))
         self.base = base
-        transforms = [part for t in transforms for part in _flatten(t)]
         # Torch's inverse loses its transform when it is copied, so the transform itself is
         # kept, and whether to turn it round.
-        self._inverted = [isinstance(t, _InverseTransform) for t in transforms]
-        self._parts = [t.inv if isinstance(t, _InverseTransform) else t for t in transforms]
-        self.parts = nn.ModuleList(m for t in self._parts for m in modules_within(t))
-        self._foreign = [t for t in self._parts if not isinstance(t, _OURS)]
-        self._undecided = False
+        self._steps = [
+            (t.inv, True) if isinstance(t, _InverseTransform) else (t, False)
+            for given in transforms
+            for t in _flatten(given)
+        ]
+        self.parts = nn.ModuleList(m for t, _ in self._steps for m in modules_within(t))
+        self._others = [t for t, _ in self._steps if not isinstance(t, _OURS)]
+        self._undecided = direction == "auto"
         self.fitted = False
+        if direction is not None:
+            self._turn([t for t, _ in self._steps], direction != "base_to_data")
+
+    @property
+    def steps(self) -> tuple[tuple[Transform | ConditionalTransform, bool], ...]:
+        """Each transform, from base to data, and whether the flow runs its inverse."""
+        return tuple(self._steps)
 
     @property
     def conditional(self) -> bool:
         """Whether the flow needs a context."""
-        return any(isinstance(t, ConditionalTransform) for t in self._parts)
+        return any(isinstance(t, ConditionalTransform) for t, _ in self._steps)
 
     @property
     def input_dim(self) -> int:
@@ -128,60 +145,69 @@ class Flow(nn.Module):
         if context is not None and not self.conditional:
             raise ValueError("this flow has no conditional transform: call it without a context")
         base = self.base() if isinstance(self.base, nn.Module) else self.base
-        forget(self._foreign)
-        return dist.TransformedDistribution(base, self.transforms(context))
+        clear_caches(self._others)
+        return FlowDistribution(base, self.transforms(context))
 
     def transforms(self, context: Tensor | None = None) -> list[Transform]:
         """The transforms from base to data, conditioned on the context."""
         conditioned = [
-            t.condition(context) if isinstance(t, ConditionalTransform) else t for t in self._parts
+            (t.condition(context) if isinstance(t, ConditionalTransform) else t, inverted)
+            for t, inverted in self._steps
         ]
-        placed = zip(conditioned, self._inverted, strict=True)
-        return [t.inv if inverted else t for t, inverted in placed]
+        return [t.inv if inverted else t for t, inverted in conditioned]
 
     @torch.no_grad()
-    def place(self, direction: Direction, data: Tensor | None = None) -> None:
+    def initialize(self, data: Tensor | None = None) -> None:
         """Prepare a flow for its first fit; one that was fitted or trained by hand stays as it is.
 
         Layers that are the identity are drawn anew, unless they are frozen, so that a fit is
-        reproducible from its own seed; they take the direction where it is open. Given data, an
-        outermost affine layer is set to their mean and covariance if all of pyroflow's layers
-        are the identity. Whatever has moved was trained, loaded or given, and is kept.
+        reproducible from its own seed. Where their direction is open, they take the one that is
+        in closed form for what the fit does most: scoring, where there are data, else sampling.
+        Given data, an outermost affine layer is set to their mean and covariance if all of
+        pyroflow's layers are the identity. What has moved was trained, loaded or given: it stays.
 
         Args:
-            direction: "base_to_data" or "data_to_base".
-            data: shape (N, D).
+            data: shape (N, D), for a fit to data.
+
+        Raises:
+            ValueError: If the covariance of the data is singular, and the scale a full triangle.
         """
         if self.fitted:
             return
-        layers = [t for t in self._parts if isinstance(t, (*_LAYERS, *_AFFINE))]
-        still = [t for t in layers if _is_identity(t, self.input_dim)]
-        upright = self._parts[-1] if self._parts and not self._inverted[-1] else None
-        if data is not None and isinstance(upright, _AFFINE) and len(still) == len(layers):
-            upright.standardize(data)
-        for index, part in enumerate(self._parts):
-            if isinstance(part, _LAYERS) and part in still:
-                if any(p.requires_grad for p in part.parameters()):
-                    part.reset_parameters()
-                if self._undecided:
-                    self._inverted[index] = direction == "data_to_base"
+        ours = [t for t, _ in self._steps if isinstance(t, (*_LAYERS, *_AFFINE))]
+        still = [t for t in ours if _is_identity(t, self.input_dim)]
+        last, inverted = self._steps[-1] if self._steps else (None, False)
+        outermost = isinstance(last, _AFFINE) and not inverted
+        if data is not None and outermost and len(still) == len(ours):
+            last.standardize(data)
+        for t in still:
+            if isinstance(t, _LAYERS) and any(p.requires_grad for p in t.parameters()):
+                t.reset_parameters()
+        if self._undecided:
+            self._turn(still, data is not None)
         self._undecided, self.fitted = False, True
 
+    def _turn(self, transforms: Sequence[Transform | ConditionalTransform], inverted: bool) -> None:
+        """Set the direction of the layers among some of the transforms."""
+        turned = {id(t) for t in transforms if isinstance(t, _LAYERS)}
+        self._steps = [(t, inverted if id(t) in turned else was) for t, was in self._steps]
+
     def __getstate__(self) -> dict[str, Any]:
-        forget(self._foreign)
+        clear_caches(self._others)
         return self.__dict__.copy()
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must hold beside tensors: the directions, and whether fitted."""
         return {
-            "inverted": list(self._inverted),
+            "inverted": [inverted for _, inverted in self._steps],
             "undecided": self._undecided,
             "fitted": self.fitted,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`get_extra_state` gave."""
-        self._inverted = list(state["inverted"])
+        transforms = [t for t, _ in self._steps]
+        self._steps = list(zip(transforms, state["inverted"], strict=True))
         self._undecided, self.fitted = state["undecided"], state["fitted"]
 
 

@@ -1,15 +1,33 @@
-"""The paper's û, which makes a layer a bijection whatever the trained u."""
+"""What a unit is: its bend h(a), the paper's û, and the parameters that the kernels take."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyroflow.checks import check_choice, check_fraction
+from pyroflow.transforms.kernels.root import monotone_root
+
 LINEAR = 40  # torch's softplus switches to v already at 20, where float64 still sees a difference
+
+Nonlinearity = Literal["tanh", "leaky_relu"]
+
+
+class Units(NamedTuple):
+    """K units in layers of ``size``: W, Û (K, D), b (K) and s = 1 + diag(W Ûᵀ), (K, 1).
+
+    Outside of the kernels s may be None: U then holds the u of planar layers.
+    """
+
+    W: Tensor
+    U: Tensor
+    b: Tensor
+    s: Tensor | None
+    size: int = 1
 
 
 def softplus(v: Tensor) -> Tensor:
@@ -76,3 +94,68 @@ def row_gradients(
     grad_w.addcmul_(grad_u_hat, rows.coefficient).addcmul_(grad_v, u)
     grad_w.addcmul_(share.mul_(rows.coefficient), w, value=-2)
     return grad_w, torch.addcmul(grad_u_hat, grad_v, w)
+
+
+def sech2(a: Tensor) -> Tensor:
+    """sech²(a) = 1 − tanh²(a), to full relative precision and without overflow."""
+    return 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
+
+
+class Tanh:
+    """h = tanh, as in the paper."""
+
+    def value(self, a: Tensor) -> Tensor:
+        """h(a)."""
+        return a.tanh()
+
+    def slope(self, a: Tensor) -> Tensor:
+        """h'(a)."""
+        return sech2(a)
+
+    def det(self, a: Tensor, s: Tensor) -> Tensor:
+        """1 + (s − 1) h'(a) as a sum of positives, t² + s (1 − t²)."""
+        return a.tanh().square() + s * sech2(a)
+
+    def root(self, r: Tensor, s: Tensor) -> Tensor:
+        """The a with a + (s − 1) h(a) = r; gradients are not recorded."""
+        return monotone_root(r, s)
+
+
+class LeakyReLU:
+    """h(a) = max(a, slope·a) for a slope in (0, 1).
+
+    The condition for a bijection is that of tanh, s > 0, as 1 + (s − 1) h' lies between 1 and s.
+    """
+
+    def __init__(self, negative_slope: float) -> None:
+        self.negative_slope = check_fraction("negative_slope", negative_slope)
+
+    def value(self, a: Tensor) -> Tensor:
+        """h(a)."""
+        return F.leaky_relu(a, self.negative_slope)
+
+    def slope(self, a: Tensor) -> Tensor:
+        """h'(a), 1 at the origin."""
+        return torch.where(a >= 0, torch.ones_like(a), self.negative_slope)
+
+    def det(self, a: Tensor, s: Tensor) -> Tensor:
+        """1 + (s − 1) h'(a) as a sum of positives."""
+        return torch.where(a >= 0, s, (1 - self.negative_slope) + self.negative_slope * s)
+
+    def root(self, r: Tensor, s: Tensor) -> Tensor:
+        """The a with a + (s − 1) h(a) = r: r over the determinant on its side."""
+        return r / self.det(r, s)
+
+
+Activation = Tanh | LeakyReLU
+TANH = Tanh()
+
+
+def activation_named(nonlinearity: Nonlinearity, negative_slope: float) -> Activation:
+    """The activation of that name; only the leaky one has a slope.
+
+    Raises:
+        ValueError: an unknown name, or a slope outside (0, 1).
+    """
+    check_choice("nonlinearity", nonlinearity, ("tanh", "leaky_relu"))
+    return TANH if nonlinearity == "tanh" else LeakyReLU(negative_slope)

@@ -9,7 +9,7 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch.distributions import Transform
 
 from pyroflow.checks import check_choice
-from pyroflow.flow import Direction, Flow, StandardNormal
+from pyroflow.flows.flow import Direction, Flow, StandardNormal
 from pyroflow.transforms import (
     Affine,
     ConditionalAffine,
@@ -20,11 +20,9 @@ from pyroflow.transforms import (
     Radial,
     Sylvester,
 )
-from pyroflow.transforms.activations import Nonlinearity
 from pyroflow.transforms.affine import AffineKind
+from pyroflow.transforms.kernels.units import Nonlinearity
 from pyroflow.transforms.sylvester import Orthogonal
-
-__all__ = ["Direction", "Flow", "StandardNormal", "planar_flow", "radial_flow", "sylvester_flow"]
 
 
 def planar_flow(
@@ -47,7 +45,7 @@ def planar_flow(
         num_layers: K; 0 leaves a Gaussian.
         context_dim: C, for parameters that are a network's output at a context (*B, C).
         direction: which way the planar layers run in closed form. "base_to_data" (as in the
-            paper) samples without a root search and solves K scalar equations to score foreign
+            paper) samples without a root search and solves K scalar equations to score
             data; "data_to_base" scores in closed form and solves them to sample. "auto" takes
             what the first fit does most: "data_to_base" for :func:`~pyroflow.fit_density`,
             "base_to_data" for :func:`~pyroflow.fit_energy`; until then "data_to_base".
@@ -69,18 +67,9 @@ def planar_flow(
         >>> flow(torch.randn(7, 3)).log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])
     """
-    return _layered_flow(
-        Planar,
-        ConditionalPlanar,
-        input_dim,
-        context_dim,
-        direction,
-        affine,
-        hidden_dims,
-        num_layers=num_layers,
-        nonlinearity=nonlinearity,
-        negative_slope=negative_slope,
-    )
+    bend = {"nonlinearity": nonlinearity, "negative_slope": negative_slope}
+    shared = (input_dim, context_dim, direction, affine, hidden_dims)
+    return _layered_flow(Planar, ConditionalPlanar, *shared, num_layers=num_layers, **bend)
 
 
 def radial_flow(
@@ -99,15 +88,10 @@ def radial_flow(
     Args:
         input_dim: D.
         num_layers: K; 0 leaves a Gaussian.
-        context_dim: C, for parameters that are a network's output at a context (*B, C).
-        direction: which way the radial layers run: "base_to_data" (as in the paper),
-            "data_to_base" or "auto", which decides as in :func:`planar_flow`. Both ways are in
-            closed form.
-        affine: "full" (lower-triangular scale), "diagonal", or None for no affine layer.
-        hidden_dims: sizes of the context network's hidden layers; () for a linear map.
-
-    Returns:
-        The flow; ``flow()``, or ``flow(context)``, is a distribution over (*, D).
+        context_dim: as in :func:`planar_flow`.
+        direction: as in :func:`planar_flow`; both ways are in closed form.
+        affine: as in :func:`planar_flow`.
+        hidden_dims: as in :func:`planar_flow`.
 
     Raises:
         ValueError: input_dim < 1, num_layers < 0, context_dim < 1, or an unknown option.
@@ -119,16 +103,8 @@ def radial_flow(
         >>> flow().log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])
     """
-    return _layered_flow(
-        Radial,
-        ConditionalRadial,
-        input_dim,
-        context_dim,
-        direction,
-        affine,
-        hidden_dims,
-        num_layers=num_layers,
-    )
+    shared = (input_dim, context_dim, direction, affine, hidden_dims)
+    return _layered_flow(Radial, ConditionalRadial, *shared, num_layers=num_layers)
 
 
 def sylvester_flow(
@@ -150,15 +126,11 @@ def sylvester_flow(
         input_dim: D.
         num_units: M, from 1 to D.
         num_layers: L; 0 leaves a Gaussian.
-        context_dim: C, for parameters that are a network's output at a context (*B, C).
         orthogonal: "householder", "qr" or "triangular", as in :class:`~pyroflow.Sylvester`.
-        direction: which way the layers run in closed form: "base_to_data" (as in the paper),
-            "data_to_base" or "auto", which decides as in :func:`planar_flow`.
-        affine: "full" (lower-triangular scale), "diagonal", or None for no affine layer.
-        hidden_dims: sizes of the context network's hidden layers; () for a linear map.
-
-    Returns:
-        The flow; ``flow()``, or ``flow(context)``, is a distribution over (*, D).
+        context_dim: as in :func:`planar_flow`.
+        direction: as in :func:`planar_flow`.
+        affine: as in :func:`planar_flow`.
+        hidden_dims: as in :func:`planar_flow`.
 
     Raises:
         ValueError: a size out of range, or an unknown option.
@@ -170,18 +142,9 @@ def sylvester_flow(
         >>> flow().log_prob(torch.zeros(7, 5)).shape
         torch.Size([7])
     """
-    return _layered_flow(
-        Sylvester,
-        ConditionalSylvester,
-        input_dim,
-        context_dim,
-        direction,
-        affine,
-        hidden_dims,
-        num_units=num_units,
-        num_layers=num_layers,
-        orthogonal=orthogonal,
-    )
+    sizes = {"num_units": num_units, "num_layers": num_layers, "orthogonal": orthogonal}
+    shared = (input_dim, context_dim, direction, affine, hidden_dims)
+    return _layered_flow(Sylvester, ConditionalSylvester, *shared, **sizes)
 
 
 def _layered_flow(
@@ -202,12 +165,8 @@ def _layered_flow(
         parts = [layers(input_dim, **options)]
         parts += [] if affine is None else [Affine(input_dim, affine)]
     else:
-        sizes = {"hidden_dims": hidden_dims}
-        parts = [conditional_layers(input_dim, context_dim, **options, **sizes)]
-        parts += (
-            [] if affine is None else [ConditionalAffine(input_dim, context_dim, affine, **sizes)]
-        )
-    flow = Flow(base, parts)
-    flow._inverted[0] = direction != "base_to_data"
-    flow._undecided = direction == "auto"
-    return flow
+        sizes = (input_dim, context_dim)
+        parts = [conditional_layers(*sizes, **options, hidden_dims=hidden_dims)]
+        if affine is not None:
+            parts.append(ConditionalAffine(*sizes, affine, hidden_dims=hidden_dims))
+    return Flow(base, parts, direction=direction)

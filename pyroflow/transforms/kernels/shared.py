@@ -3,8 +3,8 @@
 A stack of K units y = x + Σ_k û_k tanh(a_k), a_k = w_kᵀz + b_k, sees its input through K
 numbers. These functions evaluate it, invert it and differentiate both, with two matrix products
 in the event size and a recursion on (K, N) arrays. They record no graph:
-:mod:`~pyroflow.transforms.stack` makes an autograd function of them, and
-:func:`~pyroflow.transforms.coupled_tanh.solve_coupled_tanh` is the same mathematics in
+:mod:`~pyroflow.transforms.kernels.autograd` makes an autograd function of them, and
+:mod:`~pyroflow.transforms.kernels.reference` is the same mathematics in
 differentiable operations.
 
 Units come in layers of M that do not see each other's shifts: M = 1 for planar layers, and
@@ -21,28 +21,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyroflow.transforms.monotone_root import monotone_root
+from pyroflow.transforms.kernels.root import monotone_root
+from pyroflow.transforms.kernels.units import Units
 
 SHALLOW = 32  # one block up to this many units
 LARGE = 65_000  # numbers in a (K, N) array from which small blocks stay in the cache
 DENSE = 4_096  # numbers in a block below which one batched triangular solve beats a loop
 NARROW = 512  # rows up to which an inverse block of 16 units stays in the cache
-HASTY, PATIENT = 10, 16  # Newton steps for many rows, and for the few that are then left
+FEW_STEPS, MANY_STEPS = 10, 16  # Newton steps for many rows, and for the few that are then left
 BOLD = 4  # steps before a step is held at the origin
 EARLIEST_END = 3  # before that some element is hardly ever close enough: do not look
-
-
-class Units(NamedTuple):
-    """K units in layers of ``size``: W, Û (K, D), b (K) and s = 1 + diag(W Ûᵀ), (K, 1).
-
-    Outside of the kernels s may be None: U then holds the u of planar layers.
-    """
-
-    W: Tensor
-    U: Tensor
-    b: Tensor
-    s: Tensor | None
-    size: int = 1
 
 
 class Pass(NamedTuple):
@@ -59,7 +47,7 @@ class Pass(NamedTuple):
     G: Tensor
 
 
-def push(x: Tensor, units: Units) -> Pass:
+def forward(x: Tensor, units: Units) -> Pass:
     """Evaluate y = x + Ûᵀ tanh(a) and log |det dy/dx| at x, shape (N, D)."""
     W, U, b, _, size = units
     G = torch.mm(W, U.T)
@@ -79,7 +67,7 @@ def push(x: Tensor, units: Units) -> Pass:
     return _finish(x, A, P, units, G, sign=1)
 
 
-def pull(y: Tensor, units: Units) -> Pass:
+def inverse(y: Tensor, units: Units) -> Pass:
     """Solve y = x + Ûᵀ tanh(a) for x; the log-determinant is that of the map x ↦ y."""
     W, U, b, s, _ = units
     A = torch.addmm(b.unsqueeze(1), W, y.T)
@@ -212,10 +200,10 @@ def _solve_by_rows(x: Tensor, f: Tensor, coupling: Tensor, alpha: int, upper: bo
 
 def _solve(r: Tensor, coupling: Tensor, s: Tensor) -> Tensor:
     """The root a of a + coupling tanh(a) + (s − 1) ∘ tanh(a) = r, strictly upper triangular."""
-    steps = HASTY if r.shape[1] > NARROW else PATIENT
+    steps = FEW_STEPS if r.shape[1] > NARROW else MANY_STEPS
     a, left = _solve_together(r, coupling, s, steps)
-    if left is not None and steps == HASTY:
-        again, still = _solve_together(r[:, left], coupling, s, PATIENT)
+    if left is not None and steps == FEW_STEPS:
+        again, still = _solve_together(r[:, left], coupling, s, MANY_STEPS)
         a[:, left] = again
         left = None if still is None else left[still]
     if left is not None:

@@ -18,7 +18,7 @@ def monotone_root(r: Tensor, s: Tensor, *, return_steps: bool = False) -> Tensor
     :func:`_outer_bound` moves monotonically to the root: no bracket, no bisection and
     no case that fails. It ends once every residual is at rounding level.
 
-    Gradients are not recorded; :func:`~pyroflow.transforms.coupled_tanh.solve_coupled_tanh`
+    Gradients are not recorded; :func:`~pyroflow.transforms.kernels.reference.solve_coupled_tanh`
     supplies them by the implicit function theorem.
 
     Args:
@@ -32,7 +32,7 @@ def monotone_root(r: Tensor, s: Tensor, *, return_steps: bool = False) -> Tensor
 
     Example:
         >>> import torch
-        >>> from pyroflow.transforms.monotone_root import monotone_root
+        >>> from pyroflow.transforms.kernels.root import monotone_root
         >>> a = monotone_root(torch.tensor([-2.0, 0.0, 5.0]), torch.tensor(3.0))
         >>> bool(torch.allclose(a + 2 * a.tanh(), torch.tensor([-2.0, 0.0, 5.0])))
         True

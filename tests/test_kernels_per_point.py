@@ -6,10 +6,8 @@ import pytest
 import torch
 from cases import given_planar
 
-from pyroflow.transforms import chain_kernels, stack
-from pyroflow.transforms.activations import TANH
-from pyroflow.transforms.constraint import constrain
-from pyroflow.transforms.stack_kernels import Units
+from pyroflow.transforms.kernels import autograd, per_point, reference
+from pyroflow.transforms.kernels.units import TANH, Units, constrain
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
@@ -18,19 +16,19 @@ from pyroflow.transforms.stack_kernels import Units
 def test_in_chunks_of_any_size(
     N: int, K: int, D: int, cached: int, inverse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain_kernels, "CACHED", cached)
+    monkeypatch.setattr(per_point, "CACHED", cached)
     parts = given_planar(D, K, (N,), sd=1.5).parts
     w, u, b = (parts[name].detach() for name in ("w", "u", "b"))
     units = Units(w, *constrain(w, u)[:1], b, constrain(w, u)[1])
     z, grad_image, grad_log_det = torch.randn(N, D), torch.randn(N, D), torch.randn(N)
-    done = (chain_kernels.pull if inverse else chain_kernels.push)(z, units)
+    done = (per_point.inverse if inverse else per_point.forward)(z, units)
     leaves = [t.clone().requires_grad_() for t in (z, *units[:4])]
-    image, work = stack._general(leaves[0], Units(*leaves[1:]), inverse, None, TANH)
+    image, log_det, _ = reference.evaluate(leaves[0], Units(*leaves[1:]), inverse, None, TANH)
     assert torch.allclose(done.image, image, atol=1e-9)
-    assert torch.allclose(done.log_det, work.log_det, atol=1e-9)
-    total = (image * grad_image).sum() + (work.log_det * grad_log_det).sum()
+    assert torch.allclose(done.log_det, log_det, atol=1e-9)
+    total = (image * grad_image).sum() + (log_det * grad_log_det).sum()
     expected = torch.autograd.grad(total, leaves, materialize_grads=True, allow_unused=True)
-    found = chain_kernels.gradients(
+    found = per_point.gradients(
         z, units, done, grad_image, grad_log_det, inverse=inverse, needs=(True, True)
     )
     for one, other in zip(found, expected, strict=True):
@@ -44,10 +42,10 @@ def test_only_the_gradients_that_are_wanted(inverse: bool) -> None:
     w, u, b = (parts[name].detach() for name in ("w", "u", "b"))
     u_hat, s = constrain(w, u)
     units, z = Units(w, u_hat, b, s), torch.randn(5, 3)
-    done = (chain_kernels.pull if inverse else chain_kernels.push)(z, units)
+    done = (per_point.inverse if inverse else per_point.forward)(z, units)
     options = {"inverse": inverse, "needs": (True, False)}
-    grads = chain_kernels.gradients(z, units, done, z, None, **options)
-    every = chain_kernels.gradients(z, units, done, z, None, inverse=inverse, needs=(True, True))
+    grads = per_point.gradients(z, units, done, z, None, **options)
+    every = per_point.gradients(z, units, done, z, None, inverse=inverse, needs=(True, True))
     assert torch.allclose(grads[0], every[0], atol=1e-13)
     assert grads[1:] == (None, None, None, None)
 
@@ -64,13 +62,13 @@ def test_serve_a_batch_with_a_dimension_of_one_sample(
 
     def grads_at(z: torch.Tensor) -> tuple:
         units = Units(*leaves, None)
-        image, work = stack.evaluate_stack(z, units, inverse=inverse)
+        image, found = autograd.evaluate_stack(z, units, inverse=inverse)
         assert image.shape == z.shape
-        assert work.log_det.shape == z.shape[:-1]
-        total = image.square().sum() + work.log_det.sin().sum()
+        assert found.log_det.shape == z.shape[:-1]
+        total = image.square().sum() + found.log_det.sin().sum()
         return image, *torch.autograd.grad(total, leaves)
 
     expected = grads_at(z.reshape(*own, 3))
-    monkeypatch.setattr(stack, "_general", None)
+    monkeypatch.setattr(reference, "evaluate", None)
     for found, right in zip(grads_at(z), expected, strict=True):
         assert torch.allclose(found.reshape(right.shape), right, atol=1e-12)

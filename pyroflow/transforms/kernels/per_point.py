@@ -1,4 +1,4 @@
-"""The passes of :mod:`~pyroflow.transforms.stack_kernels` where every point has its own units.
+"""The passes of :mod:`~pyroflow.transforms.kernels.shared` where every point has its own units.
 
 As in amortised inference: W and Û have shape (N, K, D). The product G = W Ûᵀ would then cost K
 numbers for each of the N·K·D that the units have, so the layers are applied one after the other;
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyroflow.transforms.monotone_root import monotone_root
-from pyroflow.transforms.stack_kernels import Units
+from pyroflow.transforms.kernels.root import monotone_root
+from pyroflow.transforms.kernels.units import Units
 
 CACHED = 1 << 20  # numbers
 
@@ -28,7 +28,7 @@ class Pass(NamedTuple):
     pq: Tensor
 
 
-def push(x: Tensor, units: Units) -> Pass:
+def forward(x: Tensor, units: Units) -> Pass:
     """Evaluate y and log |det dy/dx| at x, shape (N, D)."""
     z, A, H = _start(x, units)
     for rows in _chunks(units.W):
@@ -40,7 +40,7 @@ def push(x: Tensor, units: Units) -> Pass:
     return _finish(z, A, H, units)
 
 
-def pull(y: Tensor, units: Units) -> Pass:
+def inverse(y: Tensor, units: Units) -> Pass:
     """Solve for x at y, shape (N, D); the log-determinant is that of the map x ↦ y."""
     z, A, H = _start(y, units)
     s = units.s.squeeze(2)

@@ -1,4 +1,4 @@
-"""Transforms that are not pyroflow's: what is hidden in them, and what they must forget."""
+"""Transforms that are not pyroflow's: what is hidden in them, and their caches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def modules_within(t: Transform | ConditionalTransform) -> list[nn.Module]:
     return [t] if isinstance(t, nn.Module) else [m for u in _held(t) for m in modules_within(u)]
 
 
-def forget(transforms: Iterable[Transform | ConditionalTransform]) -> None:
+def clear_caches(transforms: Iterable[Transform | ConditionalTransform]) -> None:
     """Empty the caches of transforms and of those within, where they are not pyroflow's.
 
     Such a cache outlives an optimiser step (pyro issue #2564): the same tensor would get its old
@@ -35,7 +35,7 @@ def forget(transforms: Iterable[Transform | ConditionalTransform]) -> None:
         for name, value in list(vars(t).items()):
             if name.startswith("_cache") and isinstance(value, Tensor):
                 setattr(t, name, None)
-        forget(_held(t))
+        clear_caches(_held(t))
 
 
 def _held(t: Transform | ConditionalTransform) -> Iterator[Transform]:

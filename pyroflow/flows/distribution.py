@@ -1,12 +1,51 @@
-"""Gradients of log q along the path of a sample only."""
+"""The distributions of flows: scored in one pass a transform, or along the path of a sample."""
 
 from __future__ import annotations
 
 import pyro.distributions as dist
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import TransformedDistribution
+from torch.distributions import Transform, TransformedDistribution
+from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.transforms import Bijection
+
+
+class FlowDistribution(dist.TransformedDistribution):
+    """A transformed distribution whose ``log_prob`` reads each transform's parameters once.
+
+    Values, samples and gradients are those of ``TransformedDistribution``, of any transforms.
+
+    Example:
+        >>> import torch
+        >>> from pyroflow import Planar
+        >>> base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        >>> FlowDistribution(base, [Planar(2)]).log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density at value (*, D)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        total, event_dim = 0.0, len(self.event_shape)
+        for t in reversed(self.transforms):
+            value, log_det = _inverse_and_log_det(t, value)
+            event_dim += t.domain.event_dim - t.codomain.event_dim
+            total = total - sum_rightmost(log_det, event_dim - t.domain.event_dim)
+        base = self.base_dist
+        return total + sum_rightmost(base.log_prob(value), event_dim - len(base.event_shape))
+
+
+def _inverse_and_log_det(t: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
+    """X with t(x) = y, and log |det dy/dx|."""
+    if isinstance(t, Bijection):
+        return t.inverse_and_log_det(y)
+    if isinstance(t, _InverseTransform) and isinstance(t.inv, Bijection):
+        x, log_det = t.inv.forward_and_log_det(y)
+        return x, -log_det
+    x = t.inv(y)
+    return x, t.log_abs_det_jacobian(x, y)
 
 
 class AlongPath(dist.TransformedDistribution):
@@ -60,7 +99,7 @@ def log_prob_at_fixed(q: TransformedDistribution, z: Tensor) -> Tensor | None:
     Returns:
         Shape (*); None where a transform can be run forwards only.
     """
-    full = dist.TransformedDistribution(q.base_dist, q.transforms)
+    full = FlowDistribution(q.base_dist, q.transforms)
     if all(isinstance(t, Bijection) for t in q.transforms):
         return full.log_prob(z) - AlongPath(q.base_dist, q.transforms).log_prob(z)
     try:

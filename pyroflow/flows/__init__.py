@@ -1,0 +1,18 @@
+"""Flows: a base distribution and transforms as one trainable module."""
+
+from pyroflow.flows.distribution import AlongPath, FlowDistribution, log_prob_at_fixed
+from pyroflow.flows.families import planar_flow, radial_flow, sylvester_flow
+from pyroflow.flows.flow import Direction, Flow, StandardNormal, draw_from
+
+__all__ = [
+    "AlongPath",
+    "Direction",
+    "Flow",
+    "FlowDistribution",
+    "StandardNormal",
+    "draw_from",
+    "log_prob_at_fixed",
+    "planar_flow",
+    "radial_flow",
+    "sylvester_flow",
+]

@@ -1,0 +1,1 @@
+"""Stacks of units, evaluated and inverted: fast by hand, and in differentiable operations."""
