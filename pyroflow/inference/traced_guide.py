@@ -20,7 +20,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import TransformedDistribution
 
-from pyroflow.flow import draw_from
+from pyroflow.flows import draw_from
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.checkpoint import saved_settings
 from pyroflow.inference.draws import draw
