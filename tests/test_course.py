@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroflow.inference.course import Course
-from pyroflow.inference.objectives import bound_loss
+from pyroflow.inference.objectives import LOST, bound_loss, cut_loss
 from pyroflow.inference.stopping import StopRule
 
 
@@ -148,31 +148,45 @@ def test_gradients_by_hand() -> None:
     assert gradient(LOG_WEIGHTS, "dreg", 2) == pytest.approx((-w.square() / 2).tolist())
 
 
+def cut(log_weights: Tensor, objective: str) -> tuple[float, list[float]]:
+    """The loss of a guide cut to where weights are finite, and its gradient in the weights."""
+    log_weights = log_weights.clone().requires_grad_()
+    loss = cut_loss(log_weights, objective, 2, torch.zeros(4, 1), None, path=False)
+    loss.backward()
+    return loss.item(), log_weights.grad.tolist()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_finite_are_left_out(bad: float) -> None:
+def test_weights_that_are_not_finite_count_as_zero(bad: float) -> None:
     """A draw that is left out counts as weight zero in its group, not as a smaller group."""
     log_weights = LOG_WEIGHTS.clone()
     log_weights[1] = bad
-    assert bound_loss(log_weights, "elbo", 2).item() == pytest.approx(0.0)
-    iwae = -(math.log(0.25) + math.log(1.5)) / 2
-    assert bound_loss(log_weights, "iwae", 2).item() == pytest.approx(iwae)
-    assert gradient(log_weights, "elbo", 2) == pytest.approx([-1 / 3, 0, -1 / 3, -1 / 3])
-    assert gradient(log_weights, "iwae", 2) == pytest.approx([-1 / 2, 0, -1 / 3, -1 / 6])
-    assert gradient(log_weights, "dreg", 2) == pytest.approx([-1 / 2, 0, -2 / 9, -1 / 18])
+    loss, slopes = cut(log_weights, "elbo")
+    kept = -LOG_WEIGHTS[[0, 2, 3]].mean().item()
+    assert loss == pytest.approx(kept - (1 + LOST) * math.log(3 / 4))  # of the draws lost
+    assert slopes == pytest.approx([-1 / 3, 0, -1 / 3, -1 / 3])
+    loss, slopes = cut(log_weights, "iwae")
+    kept = -(math.log(0.25) + math.log(1.5)) / 2  # both groups have a weight
+    assert loss == pytest.approx(kept - LOST * math.log(3 / 4))
+    assert slopes == pytest.approx([-1 / 2, 0, -1 / 3, -1 / 6])
+    assert cut(log_weights, "dreg")[1] == pytest.approx([-1 / 2, 0, -2 / 9, -1 / 18])
 
 
 @pytest.mark.parametrize("objective", ["iwae", "dreg"])
-def test_group_without_a_finite_weight_is_left_out(objective: str) -> None:
+def test_group_without_a_finite_weight_is_lost(objective: str) -> None:
     log_weights = LOG_WEIGHTS.clone()
     log_weights[:2] = torch.tensor([math.nan, -math.inf])
-    kept = bound_loss(LOG_WEIGHTS[2:], objective, 2)
-    assert bound_loss(log_weights, objective, 2).item() == pytest.approx(kept.item())
-    assert gradient(log_weights, objective, 2)[:2] == [0.0, 0.0]
+    kept = bound_loss(LOG_WEIGHTS[2:], objective, 2).item()
+    loss, slopes = cut(log_weights, objective)
+    assert loss == pytest.approx(kept - (1 + LOST) * math.log(1 / 2))
+    assert slopes[:2] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("objective", ["elbo", "iwae", "dreg"])
-def test_nothing_finite_gives_nan(objective: str) -> None:
-    assert bound_loss(torch.full((4,), math.nan), objective, 2).isnan()
+def test_nothing_finite_gives_no_finite_loss(objective: str) -> None:
+    weights = torch.full((4,), math.nan)
+    loss = cut_loss(weights, objective, 2, torch.zeros(4, 1), None, path=False)
+    assert not loss.isfinite()
 
 
 @pytest.mark.parametrize("objective", ["iwae", "dreg"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from amortized_cases import Y, rows_model
 from drop_in_cases import GUIDES
+from pyro.distributions.transforms import GeneralizedChannelPermute, ReshapeTransform
 from pyro.infer import SVI, Trace_ELBO
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
@@ -157,3 +158,24 @@ def test_a_call_costs_no_more_where_there_are_many_guides(
     assert first[19] < 6 * first[0]  # some looks for a free name, as a logarithm
     monkeypatch.undo()
     pyro.clear_param_store()
+
+
+def test_a_parameter_of_another_stride_is_trained_and_not_a_copy() -> None:
+    """Pyro's store copies a tensor that is not contiguous, as its ChannelPermute has one."""
+
+    def model() -> None:
+        pyro.sample("z", pyro.distributions.Normal(1.0, 2.0).expand([2]).to_event(1))
+
+    def made(dim: int) -> list:
+        to_image = ReshapeTransform((dim,), (dim, 1, 1))
+        return [to_image, GeneralizedChannelPermute(dim), to_image.inv]
+
+    guide = pf.AutoFlow(model, made)
+    names = []
+    for _ in range(3):
+        guide()
+        names.append(guide._pyro_name)
+    assert set(names) == {"AutoFlow"}
+    stored = dict(pyro.get_param_store().named_parameters())
+    (LU,) = (p for name, p in guide.named_parameters() if name.endswith("LU"))
+    assert any(p is LU for p in stored.values())

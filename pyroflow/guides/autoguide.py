@@ -109,7 +109,10 @@ class AutoFlow(DropIn):
         if self.affine_kind is not None:
             options = {"init_loc": init_loc, "init_scale": self.init_scale}
             transforms.append(Affine(dim, self.affine_kind, **options))
-        return Flow(base, transforms)
+        flow = Flow(base, transforms)
+        for p in flow.parameters():  # of another stride Pyro's store would keep, and train, a copy
+            p.data = p.data.contiguous()
+        return flow
 
     def _transforms(self, init_loc: Tensor) -> list[Transform]:
         """What lies between the base and the affine layer."""

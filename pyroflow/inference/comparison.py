@@ -41,6 +41,8 @@ def differs(runs: Runs, latents: Values, size: int, way: Way) -> str | None:
         found, slopes = _with_gradients(runs, way, latents, size)
     except FAILURES:
         return "the log joint"
+    if not runs.compared:
+        return None
     given = latents
     if runs.predict:
         given = {name: s.values for name, s in found.items() if is_random(s.record)}

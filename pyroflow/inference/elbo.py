@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 
@@ -44,7 +45,10 @@ class Problem:
     def __post_init__(self) -> None:
         depth = _plate_depth(self.guide_trace, self.model_trace)
         self.runs = Runs(self.model, self.args, self.kwargs, depth)
-        options = {"predict": True, "by_vmap": False}  # a flow's layers have no batching rules
+        # A flow's layers have no batching rules. Pyro's autoguides are made to go into a plate, and
+        # some of their transforms cannot score what another run has drawn.
+        options = {"predict": True, "by_vmap": False}
+        options["compared"] = not isinstance(self.guide, AutoGuide)
         self.guide_runs = Runs(self.guide, self.args, self.kwargs, depth, **options)
         self.guide_runs.subsample = self.runs.subsample
 

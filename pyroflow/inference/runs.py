@@ -52,6 +52,8 @@ class Runs:
         plates: the depth of its plates; None if it is not to run in a plate.
         predict: whether the observed sites are sampled as well, and not read from the data.
         by_vmap: whether torch's ``vmap`` is tried.
+        compared: whether ways to run are compared with runs of their own; else the first that
+            runs is taken.
 
     Attributes:
         subsample: by name, the rows that plates drew, which all runs share; cleared by the owner.
@@ -73,9 +75,10 @@ class Runs:
         plates: int | None = None,
         predict: bool = False,
         by_vmap: bool = True,
+        compared: bool = True,
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs or {}
-        self.plates, self.predict = plates, predict
+        self.plates, self.predict, self.compared = plates, predict, compared
         self.subsample: Values = {}
         self.records: Run = {}
         self._ways = [self.by_vmap] if by_vmap else []

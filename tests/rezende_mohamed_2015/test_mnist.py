@@ -242,7 +242,7 @@ def test_sylvester_flows_start_near_the_identity_and_move_every_latent(kind: str
     (flow,) = sylvester.layers(kind, M, 40 // M)
     z, context = torch.randn(100, 40), torch.randn(100, 400) / 20
     layers = flow.condition(context)
-    assert (layers.orthogonal, layers.R.shape[-3:]) == (kind, (40 // M, M, M))
+    assert (layers.family.orthogonal, layers.R.shape[-3:]) == (kind, (40 // M, M, M))
     assert layers.log_abs_det_jacobian(z, layers(z)).abs().max() < 2
     with torch.no_grad():
         for p in flow.parameters():
