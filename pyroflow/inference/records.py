@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from pyro.distributions import Delta, Distribution, MaskedDistribution, Unit
 from torch import Tensor
-from torch.distributions import Independent, constraints
+from torch.distributions import Independent, TransformedDistribution, constraints
+from torch.distributions.constraints import Constraint
+
+ROUNDING = 1e-6  # by which a parameter may pass the bound of its constraint
 
 Values = dict[str, Tensor]
 Record = dict[str, Any]  # Pyro's, of a site
@@ -64,25 +67,92 @@ def _plain(fn: Distribution) -> Distribution:
     return fn
 
 
-def outside_support(record: Record) -> Tensor | None:
-    """Where a value is off its support, if that is a matter of its numbers one by one.
+def outside_support(record: Record, *, inside: bool = False) -> Tensor | None:
+    """Where a value has no density: off the support, or with a parameter that is none.
 
-    A simplex or a Cholesky factor is not checked: in float32 a guide's own transforms miss the
-    tolerances of torch, by rounding.
+    Runs are not validated, and there torch's distributions go on with their formula. Simplices
+    and Cholesky factors are not checked: in float32 a guide's own transforms miss the tolerances
+    of torch, by rounding.
+
+    Args:
+        record: the site's.
+        inside: whether the value is known to be inside the support that the distribution says.
     """
     if is_deterministic(record) or is_factor(record):
         return None
+    fn = record["fn"]
+    found = [part for part in (_off(fn, record["value"], inside), _unfit(fn)) if part is not None]
+    if not found:
+        return None
+    outside = torch.stack(torch.broadcast_tensors(*found)).any(0) if found[1:] else found[0]
+    return outside if record["mask"] is None else outside & record["mask"]
+
+
+def _off(fn: Distribution, value: Tensor, inside: bool = False) -> Tensor | None:
+    """Where a value is off the support, batch dimensions alone; None if nothing can be."""
+    if isinstance(fn, Independent):
+        return _any(_off(fn.base_dist, value, inside), fn.reinterpreted_batch_ndims)
+    composed = isinstance(fn, TransformedDistribution)
+    if not composed and hasattr(fn, "base_dist"):  # masked, expanded
+        return _off(fn.base_dist, value, inside)
+    if composed and type(fn).support is TransformedDistribution.support:
+        # Its support is the last transform's codomain, whatever the ones before make of the base.
+        off = _off_base(fn, value)
+        return off if inside or off is not None else _off_declared(fn, value)
+    return None if inside else _off_declared(fn, value)
+
+
+def _off_base(fn: TransformedDistribution, value: Tensor) -> Tensor | None:
     try:
-        support = record["fn"].support
+        support = _unwrapped(fn.base_dist.support)
     except NotImplementedError:
         return None
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    if isinstance(support, type(constraints.real)):
+        return None
+    for t in reversed(fn.transforms):
+        value = t.inv(value)
+    return _off(fn.base_dist, value)
+
+
+def _off_declared(fn: Distribution, value: Tensor) -> Tensor | None:
+    try:
+        support = _unwrapped(fn.support)
+    except NotImplementedError:
+        return None
     if support is constraints.real or support.event_dim > 0:
         return None
-    event_dim, outside = record["fn"].event_dim, ~support.check(record["value"])
-    outside = outside.flatten(-event_dim).any(-1) if event_dim else outside
-    return outside if record["mask"] is None else outside & record["mask"]
+    return _any(~support.check(value), fn.event_dim)
+
+
+def _unfit(fn: Distribution) -> Tensor | None:
+    """Where a distribution's parameters break its constraints; NaN is not, for it shows itself."""
+    if isinstance(fn, Independent):
+        base = _unfit(fn.base_dist)
+        base = None if base is None else base.expand(fn.base_dist.batch_shape)
+        return _any(base, fn.reinterpreted_batch_ndims)
+    if hasattr(fn, "base_dist"):
+        return _unfit(fn.base_dist)
+    found = []
+    for name, constraint in fn.arg_constraints.items():
+        value, plain = vars(fn).get(name), _unwrapped(constraint)
+        if not isinstance(value, Tensor) or constraints.is_dependent(plain):
+            continue
+        if plain is constraints.simplex:
+            found.append((value < 0).any(-1))
+        elif plain is not constraints.real and plain.event_dim == 0:
+            near = plain.check(value) | plain.check(value * (1 - ROUNDING)) | value.isnan()
+            found.append(_any(~near, constraint.event_dim))
+    return torch.stack(torch.broadcast_tensors(*found)).any(0) if found else None
+
+
+def _unwrapped(support: Constraint) -> Constraint:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _any(off: Tensor | None, dims: int) -> Tensor | None:
+    return off.flatten(-dims).any(-1) if off is not None and dims else off
 
 
 def tensor_of(value: Any) -> Tensor:

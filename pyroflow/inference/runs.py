@@ -189,7 +189,8 @@ class Runs:
         if not self.predict:
             check_latents(sampled, values)
         for name, record in sampled.items():
-            if name not in inside and (outside := outside_support(record)) is not None:
+            outside = outside_support(record, inside=name in inside)
+            if outside is not None:
                 record["log_prob"] = record["log_prob"].masked_fill(outside, -torch.inf)
         return sampled
 
