@@ -225,8 +225,7 @@ class Loop:
     @torch.no_grad()
     def _add_to_average(self) -> None:
         self.averaged += 1
-        if not self.average:
-            self.average = [p.detach().clone() for p in self.parameters]
+        self.average = self.average or [p.detach().clone() for p in self.parameters]
         now = [p.detach() for p in self.parameters]
         self.average = torch._foreach_lerp(self.average, now, 1 / self.averaged)
 
