@@ -221,6 +221,7 @@ BOUNDED = {
     "unit": dist.constraints.unit_interval,
     "interval": dist.constraints.interval(10.0, 11.0),
     "tensor bounds": dist.constraints.interval(torch.tensor(0.0), torch.tensor(7.0)),
+    "tensors and numbers": dist.constraints.interval(0.0, torch.tensor(7.0).expand(5)),
     "greater": dist.constraints.greater_than(5.0),
     "less": dist.constraints.less_than(5.0),
     "softplus": dist.constraints.softplus_positive,

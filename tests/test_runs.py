@@ -271,6 +271,19 @@ def test_a_matrix_without_a_factor_costs_its_draw_only() -> None:
     assert torch.allclose(log_p[[0, 2, 3]], expected, rtol=1e-3)
 
 
+def test_guides_on_spheres_and_of_discrete_sites_are_compared_at_their_own_draws() -> None:
+    def model() -> None:
+        way = pyro.sample("way", dist.ProjectedNormal(torch.tensor([1.0, 0.5])))
+        many = pyro.sample("many", dist.Poisson(3.0))
+        pyro.sample("y", dist.Normal(way[..., 0] + many, 1.0), obs=torch.tensor(0.3))
+
+    def guide() -> None:
+        pyro.sample("way", dist.ProjectedNormal(pyro.param("c", torch.tensor([1.0, 0.0]))))
+        pyro.sample("many", dist.Poisson(2.0))
+
+    assert Problem.inspect(model, guide, (), None).plates == 0
+
+
 def walk() -> None:
     with pyro.plate("effects", 3):
         x = pyro.sample("x", dist.Normal(0.0, 2.0))

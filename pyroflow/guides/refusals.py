@@ -11,10 +11,11 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions import Distribution, VonMises, biject_to
+from torch.distributions import Distribution, VonMises
 from torch.distributions.constraints import Constraint
 
 from pyroflow.guides.sites import Site, base_of, same_support
+from pyroflow.model.supports import bijection
 from pyroflow.seeds import seeded
 
 # They say that they are on the real line, where each turn of the circle counts once more.
@@ -50,7 +51,7 @@ def refuse_unsupported(sites: Iterable[Site], error: NotImplementedError) -> Non
                     "over range"
                 ) from error
         try:
-            biject_to(site["fn"].support)
+            bijection(site["fn"].support)
         except NotImplementedError:
             raise ValueError(
                 f"site {site['name']!r} has the support {site['fn'].support}, which no bijection "
@@ -114,6 +115,6 @@ def _is_constant(support: Constraint) -> bool:
 
 
 def _beside(site: Site) -> Tensor:
-    to_support = biject_to(site["fn"].support)
+    to_support = bijection(site["fn"].support)
     latent = to_support.inv(site["value"].detach())
     return to_support(latent + 0.01 * (1 + latent.abs()) * torch.randn_like(latent))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyroflow.inference.records import Run, Sites, Values, is_random, log_joint
+from pyroflow.model.supports import bijection
 
 if TYPE_CHECKING:
     from pyroflow.inference.runs import Runs
@@ -100,15 +100,18 @@ def agree(found: Tensor, expected: Tensor) -> bool:
 
 
 def spread(latents: Values, records: Run) -> Values:
-    """Draws (3, *) as widely spread in the unconstrained space as :func:`moves` says."""
-    moved = {}
+    """Draws (3, *) as widely spread in the unconstrained space as :func:`moves` says.
+
+    Those on a support without such a space, as a sphere or a discrete one, stay where they are.
+    """
+    moved = dict(latents)
     for name, value in latents.items():
-        moved[name] = value
-        support = records[name]["fn"].support
-        if value.is_floating_point() and not support.is_discrete:
-            transform = biject_to(support)
-            z = transform.inv(value)
-            moved[name] = transform(z[:1] + moves(len(z), z[0]))
+        try:
+            to_support = bijection(records[name]["fn"].support)
+        except NotImplementedError:
+            continue
+        z = to_support.inv(value)
+        moved[name] = to_support(z[:1] + moves(len(z), z[0]))
     return moved
 
 

@@ -59,8 +59,9 @@ def plain_bijection(support: Constraint) -> Transform:
     """``biject_to(support)``, without its shift of positive numbers by zero."""
     transform = biject_to(support)
     *_, shift = [None, *getattr(transform, "parts", [])]
-    numbers = isinstance(shift, AffineTransform) and not isinstance(shift.loc, Tensor)
-    return transform.parts[0] if numbers and (shift.loc, shift.scale) == (0, 1) else transform
+    if not isinstance(shift, AffineTransform) or isinstance(shift.loc + shift.scale, Tensor):
+        return transform
+    return transform.parts[0] if (shift.loc, shift.scale) == (0, 1) else transform
 
 
 class StickBreaking(StickBreakingTransform):
