@@ -3,14 +3,14 @@
 from importlib.metadata import version
 
 from pyroflow import datasets, targets
-from pyroflow.arviz_export import to_arviz
+from pyroflow.arviz import to_arviz
 from pyroflow.calibration import Calibration, calibrate
 from pyroflow.diagnostics import Report, diagnose
 from pyroflow.flows import Flow, planar_flow, radial_flow, sylvester_flow
 from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
 from pyroflow.inference import Fit, fit_density, fit_energy, fit_guide, paper_annealing
 from pyroflow.inference.annealing import AdaptiveAnnealing
-from pyroflow.inference.stopping import StopRule
+from pyroflow.inference.stop_rule import StopRule
 from pyroflow.saving import load, save
 from pyroflow.transforms import (
     Affine,

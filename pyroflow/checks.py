@@ -1,9 +1,13 @@
-"""Checks of arguments: name, what was expected, what came."""
+"""Checks of arguments and of data: name, what was expected, what came."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from numbers import Integral, Real
+
+import numpy as np
+import torch
+from torch import Tensor
 
 
 def check_count(name: str, value: int, minimum: int) -> int:
@@ -34,3 +38,166 @@ def check_fraction(name: str, value: float) -> float:
     if not isinstance(value, Real) or not 0 < value < 1:
         raise ValueError(f"{name} must be a fraction between 0 and 1, got {value!r}")
     return value
+
+
+def check_data(
+    data: object,
+    *,
+    width: int | None = None,
+    name: str = "data",
+    varying: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Turns data into a float tensor, or says why no density can be fitted to it.
+
+    Args:
+        data: Tensor, array or nested list with shape :math:`(n, d)`, at least two rows.
+        width: The :math:`d` that is wanted; any if None.
+        name: What the messages call the data.
+        varying: Whether constant columns are refused.
+        dtype: The dtype that is wanted.
+
+    Returns:
+        A tensor with shape :math:`(n, d)`, in ``dtype`` if it is given. Otherwise float32 and
+        float64 are kept; integers, other floats and lists become torch's default dtype.
+
+    Raises:
+        ValueError: If the data are not numbers, have another shape, hold NaN or inf, if a column
+            is constant up to the rounding of its values, or if the dtype cannot hold them.
+
+    Example:
+        >>> from pyroflow.checks import check_data
+        >>> check_data([[0, 1], [1, 3], [2, 2]]).shape
+        torch.Size([3, 2])
+    """
+    tensor = to_tensor(data, name, dtype)
+    check_shape(tensor, width, name)
+    _check_finite(tensor, name)
+    if varying:
+        _check_varies(tensor, name)
+    return tensor
+
+
+def to_tensor(data: object, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """The data as a tensor of any shape in ``dtype``, or as :func:`check_data` says."""
+    if not isinstance(data, Tensor):
+        data, kept = _array_to_tensor(data, name)
+    elif data.is_complex() or data.dtype == torch.bool:
+        raise _not_numeric(name, str(data.dtype))
+    else:
+        data = data.detach() if data.requires_grad else data
+        kept = data.dtype in (torch.float32, torch.float64)
+    return narrow(data, dtype or (data.dtype if kept else torch.get_default_dtype()), name)
+
+
+def _array_to_tensor(data: object, name: str) -> tuple[Tensor, bool]:
+    """A tensor of int64 or floats, and whether it already has a dtype to be kept."""
+    try:
+        array = np.asanyarray(data)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} expects rows of equal length, shape (n, d), got a ragged {type(data).__name__}"
+            f" ({error}); give every row the same number of values."
+        ) from error
+    if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
+        raise _not_numeric(name, str(array.dtype))
+    if np.ma.isMaskedArray(array):
+        array = array.astype(np.float64).filled(np.nan)
+    native = array.dtype.newbyteorder("=")
+    kept = hasattr(data, "__array__") and native in (np.float32, np.float64)
+    whole = native.kind in "iu" and native != np.uint64
+    # A copy: torch takes neither read-only, nor reversed, nor byte-swapped memory.
+    wide = native if kept else np.int64 if whole else np.float64
+    return torch.from_numpy(np.array(array, dtype=wide, order="C")), kept
+
+
+def narrow(data: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The data in ``dtype``, which must be able to hold them.
+
+    Args:
+        data: Any shape; integers or floats.
+        dtype: A floating-point dtype.
+        name: What the messages call the data.
+
+    Raises:
+        ValueError: If a number becomes infinite or 0, or if values of a column become equal that
+            are different integers, or that an offset leaves only five digits of their spread.
+    """
+    if data.dtype == dtype:
+        return data
+    found = data.to(dtype)
+    remedy = "keep float64 (for a fit: flow.double()), or subtract an offset or scale the column"
+    lost = (data.isfinite() & ~found.isfinite()) | ((data != 0) & (found == 0))
+    if lost.any():
+        place = lost.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} expects numbers that {dtype} can hold, got {data[tuple(place)].item()!r} in"
+            f" row {place[0]}, column {place[-1]} (from 0); {remedy}."
+        )
+    for column in range(data.shape[1] if data.ndim == 2 and len(data) else 0):
+        both = [t[:, column][found[:, column].isfinite()] for t in (data, found)]
+        if _merged(*both):
+            raise ValueError(
+                f"{name} expects values that stay apart in {dtype}, but different ones of column"
+                f" {column} (from 0) become equal, such as those near {both[0].max().item()!r};"
+                f" {remedy}."
+            )
+    return found
+
+
+def _merged(values: Tensor, found: Tensor) -> bool:
+    """Whether values have become equal, integers or such whose offset has eaten their digits."""
+    if not len(found):
+        return False
+    spread, size = found.max() - found.min(), found.abs().max()
+    if values.is_floating_point() and torch.finfo(found.dtype).eps * size <= 1e-5 * spread:
+        return False
+    return len(values.unique()) > len(found.unique())
+
+
+def _not_numeric(name: str, dtype: str) -> ValueError:
+    return ValueError(
+        f"{name} expects real numbers, got dtype {dtype}; encode it as numbers and convert it,"
+        " e.g. with data.astype(float) or data.float()."
+    )
+
+
+def check_shape(data: Tensor, width: int | None, name: str, rows: int = 2) -> None:
+    """Raise ``ValueError`` unless the shape is (n, width) with at least so many rows."""
+    expected = f"{name} expects shape (n, {width or 'd'}) with n >= {rows}"
+    got = f"got shape {tuple(data.shape)}"
+    if data.numel() == 0 or (data.ndim == 2 and len(data) < rows):
+        raise ValueError(f"{expected}, {got}; pass at least {rows} row(s) of numbers.")
+    if data.ndim == 1:
+        raise ValueError(f"{expected}, {got}; use data[:, None] for n values of one quantity.")
+    if data.ndim != 2:
+        raise ValueError(f"{expected}, {got}; reshape it to one row per observation.")
+    if width is not None and data.shape[1] != width:
+        raise ValueError(
+            f"{expected}, {got}; select {width} columns, or build the flow for {data.shape[1]}."
+        )
+
+
+def _check_finite(data: Tensor, name: str) -> None:
+    wrong = ~data.isfinite()
+    if not wrong.any():
+        return
+    row, column = wrong.nonzero()[0].tolist()
+    affected = int(wrong.any(dim=1).sum())
+    raise ValueError(
+        f"{name} expects finite numbers, got {data[row, column].item()} in row {row}, column"
+        f" {column} (from 0); {affected} of {len(data)} rows hold NaN or inf. Drop them with"
+        " data[data.isfinite().all(1)] or fill them in."
+    )
+
+
+def _check_varies(data: Tensor, name: str) -> None:
+    spread = data.amax(dim=0) - data.amin(dim=0)
+    rounding = 8 * torch.finfo(data.dtype).eps * data.abs().amax(dim=0)
+    constant = (spread <= rounding).nonzero().flatten().tolist()
+    if constant:
+        raise ValueError(
+            f"{name} expects columns that vary, got constant column(s) {constant} (from 0, first"
+            f" value {data[0, constant[0]].item():g}), where no density exists. Drop the column,"
+            " or add noise to it. A large offset hides small changes: subtract it, in float64."
+        )

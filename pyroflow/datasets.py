@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroflow.checks import check_choice
-from pyroflow.data_checks import check_shape, to_tensor
+from pyroflow.checks import check_choice, check_shape, to_tensor
 from pyroflow.synthetic import (
     SINE_ENTROPY,
     ring,

@@ -21,9 +21,9 @@ from pyroflow.drawing import save_figure
 from pyroflow.flows import Flow, planar_flow
 from pyroflow.guides import AutoPlanarFlow
 from pyroflow.inference import fit_density, fit_guide
-from pyroflow.inference.draws import draw
-from pyroflow.inference.elbo import Problem
 from pyroflow.io import write_json
+from pyroflow.model.bound import Problem
+from pyroflow.model.draws import draw
 from pyroflow.seeds import seeded
 
 

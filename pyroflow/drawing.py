@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform
 
-from pyroflow.data_checks import check_data
+from pyroflow.checks import check_data
 from pyroflow.io import write_whole
 
 Pair = tuple[float, float]

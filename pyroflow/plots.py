@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform
 
 from pyroflow import drawing
-from pyroflow.data_checks import check_data
+from pyroflow.checks import check_data
 from pyroflow.drawing import Bounds, Flow, LogProb, Pair
 
 __all__ = ["plot_density", "plot_grid_bending", "plot_losses", "plot_marginals", "plot_posteriors"]

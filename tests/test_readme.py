@@ -9,7 +9,7 @@ import pytest
 from benchmarks import readme
 
 import pyroflow as pf
-from pyroflow.inference.loop import Loop
+from pyroflow.inference.trainer import Loop
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from pyroflow.calibration.result import Calibration, summarise
 from pyroflow.calibration.simulator import Simulator
 from pyroflow.checks import check_count, check_fraction
-from pyroflow.inference.draws import draw, inspect_in_full
 from pyroflow.inference.guide import fit_guide
+from pyroflow.model.draws import draw, inspect_in_full
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 

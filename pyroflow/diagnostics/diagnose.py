@@ -14,7 +14,7 @@ from pyroflow.diagnostics.funnel import find_funnels
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
 from pyroflow.diagnostics.report import Report
 from pyroflow.diagnostics.verdict import judge, undecided
-from pyroflow.inference.draws import Draws, draw, inspect_in_full, join
+from pyroflow.model.draws import Draws, draw, inspect_in_full, join
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 

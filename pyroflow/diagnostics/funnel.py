@@ -13,8 +13,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyroflow.inference.draws import Draws
-from pyroflow.inference.elbo import Problem
+from pyroflow.model.bound import Problem
+from pyroflow.model.draws import Draws
 
 PARTS = 5  # fifths of the draws, in the order of the scale
 # Where torch's and Pyro's distributions keep a scale: of numbers, of multivariate normals and

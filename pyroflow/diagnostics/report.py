@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import systematic
-from pyroflow.inference.draws import Draws
+from pyroflow.model.draws import Draws
 from pyroflow.seeds import seeded
 
 Level = Literal["good", "resample", "bad"]

@@ -1,7 +1,7 @@
 """Guides for Pyro models."""
 
 from pyroflow.guides.amortized import AmortizedPlanarGuide
-from pyroflow.guides.autoguide import AutoFlow
+from pyroflow.guides.autoflow import AutoFlow
 from pyroflow.guides.layered import AutoPlanarFlow, AutoSylvesterFlow
 
 __all__ = ["AmortizedPlanarGuide", "AutoFlow", "AutoPlanarFlow", "AutoSylvesterFlow"]

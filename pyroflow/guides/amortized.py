@@ -13,7 +13,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
 from pyroflow.checks import check_choice, check_count, check_positive
-from pyroflow.guides.autoguide import MARGINAL_DRAWS, marginal_quantiles
+from pyroflow.guides.autoflow import MARGINAL_DRAWS, marginal_quantiles
 from pyroflow.guides.layered import AutoPlanarFlow
 from pyroflow.guides.local_flow import LocalFlow, check_sizes
 from pyroflow.guides.local_sites import LocalSites

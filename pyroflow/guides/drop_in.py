@@ -21,7 +21,7 @@ from pyroflow.guides.refusals import (
     refuse_moving_supports,
     refuse_unsupported,
 )
-from pyroflow.guides.sites import Site, check_structure, keep_support_only, move_support, point_at
+from pyroflow.model.latents import Site, check_structure, keep_support_only, move_support, point_at
 from pyroflow.threads import one_at_a_time
 
 

@@ -12,7 +12,7 @@ from torch.distributions import Transform
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.flows import Flow
-from pyroflow.guides.autoguide import AutoFlow
+from pyroflow.guides.autoflow import AutoFlow
 from pyroflow.transforms import Planar, Sylvester
 from pyroflow.transforms.affine import AffineKind
 from pyroflow.transforms.sylvester import KINDS, Orthogonal, orthonormal

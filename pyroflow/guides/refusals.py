@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution, VonMises
 from torch.distributions.constraints import Constraint
 
-from pyroflow.guides.sites import Site, base_of, same_support
+from pyroflow.model.latents import Site, base_of, same_support
 from pyroflow.model.supports import bijection
 from pyroflow.seeds import seeded
 

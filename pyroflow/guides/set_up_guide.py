@@ -15,7 +15,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
-from pyroflow.guides.sites import Site, keep_support_only, move_support, point_at, started_anywhere
+from pyroflow.model.latents import Site, keep_support_only, move_support, point_at, started_anywhere
 from pyroflow.threads import one_at_a_time
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyroflow.inference.log_joint import LogJoint
+from pyroflow.model.log_joint import LogJoint
 
 LENGTHS = (4.0, 2.0, 1.0, 0.5, 0.25, 1 / 16, 1 / 64, 1 / 1024)  # of a step, all tried at once
 FLAT = 1e-4  # nats; a step that gains less counts as none

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflow.checks import check_count, check_fraction
-from pyroflow.data_checks import check_data
+from pyroflow.checks import check_count, check_data, check_fraction
 from pyroflow.flows import Flow
 from pyroflow.inference.checkpoint import held
 from pyroflow.inference.fit import Fit, check_options, trainable
-from pyroflow.inference.loop import Loop
+from pyroflow.inference.trainer import Loop
 from pyroflow.seeds import drawing, seeded
 
 # A network's weights want smaller and more steps, and are too many for L-BFGS.

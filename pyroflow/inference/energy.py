@@ -15,8 +15,8 @@ from pyroflow.flows import Flow, draw_from, log_prob_at_fixed
 from pyroflow.inference.annealing import described
 from pyroflow.inference.checkpoint import held
 from pyroflow.inference.fit import Fit, check_options, trainable
-from pyroflow.inference.loop import Loop
 from pyroflow.inference.objectives import bound_scores, cut_loss
+from pyroflow.inference.trainer import Loop
 from pyroflow.seeds import between_draws, quick, seeded
 
 STEPS_AT_FULL_WEIGHT = 5000  # the default number of steps after annealing has ended

@@ -18,13 +18,10 @@ from pyroflow.flows import draw_from, log_prob_at_fixed
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.annealing import AdaptiveAnnealing
 from pyroflow.inference.checkpoint import check_settings, saved_settings
-from pyroflow.inference.draws import draw
-from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit, trainable
-from pyroflow.inference.log_joint import LogJoint
-from pyroflow.inference.loop import Loop
+from pyroflow.inference.gaussian_start import TICKS, Gaussian, best_gaussian
 from pyroflow.inference.objectives import bound_loss, bound_scores, cut_loss
-from pyroflow.inference.stopping import StopRule
+from pyroflow.inference.stop_rule import StopRule
 from pyroflow.inference.traced_guide import (
     FLOW,
     GAUSSIAN,
@@ -36,7 +33,10 @@ from pyroflow.inference.traced_guide import (
     path_derivative,
     warn_of_mixing,
 )
-from pyroflow.inference.warm_start import TICKS, Gaussian, best_gaussian
+from pyroflow.inference.trainer import Loop
+from pyroflow.model.bound import Problem
+from pyroflow.model.draws import draw
+from pyroflow.model.log_joint import LogJoint
 from pyroflow.seeds import between_draws, drawing, quick, seeded
 
 STEPS, PARTICLES = 3000, 128

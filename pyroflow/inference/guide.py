@@ -15,14 +15,14 @@ from torch import nn
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
-from pyroflow.guides.sites import started_anywhere
 from pyroflow.inference.annealing import AdaptiveAnnealing, described
 from pyroflow.inference.checkpoint import held
-from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit, check_options, check_precision
 from pyroflow.inference.flow_guide import PARTICLES, STEPS, Annealing, FlowFit, refuse_nonfinite
 from pyroflow.inference.objectives import OBJECTIVES
 from pyroflow.inference.traced_guide import fit_by_traces, has_path
+from pyroflow.model.bound import Problem
+from pyroflow.model.latents import started_anywhere
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyroflow.seeds import generator_states, restore_generators
 
 if TYPE_CHECKING:
-    from pyroflow.inference.loop import Loop
+    from pyroflow.inference.trainer import Loop
 
 POLISH_ITERATIONS = 20  # of L-BFGS between two scores
 

@@ -23,12 +23,12 @@ from torch.distributions import TransformedDistribution
 from pyroflow.flows import draw_from
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.checkpoint import saved_settings
-from pyroflow.inference.draws import draw
-from pyroflow.inference.elbo import Problem
 from pyroflow.inference.fit import Fit
-from pyroflow.inference.loop import Loop
 from pyroflow.inference.objectives import bound_loss, bound_scores, cut_loss
-from pyroflow.inference.records import is_random, log_joint
+from pyroflow.inference.trainer import Loop
+from pyroflow.model.bound import Problem
+from pyroflow.model.draws import draw
+from pyroflow.model.records import is_random, log_joint
 from pyroflow.seeds import between_draws, drawing, quick, seeded
 from pyroflow.transforms import Bijection
 

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
-from pyroflow.guides.sites import started_anywhere
+from pyroflow.model.latents import started_anywhere
 from pyroflow.saving.recipes import DESCRIPTIONS
 from pyroflow.saving.sites import Description, describe_sites
 from pyroflow.seeds import seeded

@@ -12,8 +12,8 @@ import pyro
 import torch
 
 import pyroflow as pf
-from pyroflow.inference.draws import draw
-from pyroflow.inference.elbo import Problem
+from pyroflow.model.bound import Problem
+from pyroflow.model.draws import draw
 from pyroflow.targets import TOY_LOG_EVIDENCE, toy_model
 
 OUT = Path(__file__).resolve().parents[2] / "notebooks" / "results" / "accuracy.json"

@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from pyroflow.inference.stopping import StopRule
+from pyroflow.inference.stop_rule import StopRule
 
 LENGTH = 4000
 MATERIAL = 1.0

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyroflow.diagnostics.psis import pareto_smooth
-from pyroflow.inference.draws import draw
-from pyroflow.inference.elbo import Problem
+from pyroflow.model.bound import Problem
+from pyroflow.model.draws import draw
 
 from .models import Posterior
 

@@ -21,7 +21,7 @@ from pyro.infer.autoguide import (
 )
 from pyro.optim import ClippedAdam
 
-from pyroflow.inference.elbo import Problem
+from pyroflow.model.bound import Problem
 
 from .judge import moments
 from .models import Posterior

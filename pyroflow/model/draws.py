@@ -1,0 +1,157 @@
+"""Draws from a guide with what the model and the guide say of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from pyroflow.checks import check_count
+from pyroflow.model.bound import Problem
+from pyroflow.model.records import Sites, Values
+from pyroflow.model.rounding import rounded_draws
+from pyroflow.seeds import seeded
+
+
+@dataclass
+class Draws:
+    """S draws of a guide, in float64 where they are log densities.
+
+    Attributes:
+        sites: by name, the model's latent sites on their own support, each of shape
+            (S, *shape of the site in a run of its own).
+        log_p: shape (S,), the model's log joint at the draws, observed sites included.
+        log_q: shape (S,), the guide's log density there, of the same values on the same support.
+        nonfinite: by name, for how many of the draws the log density of a site of the model or
+            the guide is NaN or +inf, or is −inf: draws outside the support count as −inf.
+        rounded: by name, for how many of the draws the value was rounded so near an edge of the
+            support that the rest of the model cannot be what it says there.
+    """
+
+    sites: dict[str, Tensor]
+    log_p: Tensor
+    log_q: Tensor
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    rounded: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Log p(x, z) − log q(z), shape (S,), as they come: they may be −inf or NaN."""
+        return self.log_p - self.log_q
+
+    def __len__(self) -> int:
+        return len(self.log_p)
+
+
+def inspect_in_full(
+    model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any] | None
+) -> Problem:
+    """``Problem.inspect`` for draws that are to be weighed: NaN is no error, subsampling is one.
+
+    Raises:
+        ValueError: what ``Problem.inspect`` refuses; a plate that subsamples the data.
+    """
+    with pyro.validation_enabled(False):
+        problem = Problem.inspect(model, guide, args, kwargs)
+    if problem.subsampled:
+        raise ValueError(
+            "a plate of the model subsamples the data, so that its log joint is an estimate and "
+            "the weights are noise: use the same model with its plates in full, without "
+            "subsample_size"
+        )
+    return problem
+
+
+@torch.no_grad()
+def draw(problem: Problem, num_samples: int, seed: int | None = None) -> Draws:
+    """Draw from the guide and score the draws under model and guide.
+
+    Pyro's validation is off meanwhile, so that one draw outside a support costs its own weight
+    and not the run. Where a plate subsamples the data, ``log_p`` is an estimate.
+
+    Args:
+        problem: model and guide.
+        num_samples: S.
+        seed: makes the draws reproducible, without touching the global generator.
+
+    Raises:
+        ValueError: If the model has no latent sites; if a site changes its shape, is not in every
+            run, or is one of the guide only; if num_samples is below 1.
+
+    Example:
+        >>> from pyroflow import AutoPlanarFlow
+        >>> from pyroflow.targets import eight_schools_centered
+        >>> guide = AutoPlanarFlow(eight_schools_centered, num_layers=0)
+        >>> problem = Problem.inspect(eight_schools_centered, guide, (), None)
+        >>> draws = draw(problem, 20, seed=0)
+        >>> draws.sites["theta"].shape, draws.sites["tau"].shape, draws.log_weights.shape
+        (torch.Size([20, 8]), torch.Size([20]), torch.Size([20]))
+    """
+    check_count("num_samples", num_samples, 1)
+    _check_sites(problem.guide_trace, problem.model_trace)
+    with seeded(seed):
+        guided = problem.guide_draws(num_samples)
+        latents = {name: guided[name].values for name in problem.latents}
+
+        def scores(latents: Values) -> dict[str, Tensor]:
+            return _scores(problem.runs.evaluate(latents, num_samples))
+
+        scored = scores(latents)
+        rounded = rounded_draws(latents, scored, lambda moved: scores(latents | moved))
+    by_site = [scored, _scores(guided)]
+    log_p, log_q = (torch.stack(list(parts.values())).sum(0) for parts in by_site)
+    nonfinite = {}
+    for name, values in [pair for parts in by_site for pair in parts.items()]:
+        if count := int((~values.isfinite()).sum()):
+            nonfinite[name] = max(count, nonfinite.get(name, 0))
+    return Draws(latents, log_p, log_q, nonfinite, rounded)
+
+
+def _scores(sites: Sites) -> dict[str, Tensor]:
+    """By site, the log density of each draw, shape (S,)."""
+    return {name: s.by_draw(torch.float64) for name, s in sites.items() if s.log_prob is not None}
+
+
+def join(parts: list[Draws]) -> Draws:
+    """The draws of several runs as one."""
+    return Draws(
+        {name: torch.cat([part.sites[name] for part in parts]) for name in parts[0].sites},
+        torch.cat([part.log_p for part in parts]),
+        torch.cat([part.log_q for part in parts]),
+        _summed([part.nonfinite for part in parts]),
+        _summed([part.rounded for part in parts]),
+    )
+
+
+def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
+    names = sorted({name for part in counts for name in part})
+    return {name: sum(part.get(name, 0) for part in counts) for name in names}
+
+
+def _check_sites(guide: Trace, model: Trace) -> None:
+    """Whether guide and model have the same latent sites, of the same shapes."""
+    latents = dict(prune_subsample_sites(model).iter_stochastic_nodes())
+    if not latents:
+        raise ValueError(
+            "the model has no latent sites: everything it samples is observed, so there is nothing "
+            "for a guide to approximate; leave out obs= at the sites to infer"
+        )
+    for name, site in latents.items():
+        expected, got = site["fn"].shape(), site["value"].shape
+        if expected != got:
+            raise ValueError(
+                f"the guide samples site {name!r} with shape {tuple(got)}, and the model with "
+                f"{tuple(expected)}: give both the same plates and event dimensions"
+            )
+    for name, site in prune_subsample_sites(guide).iter_stochastic_nodes():
+        if name not in latents and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"the guide samples site {name!r}, which is no latent of the model: remove it, or "
+                "mark it with infer={'is_auxiliary': True} if the other sites are made of it"
+            )

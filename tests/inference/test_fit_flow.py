@@ -1,0 +1,255 @@
+"""fit_guide on guides of the AutoFlow family: placed, resumed, grown, and what it refuses."""
+
+import math
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pyroflow as pf
+from pyroflow.inference import flow_guide
+from pyroflow.inference.trainer import Loop
+from pyroflow.targets import (
+    TOY_LOG_EVIDENCE,
+    eight_schools_centered,
+    eight_schools_noncentered,
+    toy_model,
+)
+
+QUICK = {"num_particles": 8, "seed": 0, "progress": False}
+
+
+def banana() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x.square(), 0.5), obs=torch.tensor(1.5))
+    pyro.sample("w", dist.Normal(x.square() - 1, 0.3))
+
+
+def state(guide: pf.AutoFlow) -> list[Tensor]:
+    return [t.detach().clone() for t in (*guide.parameters(), *guide.buffers())]
+
+
+def test_scales_and_correlations_of_any_size_are_met_by_the_start_alone() -> None:
+    """The exact log evidence of a Gaussian: every weight equals it."""
+    scale = torch.tensor([1e-3, 1.0, 1e4])
+    correlation = torch.tensor([[1.0, 0.9999, 0.0], [0.9999, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    target = dist.MultivariateNormal(
+        torch.tensor([5.0, -40.0, 6e4]), scale[:, None] * correlation * scale
+    )
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1).mask(False))
+        pyro.factor("target", target.log_prob(z) + 3.0)
+
+    guide = pf.AutoPlanarFlow(model, 2)
+    fit = pf.fit_guide(model, guide, steps=2, **QUICK)
+    assert fit.best_loss == pytest.approx(-3.0, abs=2e-3)
+    covariance = torch.cov(guide.get_posterior().sample((100_000,)).T)
+    found = covariance / (scale[:, None] * scale)
+    assert torch.allclose(found, correlation, atol=0.03)
+
+
+def test_ends_no_worse_than_the_gaussian_it_starts_from() -> None:
+    placed = []
+    place = flow_guide.place
+
+    def watched(guide: pf.AutoFlow, gaussian: object) -> None:
+        place(guide, gaussian)
+        placed.append(gaussian.bound)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow_guide, "place", watched)
+        guide = pf.AutoPlanarFlow(eight_schools_noncentered, 4)
+        fit = pf.fit_guide(eight_schools_noncentered, guide, steps=1, lr=10.0, **QUICK)
+    assert fit.best_loss <= fit.scores[0][1]
+    assert fit.scores[0][1] == pytest.approx(-placed[0], abs=0.1)
+
+
+def test_a_fitted_guide_goes_on_from_where_it_is() -> None:
+    guide = pf.AutoPlanarFlow(banana, 4)
+    first = pf.fit_guide(banana, guide, steps=300, **QUICK)
+    second = pf.fit_guide(banana, guide, steps=20, **QUICK)
+    assert second.scores[0][1] == pytest.approx(first.best_loss, abs=0.05)
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+@pytest.mark.parametrize("killed", [5, 25])
+def test_killed_fit_resumes_bit_by_bit(tmp_path: Path, warm_start: bool, killed: int) -> None:
+    def fit(**options: object) -> tuple[pf.Fit, list[Tensor]]:
+        pyro.clear_param_store()
+        guide = pf.AutoSylvesterFlow(banana, num_layers=2)
+        options |= {"steps": 40, "warm_start": warm_start}
+        return pf.fit_guide(banana, guide, **options, **QUICK), state(guide)
+
+    def show(self: Loop, bar: object) -> None:
+        if self.label == "fit_guide" and self.step == killed:
+            raise KeyboardInterrupt
+
+    whole, expected = fit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_show", show)
+        with pytest.raises(KeyboardInterrupt):
+            fit(checkpoint=tmp_path / "fit.pt")
+    resumed, found = fit(checkpoint=tmp_path / "fit.pt")
+    assert resumed.losses == whole.losses
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("layers", [4, 8])
+def test_growing_fit_resumes_bit_by_bit(tmp_path: Path, layers: int) -> None:
+    def fit(**options: object) -> tuple[pf.Fit, pf.AutoFlow]:
+        pyro.clear_param_store()
+        guide = pf.AutoPlanarFlow(banana, num_layers="auto")
+        return pf.fit_guide(banana, guide, steps=30, **options, **QUICK), guide
+
+    def show(self: Loop, bar: object) -> None:
+        if self.settings["num_layers"] == layers and self.step == 20:
+            raise KeyboardInterrupt
+
+    whole, expected = fit()
+    assert expected.num_layers >= 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_show", show)
+        with pytest.raises(KeyboardInterrupt):
+            fit(checkpoint=tmp_path / "fit.pt")
+    resumed, found = fit(checkpoint=tmp_path / "fit.pt")
+    assert resumed.losses == whole.losses
+    assert found.num_layers == expected.num_layers
+    assert all(torch.equal(a, b) for a, b in zip(state(found), state(expected), strict=True))
+
+
+def test_grows_only_while_the_bound_gains() -> None:
+    def gaussian() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    guide = pf.AutoPlanarFlow(gaussian, num_layers="auto")
+    pf.fit_guide(gaussian, guide, steps=20, **QUICK)
+    assert guide.num_layers == 8  # the second depth brought nothing
+
+
+def test_draws_without_a_finite_weight_are_left_out_and_counted() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("hole", torch.where(z[..., 0] > 1.5, torch.nan, 0.0))
+
+    guide = pf.AutoPlanarFlow(model, 2)
+    fit = pf.fit_guide(model, guide, steps=50, num_particles=32, seed=0, progress=False)
+    assert fit.skipped_particles > 0
+    assert fit.skipped == 0
+    assert math.isfinite(fit.best_loss)
+
+
+def test_fit_goes_back_to_its_best_state_where_all_is_lost() -> None:
+    guide = pf.AutoPlanarFlow(banana, 2)
+    guide.setup()
+    calls, plain = [], flow_guide.bound_loss
+
+    def broken(*args: object) -> Tensor:
+        calls.append(len(calls))
+        return plain(*args) * (math.nan if 10 <= len(calls) < 31 else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow_guide, "bound_loss", broken)
+        fit = pf.fit_guide(banana, guide, steps=60, **QUICK)
+    assert (fit.skipped, fit.rolled_back) == (21, 1)
+    assert all(p.isfinite().all() for p in guide.parameters())
+
+
+@pytest.mark.parametrize("objective", ["iwae", "dreg"])
+def test_importance_weighted_objectives_reach_the_posterior(objective: str) -> None:
+    guide = pf.AutoPlanarFlow(banana, 8)
+    options = {"objective": objective, "group_size": 4, "num_particles": 32}
+    fit = pf.fit_guide(banana, guide, steps=400, seed=0, progress=False, **options)
+    report = pf.diagnose(banana, guide, num_samples=20_000)
+    assert abs(report.log_evidence + fit.best_loss) < 0.05
+    assert fit.skipped == 0
+
+
+def test_paper_like_and_adaptive_annealing_end_at_the_posterior() -> None:
+    seen = []
+
+    def rising(step: int) -> float:
+        seen.append(min(1.0, 0.01 + step / 400))
+        return seen[-1]
+
+    adaptive = pf.AdaptiveAnnealing(max_steps=400)
+    for annealing in (rising, adaptive):
+        guide = pf.AutoPlanarFlow(toy_model, 8)
+        options = {"annealing": annealing, "warm_start": False, "num_particles": 32}
+        fit = pf.fit_guide(toy_model, guide, steps=1000, seed=0, progress=False, **options)
+        assert 0 < TOY_LOG_EVIDENCE + fit.best_loss < 0.6  # the best Gaussian is at 0.91
+    assert [0.01, 0.0125, 0.015] in [seen[i : i + 3] for i in range(len(seen))]
+    assert adaptive.beta == 1.0
+
+
+def test_student_base_is_trained_along_paths() -> None:
+    guide = pf.AutoPlanarFlow(banana, 4, base_df=10.0)
+    fit = pf.fit_guide(banana, guide, steps=200, **QUICK)
+    assert fit.scores[-1][1] < fit.scores[0][1]
+
+
+@pytest.mark.slow
+def test_funnel_with_the_defaults() -> None:
+    guide = pf.AutoSylvesterFlow(eight_schools_centered)
+    pf.fit_guide(eight_schools_centered, guide, seed=0, progress=False)
+    report = pf.diagnose(eight_schools_centered, guide)
+    assert report.elbo > -31.311 - 0.45
+
+
+def test_importance_weighted_states_are_chosen_by_their_own_bound() -> None:
+    """A mean-field guide of a correlated Gaussian is wider where the objective is IWAE."""
+    covariance = torch.tensor([[1.0, 0.95], [0.95, 1.0]])
+
+    def model() -> None:
+        pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), covariance))
+
+    sds = {}
+    for objective in ("elbo", "iwae", "dreg"):
+        guide = pf.AutoPlanarFlow(model, 0, affine="diagonal")
+        options = {"objective": objective, "group_size": 32, "num_particles": 128, "seed": 0}
+        pf.fit_guide(model, guide, steps=400, progress=False, **options)
+        sds[objective] = guide.get_posterior().sample((10_000,)).std(0).mean().item()
+    assert sds["elbo"] == pytest.approx(math.sqrt(1 - 0.95**2), rel=0.05)
+    assert sds["iwae"] > 1.3 * sds["elbo"]
+    assert sds["dreg"] == pytest.approx(sds["iwae"], rel=0.1)
+
+
+def test_used_annealing_and_models_without_latents_are_refused() -> None:
+    annealing = pf.AdaptiveAnnealing(max_steps=10)
+    options = {"steps": 12, "annealing": annealing, **QUICK}
+    pf.fit_guide(banana, pf.AutoPlanarFlow(banana, 1), **options)
+    with pytest.raises(ValueError, match="annealing is an AdaptiveAnnealing that another fit"):
+        pf.fit_guide(banana, pf.AutoPlanarFlow(banana, 1), **options)
+
+    def observed() -> None:
+        pyro.sample("o", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+
+    with pytest.raises(ValueError, match="no latent sites"):
+        pf.fit_guide(observed, lambda: None, steps=5, **QUICK)
+
+
+def test_cut_off_guide_object_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    plain, count = flow_guide.FlowFit._loss, []
+
+    def cut(self: flow_guide.FlowFit, *args: object, **kwargs: object) -> Tensor:
+        count.append(0)
+        loss = plain(self, *args, **kwargs)  # the draws are made, and the step is lost
+        if len(count) == 12:
+            raise KeyboardInterrupt
+        return loss
+
+    options = {"steps": 30, **QUICK}
+    whole = pf.AutoPlanarFlow(banana, 2)
+    expected = pf.fit_guide(banana, whole, **options)
+    pyro.clear_param_store()
+    guide, path = pf.AutoPlanarFlow(banana, 2), tmp_path / "fit.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow_guide.FlowFit, "_loss", cut)
+        with pytest.raises(KeyboardInterrupt):
+            pf.fit_guide(banana, guide, checkpoint=path, **options)
+    found = pf.fit_guide(banana, guide, checkpoint=path, **options)
+    assert found.losses == expected.losses
+    assert all(torch.equal(a, b) for a, b in zip(state(guide), state(whole), strict=True))
