@@ -6,14 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.funnel import find_funnels
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
-from pyroflow.diagnostics.report import Report
-from pyroflow.diagnostics.verdict import judge, undecided
+from pyroflow.diagnostics.report import Report, is_undecided, judge
 from pyroflow.model.draws import Draws, draw, inspect_in_full, join
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
@@ -72,7 +68,7 @@ def diagnose(
         sets = [draw(problem, num_samples)]
         _check_draws(sets[0])
         report = _report(sets)
-        while undecided(report) and len(sets) < max_sets and not problem.sequential:
+        while is_undecided(report) and len(sets) < max_sets and not problem.sequential:
             sets.append(draw(problem, num_samples))
             report = _report(sets)
     funnels = {} if report.level == "good" else find_funnels(problem, report.draws)
@@ -99,9 +95,9 @@ def _report(sets: list[Draws]) -> Report:
     draws = join(sets)
     raw, num = draws.log_weights, len(draws)
     finite = raw[raw.isfinite()]
-    khats = [pareto_smooth(_weights(part))[2] for part in sets]
+    khats = [pareto_smooth(part.log_weights)[2] for part in sets]
     khat = sum(khats) / len(khats)
-    smoothed, log_sum, _ = pareto_smooth(_weights(draws))
+    smoothed, log_sum, _ = pareto_smooth(raw)
     ess = 1 / (2 * smoothed).exp().sum().item()
     outside = int((draws.log_p.isneginf() & draws.log_q.isfinite()).sum())
     weighted = max(1, len(finite) // len(sets))
@@ -124,9 +120,3 @@ def _report(sets: list[Draws]) -> Report:
         draws=draws,
         log_weights=smoothed,
     )
-
-
-def _weights(draws: Draws) -> Tensor:
-    """The log weights with zero for those that are no positive finite number."""
-    raw = draws.log_weights
-    return raw.masked_fill(~raw.isfinite(), -torch.inf)
