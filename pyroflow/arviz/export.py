@@ -21,12 +21,10 @@ from pyroflow.arviz.labels import (
     Group,
     as_array,
     datasets,
-    drawn,
     drawn_sites,
     log_likelihood,
     named_arguments,
     observed_values,
-    renamed,
 )
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import pareto_smooth, systematic
@@ -131,8 +129,8 @@ def to_arviz(
         if ahead:
             new = tuple(predictions_args or ()), dict(predictions_kwargs or {})
             groups |= _predicted(Runs(model, *new, problem.runs.plates, predict=True), draws)
-    groups = renamed({name: group for name, group in groups.items() if group}, dims or {})
-    tables = datasets(groups, coords or {}, predictions_coords or {})
+    groups = {name: group for name, group in groups.items() if group}
+    tables = datasets(groups, dims or {}, coords or {}, predictions_coords or {})
     tables["sample_stats"].attrs |= {"khat": khat, "resampled": int(resample)}
     return _container(tables)
 
@@ -190,38 +188,23 @@ def _check_continuous(name: str, record: dict[str, Any]) -> None:
 
 def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:
     """The draws, resampled if asked for; their log densities and weights; k-hat."""
-    log_weights = draws.log_weights
-    if not log_weights.isfinite().any():
-        worst = max(draws.nonfinite, key=draws.nonfinite.get)
-        raise ValueError(
-            f"the log density of site {worst!r} is NaN or infinite for all {len(draws)} draws, so "
-            "there is nothing to export: mend the model there, or fit the guide first"
-        )
-    if point := _point(draws.sites):
+    draws.check_weighted()
+    if point := draws.point:
         if resample:
             raise ValueError(
                 f"resample=True needs weights, but the guide has one point for site {point!r}, no "
                 "density: leave resample out, or fit a guide with a density, such as AutoPlanarFlow"
             )
-        smoothed, khat = torch.full_like(log_weights, torch.nan), math.nan
+        smoothed, khat = torch.full_like(draws.log_weights, torch.nan), math.nan
     else:
-        usable = log_weights.masked_fill(~log_weights.isfinite(), -torch.inf)
-        smoothed, _, khat = pareto_smooth(usable)
+        smoothed, _, khat = pareto_smooth(draws.log_weights)
     if resample:
         rows = systematic(smoothed, len(draws))
         sites = {name: values[rows.to(values.device)] for name, values in draws.sites.items()}
         draws = Draws(sites, draws.log_p[rows], draws.log_q[rows])
         smoothed = torch.full_like(smoothed, -math.log(len(draws)))
     stats = {"lp": draws.log_p, "lq": draws.log_q, "weight": smoothed.exp()}
-    return draws, {name: drawn([], values) for name, values in stats.items()}, khat
-
-
-def _point(sites: dict[str, Tensor]) -> str | None:
-    """A site that has one value in all draws, if there is one."""
-    for name, values in sites.items():
-        if len(values) > 1 and bool((values == values[0]).all()):
-            return name
-    return None
+    return draws, {name: ([], as_array(values)) for name, values in stats.items()}, khat
 
 
 def _fitted(runs: Runs, draws: Draws) -> dict[str, Group]:
@@ -287,7 +270,7 @@ def _check_same(name: str, fitted: torch.Size, new: torch.Size) -> None:
 def _constants(runs: Runs, observed: list[np.ndarray]) -> Group:
     """Tensors and arrays among the arguments, save the observed ones."""
     group = {}
-    for name, value in named_arguments(runs.model, runs.args, runs.kwargs):
+    for name, value in named_arguments(runs.model, runs.args, runs.kwargs).items():
         if isinstance(value, Tensor | np.ndarray):
             array = as_array(value)
             if not any(_same(array, data) for data in observed):

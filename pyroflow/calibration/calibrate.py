@@ -1,20 +1,24 @@
-"""Guides fitted to simulated data."""
+"""Guides fitted to data that their model has simulated."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.calibration.result import Calibration, summarise
-from pyroflow.calibration.simulator import Simulator
 from pyroflow.checks import check_count, check_fraction
 from pyroflow.inference.guide import fit_guide
 from pyroflow.model.draws import draw, inspect_in_full
+from pyroflow.model.records import is_deterministic, is_factor
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
@@ -52,27 +56,30 @@ def calibrate(
     and not of the data at hand, but of each latent by itself, and it sees modes that were missed.
 
     Args:
-        model: a Pyro model; its data are simulated at the observed sites.
-        make_guide: from a model to a new guide, such as :class:`~pyroflow.AutoPlanarFlow`. It
+        model: A Pyro model; its data are simulated at the observed sites.
+        make_guide: From a model to a new guide, such as :class:`~pyroflow.AutoPlanarFlow`. It
             gets the model with the simulated data observed.
-        args: positional arguments of model and guide, with data of the shape to simulate.
-        kwargs: keyword arguments, likewise.
-        data: the sites to simulate; by default those that are observed. A mapping from site to
+        args: Positional arguments of model and guide, with data of the shape to simulate.
+        kwargs: Keyword arguments, likewise.
+        data: The sites to simulate; by default those that are observed. A mapping from site to
             the name of a model's argument hands the simulated data to that argument too: for
             data that are used elsewhere than in ``obs=``, or by the guide.
         num_simulations: M.
-        num_samples: the guide's draws for each p.
-        fit: called as fit(model, guide, args, kwargs); by default
+        num_samples: The guide's draws for each p.
+        fit: Called as fit(model, guide, args, kwargs); by default
             :func:`~pyroflow.fit_guide` with 32 particles.
-        steps: of the default fit.
-        level: false alarm rate of all verdicts together, which is shared out evenly.
-        seed: makes the result reproducible, without touching the global generator.
-        progress: show a progress bar.
+        steps: Of the default fit.
+        level: False alarm rate of all verdicts together, which is shared out evenly.
+        seed: Makes the result reproducible, without touching the global generator.
+        progress: Show a progress bar.
+
+    Returns:
+        The probabilities, the tests of every scalar and a verdict on each site.
 
     Raises:
-        ValueError: no site to simulate, one that is not in the model or has no latents, an
-            argument that the model does not take, a factor or an improper prior, which cannot be
-            drawn from, a plate that subsamples; each is named. An option out of range.
+        ValueError: If there is no site to simulate, or one is not in the model; if the model has
+            no latents, does not take a named argument, has a factor or an improper prior, which
+            cannot be drawn from, or a plate that subsamples; if an option is out of range.
 
     References:
         Yao, Vehtari, Simpson and Gelman, Yes, but Did It Work?: Evaluating Variational Inference,
@@ -94,7 +101,11 @@ def calibrate(
     check_count("num_samples", num_samples, 1)
     check_count("steps", steps, 1)
     check_fraction("level", level)
-    fit = fit or _default_fit(steps)
+
+    def default_fit(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        options = {"steps": steps, "num_particles": PARTICLES, "progress": False}
+        fit_guide(model, guide, args, kwargs, **options)
+
     with seeded(seed):  # by itself, as this run of the model is no simulation
         simulator = Simulator(model, tuple(args), dict(kwargs or {}), data)
     rows: list[dict[str, Tensor]] = []
@@ -102,29 +113,90 @@ def calibrate(
         for _ in tqdm(range(num_simulations), desc="calibrate", disable=not progress):
             # A store of its own, or each guide would go on from the parameters of the last.
             with pyro.get_param_store().scope():
-                rows.append(_probabilities(simulator, make_guide, fit, num_samples))
-        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return summarise(stacked, level)
+                truth, observed, *arguments = simulator.draw()
+                guide = make_guide(observed)
+                (fit or default_fit)(observed, guide, *arguments)
+                draws = draw(inspect_in_full(observed, guide, *arguments), num_samples).sites
+            below = {name: (values < truth[name]).double() for name, values in draws.items()}
+            rows.append({n: (part.sum(0) + 0.5) / (num_samples + 1) for n, part in below.items()})
+        return summarise({n: torch.stack([row[n] for row in rows]) for n in rows[0]}, level)
 
 
-def _default_fit(steps: int) -> Fitter:
-    def fit(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-        options = {"steps": steps, "num_particles": PARTICLES, "progress": False}
-        fit_guide(model, guide, args, kwargs, **options)
+class Simulator:
+    """Draws of latents and data from a model whose observations are lifted.
 
-    return fit
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        data: As in :func:`calibrate`.
+    """
 
+    def __init__(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        data: Mapping[str, str] | Iterable[str] | None,
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        records = prune_subsample_sites(self._run(model)).nodes
+        sampled = {name: r for name, r in records.items() if r["type"] == "sample"}
+        if data is None:
+            data = [n for n, r in sampled.items() if r["is_observed"] and not is_deterministic(r)]
+        self.arguments = dict(data) if isinstance(data, Mapping) else {}
+        self.sites = [data] if isinstance(data, str) else list(data)
+        if not self.sites:
+            raise ValueError(
+                "data: the model observes nothing when it is called with these arguments: name the "
+                f"sites to simulate, out of {list(sampled)}"
+            )
+        for name in self.sites:
+            if name not in sampled:
+                raise ValueError(
+                    f"data must name sample sites out of {list(sampled)}, got {name!r}"
+                )
+        for name, record in sampled.items():
+            if is_factor(record):
+                raise ValueError(
+                    f"site {name!r} is a pyro.factor, which no data can be drawn from: write it as "
+                    "an observed sample site"
+                )
 
-def _probabilities(
-    simulator: Simulator, make_guide: Callable, fit: Fitter, num_samples: int
-) -> dict[str, Tensor]:
-    """The part of a new guide's draws below the latents that made its data."""
-    truth, model, args, kwargs = simulator.draw()
-    guide = make_guide(model)
-    fit(model, guide, args, kwargs)
-    problem = inspect_in_full(model, guide, args, kwargs)
-    sites = draw(problem, num_samples).sites
-    return {
-        name: ((values < truth[name]).double().sum(0) + 0.5) / (num_samples + 1)
-        for name, values in sites.items()
-    }
+    def draw(self) -> tuple[dict[str, Tensor], Callable, tuple, dict[str, Any]]:
+        """Latents θ₀, the model with simulated data observed, and its arguments with them."""
+        lifted = poutine.condition(self.model, data=dict.fromkeys(self.sites))
+        trace = self._run(lifted)
+        values = {name: trace.nodes[name]["value"] for name in self.sites}
+        latents = {
+            name: record["value"]
+            for name, record in prune_subsample_sites(trace).iter_stochastic_nodes()
+            if name not in values
+        }
+        return latents, poutine.condition(self.model, data=values), *self._arguments(values)
+
+    def _run(self, model: Callable) -> Trace:
+        met = []  # the sites so far, of which the last one is at fault
+        noted = poutine.infer_config(model, lambda site: met.append(site["name"]) or {})
+        with torch.no_grad(), poutine.block():
+            try:
+                return poutine.trace(noted).get_trace(*self.args, **self.kwargs)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"site {met[-1]!r} cannot be drawn from, as an improper prior cannot: give it "
+                    "a distribution with a sampler"
+                ) from error
+
+    def _arguments(self, values: dict[str, Tensor]) -> tuple[tuple, dict[str, Any]]:
+        if not self.arguments:
+            return self.args, self.kwargs
+        signature = inspect.signature(getattr(self.model, "forward", self.model))
+        bound = signature.bind_partial(*self.args, **self.kwargs)
+        for site, argument in self.arguments.items():
+            if argument not in signature.parameters:
+                raise ValueError(
+                    f"data: site {site!r} maps to argument {argument!r}, and the model takes "
+                    f"{list(signature.parameters)}"
+                )
+            bound.arguments[argument] = values[site]
+        return bound.args, bound.kwargs

@@ -152,8 +152,8 @@ def is_undecided(report: Report) -> bool:
     return not has_even_weights(report) and low < report.khat_threshold < high
 
 
-def judge(report: Report, funnels: dict[str, Funnel]) -> None:
-    """Set level, verdict and advice, by the numbers and the sites that form a funnel."""
+def judge(report: Report) -> None:
+    """Set level, verdict, and advice on the model's densities."""
     failed = report.num_nonfinite - round(report.outside * report.num_samples)
     rounded = max(report.rounded_sites.values(), default=0)
     even = has_even_weights(report)
@@ -175,8 +175,6 @@ def judge(report: Report, funnels: dict[str, Funnel]) -> None:
         words += f"; {failed} draws were not finite and have weight zero"
     report.verdict = words
     report.advice = _advice_on_densities(report, failed, rounded)
-    if report.level != "good":
-        report.advice += _advice_on_fit(report, funnels)
 
 
 def _failure(report: Report, failed: int, rounded: int) -> str | None:
@@ -216,7 +214,8 @@ def _advice_on_densities(report: Report, failed: int, rounded: int) -> list[str]
     return advice
 
 
-def _advice_on_fit(report: Report, funnels: dict[str, Funnel]) -> list[str]:
+def advice_on_fit(report: Report, funnels: dict[str, Funnel]) -> list[str]:
+    """What to try where a guide is not good, by the sites that form a funnel."""
     advice = []
     for matrix in (False, True):
         found = {site: funnel for site, funnel in funnels.items() if funnel.matrix == matrix}
