@@ -78,33 +78,33 @@ def to_arviz(
     ``pyro.factor`` adds is in ``lp`` and not among the data.
 
     Args:
-        model: a Pyro model.
-        guide: a guide for its latents, fitted.
-        args: arguments of both, with the data.
-        kwargs: keyword arguments of both.
+        model: A Pyro model.
+        guide: A guide for its latents, fitted.
+        args: Arguments of both, with the data.
+        kwargs: Keyword arguments of both.
         num_samples: S.
-        resample: whether the draws are resampled by ``weight``, so that they follow the posterior
+        resample: Whether the draws are resampled by ``weight``, so that they follow the posterior
             where k-hat is good; then all weights are 1/S.
-        seed: makes the result reproducible, without touching the global generator;
+        seed: Makes the result reproducible, without touching the global generator;
             None for other draws each time.
-        dims: by site or argument, names for all its dimensions instead of those from the plates.
-        coords: by dimension, its labels; 0, 1, … otherwise.
-        predictions_args: arguments for predictions. The latents keep the draws, so that new data
+        dims: By site or argument, names for all its dimensions instead of those from the plates.
+        coords: By dimension, its labels; 0, 1, … otherwise.
+        predictions_args: Arguments for predictions. The latents keep the draws, so that new data
             must not change their shapes.
-        predictions_kwargs: keyword arguments for predictions.
-        predictions_coords: labels in the groups of predictions; ``coords`` otherwise, where their
+        predictions_kwargs: Keyword arguments for predictions.
+        predictions_coords: Labels in the groups of predictions; ``coords`` otherwise, where their
             length fits.
 
     Returns:
         An ``InferenceData`` with ArviZ 0.x, a ``DataTree`` with ArviZ 1.x.
 
     Raises:
-        ValueError: a latent site without draws (an enumerated one); a plate that subsamples; names
-            or labels that do not fit; a latent whose shape is another for the predictions; a
-            model that is NaN or infinite for every draw.
+        ValueError: If a latent site has no draws (an enumerated one), a plate subsamples, names
+            or labels do not fit, a latent has another shape for the predictions, or the model is
+            NaN or infinite for every draw.
 
     Warns:
-        UserWarning: where a model cannot be sampled, for an improper prior or a likelihood without
+        UserWarning: Where a model cannot be sampled, for an improper prior or a likelihood without
             a sampler; its predictive groups are left out.
 
     References:
@@ -269,14 +269,10 @@ def _check_same(name: str, fitted: torch.Size, new: torch.Size) -> None:
 
 def _constants(runs: Runs, observed: list[np.ndarray]) -> Group:
     """Tensors and arrays among the arguments, save the observed ones."""
-    group = {}
-    for name, value in named_arguments(runs.model, runs.args, runs.kwargs).items():
-        if isinstance(value, Tensor | np.ndarray):
-            array = as_array(value)
-            if not any(_same(array, data) for data in observed):
-                group[name] = ([f"{name}_dim_{i}" for i in range(array.ndim)], array)
-    return group
-
-
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.size == other.size and np.array_equal(one.ravel(), other.ravel(), equal_nan=True)
+    named = named_arguments(runs.model, runs.args, runs.kwargs).items()
+    arrays = {name: as_array(v) for name, v in named if isinstance(v, Tensor | np.ndarray)}
+    return {
+        name: ([f"{name}_dim_{i}" for i in range(array.ndim)], array)
+        for name, array in arrays.items()
+        if not any(np.array_equal(array.ravel(), o.ravel(), equal_nan=True) for o in observed)
+    }

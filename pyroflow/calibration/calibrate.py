@@ -106,97 +106,85 @@ def calibrate(
         options = {"steps": steps, "num_particles": PARTICLES, "progress": False}
         fit_guide(model, guide, args, kwargs, **options)
 
+    args, kwargs = tuple(args), dict(kwargs or {})
     with seeded(seed):  # by itself, as this run of the model is no simulation
-        simulator = Simulator(model, tuple(args), dict(kwargs or {}), data)
+        sites = _sites_to_simulate(_run(model, args, kwargs), data)
+    lifted = poutine.condition(model, data=dict.fromkeys(sites))
     rows: list[dict[str, Tensor]] = []
     with seeded(seed):
         for _ in tqdm(range(num_simulations), desc="calibrate", disable=not progress):
             # A store of its own, or each guide would go on from the parameters of the last.
             with pyro.get_param_store().scope():
-                truth, observed, *arguments = simulator.draw()
+                truth = _run(lifted, args, kwargs)
+                values = {name: truth.nodes[name]["value"] for name in sites}
+                observed = poutine.condition(model, data=values)
+                arguments = _with_data(model, args, kwargs, sites, values)
                 guide = make_guide(observed)
                 (fit or default_fit)(observed, guide, *arguments)
                 draws = draw(inspect_in_full(observed, guide, *arguments), num_samples).sites
-            below = {name: (values < truth[name]).double() for name, values in draws.items()}
-            rows.append({n: (part.sum(0) + 0.5) / (num_samples + 1) for n, part in below.items()})
+            below = {n: (v < truth.nodes[n]["value"]).double().sum(0) for n, v in draws.items()}
+            rows.append({n: (count + 0.5) / (num_samples + 1) for n, count in below.items()})
         return summarise({n: torch.stack([row[n] for row in rows]) for n in rows[0]}, level)
 
 
-class Simulator:
-    """Draws of latents and data from a model whose observations are lifted.
-
-    Args:
-        model: The model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        data: As in :func:`calibrate`.
-    """
-
-    def __init__(
-        self,
-        model: Callable,
-        args: tuple,
-        kwargs: dict[str, Any],
-        data: Mapping[str, str] | Iterable[str] | None,
-    ) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
-        records = prune_subsample_sites(self._run(model)).nodes
-        sampled = {name: r for name, r in records.items() if r["type"] == "sample"}
-        if data is None:
-            data = [n for n, r in sampled.items() if r["is_observed"] and not is_deterministic(r)]
-        self.arguments = dict(data) if isinstance(data, Mapping) else {}
-        self.sites = [data] if isinstance(data, str) else list(data)
-        if not self.sites:
+def _run(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Trace:
+    met = []  # the sites so far, of which the last one is at fault
+    noted = poutine.infer_config(model, lambda site: met.append(site["name"]) or {})
+    with torch.no_grad(), poutine.block():
+        try:
+            return poutine.trace(noted).get_trace(*args, **kwargs)
+        except NotImplementedError as error:
             raise ValueError(
-                "data: the model observes nothing when it is called with these arguments: name the "
-                f"sites to simulate, out of {list(sampled)}"
+                f"site {met[-1]!r} cannot be drawn from, as an improper prior cannot: give it a "
+                "distribution with a sampler"
+            ) from error
+
+
+def _sites_to_simulate(
+    trace: Trace, data: Mapping[str, str] | Iterable[str] | None
+) -> dict[str, str | None]:
+    """The sites whose values become data, each with the model's argument that takes them too."""
+    records = prune_subsample_sites(trace).nodes
+    sampled = {name: record for name, record in records.items() if record["type"] == "sample"}
+    if data is None:
+        data = [n for n, r in sampled.items() if r["is_observed"] and not is_deterministic(r)]
+    data = [data] if isinstance(data, str) else data
+    sites = dict(data) if isinstance(data, Mapping) else dict.fromkeys(data)
+    if not sites:
+        raise ValueError(
+            "data: the model observes nothing when it is called with these arguments: name the "
+            f"sites to simulate, out of {list(sampled)}"
+        )
+    for name in sites:
+        if name not in sampled:
+            raise ValueError(f"data must name sample sites out of {list(sampled)}, got {name!r}")
+    for name, record in sampled.items():
+        if is_factor(record):
+            raise ValueError(
+                f"site {name!r} is a pyro.factor, which no data can be drawn from: write it as an "
+                "observed sample site"
             )
-        for name in self.sites:
-            if name not in sampled:
-                raise ValueError(
-                    f"data must name sample sites out of {list(sampled)}, got {name!r}"
-                )
-        for name, record in sampled.items():
-            if is_factor(record):
-                raise ValueError(
-                    f"site {name!r} is a pyro.factor, which no data can be drawn from: write it as "
-                    "an observed sample site"
-                )
+    return sites
 
-    def draw(self) -> tuple[dict[str, Tensor], Callable, tuple, dict[str, Any]]:
-        """Latents θ₀, the model with simulated data observed, and its arguments with them."""
-        lifted = poutine.condition(self.model, data=dict.fromkeys(self.sites))
-        trace = self._run(lifted)
-        values = {name: trace.nodes[name]["value"] for name in self.sites}
-        latents = {
-            name: record["value"]
-            for name, record in prune_subsample_sites(trace).iter_stochastic_nodes()
-            if name not in values
-        }
-        return latents, poutine.condition(self.model, data=values), *self._arguments(values)
 
-    def _run(self, model: Callable) -> Trace:
-        met = []  # the sites so far, of which the last one is at fault
-        noted = poutine.infer_config(model, lambda site: met.append(site["name"]) or {})
-        with torch.no_grad(), poutine.block():
-            try:
-                return poutine.trace(noted).get_trace(*self.args, **self.kwargs)
-            except NotImplementedError as error:
-                raise ValueError(
-                    f"site {met[-1]!r} cannot be drawn from, as an improper prior cannot: give it "
-                    "a distribution with a sampler"
-                ) from error
-
-    def _arguments(self, values: dict[str, Tensor]) -> tuple[tuple, dict[str, Any]]:
-        if not self.arguments:
-            return self.args, self.kwargs
-        signature = inspect.signature(getattr(self.model, "forward", self.model))
-        bound = signature.bind_partial(*self.args, **self.kwargs)
-        for site, argument in self.arguments.items():
-            if argument not in signature.parameters:
-                raise ValueError(
-                    f"data: site {site!r} maps to argument {argument!r}, and the model takes "
-                    f"{list(signature.parameters)}"
-                )
-            bound.arguments[argument] = values[site]
-        return bound.args, bound.kwargs
+def _with_data(
+    model: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    sites: dict[str, str | None],
+    values: dict[str, Tensor],
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments, with the simulated data in those that take them."""
+    named = {site: argument for site, argument in sites.items() if argument is not None}
+    if not named:
+        return args, kwargs
+    signature = inspect.signature(getattr(model, "forward", model))
+    bound = signature.bind_partial(*args, **kwargs)
+    for site, argument in named.items():
+        if argument not in signature.parameters:
+            raise ValueError(
+                f"data: site {site!r} maps to argument {argument!r}, and the model takes "
+                f"{list(signature.parameters)}"
+            )
+        bound.arguments[argument] = values[site]
+    return bound.args, bound.kwargs

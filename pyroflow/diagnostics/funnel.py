@@ -21,15 +21,10 @@ SCALES = ("scale", "_unbroadcasted_scale_tril", "cov_factor", "cov_diag")
 
 
 class Funnel(NamedTuple):
-    """A site of a location-scale prior, by the latents that its scale depends on.
-
-    Attributes:
-        scales: Their names.
-        matrix: Whether the scale is a matrix, as that of a multivariate normal.
-    """
+    """A site of a location-scale prior, by the latents that its scale depends on."""
 
     scales: list[str]
-    matrix: bool
+    matrix: bool  # whether the scale is one, as that of a multivariate normal
 
 
 def find_funnels(problem: Problem, draws: Draws) -> dict[str, Funnel]:
@@ -37,12 +32,9 @@ def find_funnels(problem: Problem, draws: Draws) -> dict[str, Funnel]:
 
     Such a pair is a funnel where the data say little of the first site: its posterior is
     narrow at one end of the second and wide at the other, a guide that misses it fits the middle
-    only, and log p − log q scatters at least 1.5 times as much in an outer fifth of the second
-    site's draws as in the middle fifth.
-
-    Returns:
-        The first sites of all such pairs, each with its scales; none where the model cannot be run
-        with gradients: what is looked for here is advice, which must not cost the report.
+    only, and log p − log q scatters more in an outer fifth of the second site's draws than in the
+    middle fifth. None are found where the model cannot be run with gradients: what is looked for
+    here is advice, which must not cost the report.
     """
     try:
         pairs = scale_pairs(problem, draws)
@@ -69,12 +61,10 @@ def scale_pairs(problem: Problem, draws: Draws) -> dict[str, Funnel]:
     with torch.enable_grad():
         runs.keep_records(values)
     pairs = {}
-    for name, record in runs.records.items():
-        found = _scale(record["fn"]) if name in leaves else {}
-        scale = {key: t for key, t in found.items() if t.requires_grad}
+    for name in leaves:
+        scale = _scale(runs.records[name]["fn"])
         if scale:
-            total = sum(t.sum() for t in scale.values())
-            inputs = list(leaves.values())
+            total, inputs = sum(t.sum() for t in scale.values()), list(leaves.values())
             grads = torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=True)
             used = [n for n, g in zip(leaves, grads, strict=True) if g is not None and g.any()]
             pairs[name] = Funnel([n for n in used if n != name], matrix="scale" not in scale)
@@ -82,11 +72,12 @@ def scale_pairs(problem: Problem, draws: Draws) -> dict[str, Funnel]:
 
 
 def _scale(fn: Distribution) -> dict[str, Tensor]:
-    """What a distribution has for a scale, if it has a location and a scale."""
+    """What a distribution with a location has for a scale, as far as that depends on latents."""
     while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
     held = vars(fn)  # a property may compute, and fail
-    return {name: held[name] for name in SCALES if name in held} if "loc" in held else {}
+    scale = {name: held[name] for name in SCALES if name in held} if "loc" in held else {}
+    return {name: t for name, t in scale.items() if t.requires_grad}
 
 
 def _scatters(log_weights: Tensor, scale: Tensor) -> bool:

@@ -121,20 +121,16 @@ class Report:
             f"threshold {self.khat_threshold:.2f}",
         }
         if self.num_nonfinite:
-            part = f"{self.num_nonfinite / self.num_samples:.1%}"
-            sites = _counts(self.nonfinite_sites)
-            rows["zero weight"] = f"{self.num_nonfinite} draws ({part}), not finite at {sites}"
+            part, sites = self.num_nonfinite / self.num_samples, str(self.nonfinite_sites)[1:-1]
+            rows["zero weight"] = f"{self.num_nonfinite} draws ({part:.1%}), not finite at {sites}"
         if self.rounded_sites:
-            rows["rounded"] = f"draws at an edge of the support, at {_counts(self.rounded_sites)}"
+            sites = str(self.rounded_sites)[1:-1]
+            rows["rounded"] = f"draws at an edge of the support, at {sites}"
         for number, line in enumerate(self.advice):
             rows["try next" if number == 0 else " " * number] = line
         return "\n".join(f"{label:<13} {text}" for label, text in rows.items())
 
     __repr__ = __str__
-
-
-def _counts(sites: dict[str, int]) -> str:
-    return ", ".join(f"{name!r}: {count}" for name, count in sites.items())
 
 
 def has_even_weights(report: Report) -> bool:
