@@ -9,10 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyroflow.arviz.labels import (
@@ -28,7 +26,7 @@ from pyroflow.arviz.labels import (
 )
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import pareto_smooth, systematic
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import Draws, draw
 from pyroflow.model.records import Sites, is_factor
 from pyroflow.model.runs import Runs
@@ -122,13 +120,13 @@ def to_arviz(
     check_count("num_samples", num_samples, 1)
     ahead = predictions_args is not None or predictions_kwargs is not None
     with torch.no_grad(), poutine.block(), seeded(seed):
-        problem = _problem(model, guide, tuple(args), dict(kwargs or {}))
-        draws, stats, khat = _weighted(draw(problem, num_samples), resample)
-        runs = problem.runs
+        bound = BoundModel.for_weights(model, guide, args, kwargs)
+        draws, stats, khat = _weighted(draw(bound, num_samples), resample)
+        runs = bound.runs
         groups = _fitted(runs, draws) | {"sample_stats": stats}
         if ahead:
-            new = tuple(predictions_args or ()), dict(predictions_kwargs or {})
-            groups |= _predicted(Runs(model, *new, problem.runs.plates, predict=True), draws)
+            new = BoundModel(model, None, predictions_args or (), predictions_kwargs)
+            groups |= _predicted(new, draws)
     groups = {name: group for name, group in groups.items() if group}
     tables = datasets(groups, dims or {}, coords or {}, predictions_coords or {})
     tables["sample_stats"].attrs |= {"khat": khat, "resampled": int(resample)}
@@ -152,38 +150,6 @@ def _arviz_generation() -> int:
         return int(version("arviz").split(".")[0])
     except PackageNotFoundError:
         return 1
-
-
-def _problem(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Problem:
-    """Model and guide after a first run, with a draw for every latent site, and all of the data."""
-    with pyro.validation_enabled(False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Encountered NaN")  # which is a weight of zero
-        guided = poutine.trace(guide).get_trace(*args, **kwargs)
-        trace = poutine.trace(poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
-        for name, record in trace.nodes.items():
-            if record["type"] == "sample" and site_is_subsample(record):
-                _check_whole(name, record["fn"])
-            elif record["type"] == "sample" and name not in guided.nodes:
-                _check_continuous(name, record)
-        return Problem.inspect(model, guide, args, kwargs)
-
-
-def _check_whole(name: str, plate: Any) -> None:
-    if plate.subsample_size is not None and plate.subsample_size < plate.size:
-        raise ValueError(
-            f"the plate {name!r} takes {plate.subsample_size} of {plate.size} rows a run, and "
-            "ArviZ needs the likelihood of all of them: call to_arviz with a model, or arguments, "
-            "for which the plate does not subsample"
-        )
-
-
-def _check_continuous(name: str, record: dict[str, Any]) -> None:
-    if record["fn"].has_enumerate_support and not record["is_observed"]:
-        raise ValueError(
-            f"the guide does not sample the model's discrete site {name!r}, so there are no draws "
-            "of it to export (if the fit enumerated it, it was summed out): write the model with a "
-            "mixture distribution in place of the site, or give a guide that samples it"
-        )
 
 
 def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:
@@ -239,32 +205,23 @@ def _tried(runs: Runs, latents: dict[str, Tensor], size: int, groups: str) -> Si
         return {}
 
 
-def _predicted(ahead: Runs, draws: Draws) -> dict[str, Group]:
+def _predicted(new: BoundModel, draws: Draws) -> dict[str, Group]:
     """The groups for new arguments."""
-
-    def check(record: dict[str, Any]) -> dict[str, Any]:
-        name = record["name"]
-        if name in draws.sites:
-            _check_same(name, draws.sites[name].shape[1:], record["fn"].shape())
-        return {}
-
-    model = poutine.infer_config(ahead.model, check)
-    checked = Runs(model, ahead.args, ahead.kwargs, ahead.plates, predict=True)
-    sites = checked.evaluate(draws.sites, len(draws))
+    for name in draws.sites.keys() & new.model_trace.nodes.keys():
+        fitted, shape = draws.sites[name].shape[1:], new.model_trace.nodes[name]["fn"].shape()
+        if fitted != shape:
+            raise ValueError(
+                f"the latent site {name!r} has shape {tuple(fitted)} in the fit and {tuple(shape)} "
+                "with predictions_args, so that its draws do not fit: give predictions_args that "
+                "leave the latents as they are, and change the data only"
+            )
+    ahead = Runs(new.model, new.args, new.kwargs, new.depth, predict=True)
+    sites = ahead.evaluate(draws.sites, len(draws))
     others = [name for name in sites if name not in draws.sites]
     return {
         "predictions": drawn_sites(sites, [n for n in others if not is_factor(sites[n].record)]),
         "predictions_constant_data": _constants(ahead, []),
     }
-
-
-def _check_same(name: str, fitted: torch.Size, new: torch.Size) -> None:
-    if fitted != new:
-        raise ValueError(
-            f"the latent site {name!r} has shape {tuple(fitted)} in the fit and {tuple(new)} with "
-            "predictions_args, so that its draws do not fit: give predictions_args that leave the "
-            "latents as they are, and change the data only"
-        )
 
 
 def _constants(runs: Runs, observed: list[np.ndarray]) -> Group:

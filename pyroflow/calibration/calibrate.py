@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from pyroflow.calibration.result import Calibration, summarise
 from pyroflow.checks import check_count, check_fraction
 from pyroflow.inference.guide import fit_guide
-from pyroflow.model.draws import draw, inspect_in_full
+from pyroflow.model.bound import BoundModel
+from pyroflow.model.draws import draw
 from pyroflow.model.records import is_deterministic, is_factor
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
@@ -121,7 +122,7 @@ def calibrate(
                 arguments = _with_data(model, args, kwargs, sites, values)
                 guide = make_guide(observed)
                 (fit or default_fit)(observed, guide, *arguments)
-                draws = draw(inspect_in_full(observed, guide, *arguments), num_samples).sites
+                draws = draw(BoundModel.for_weights(observed, guide, *arguments), num_samples).sites
             below = {n: (v < truth.nodes[n]["value"]).double().sum(0) for n, v in draws.items()}
             rows.append({n: (count + 0.5) / (num_samples + 1) for n, count in below.items()})
         return summarise({n: torch.stack([row[n] for row in rows]) for n in rows[0]}, level)

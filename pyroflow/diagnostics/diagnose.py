@@ -10,7 +10,8 @@ from pyroflow.checks import check_count
 from pyroflow.diagnostics.funnel import find_funnels
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
 from pyroflow.diagnostics.report import Report, advice_on_fit, is_undecided, judge
-from pyroflow.model.draws import Draws, draw, inspect_in_full, join
+from pyroflow.model.bound import BoundModel
+from pyroflow.model.draws import Draws, draw, join
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
@@ -67,8 +68,8 @@ def diagnose(
     check_count("num_samples", num_samples, 100)
     check_count("max_sets", max_sets, 1)
     with seeded(seed):
-        problem = inspect_in_full(model, guide, args, kwargs)
-        sets = [draw(problem, num_samples)]
+        bound = BoundModel.for_weights(model, guide, args, kwargs)
+        sets = [draw(bound, num_samples)]
         if point := sets[0].point:
             raise ValueError(
                 f"the guide has one point for site {point!r} and no distribution, so it has no "
@@ -76,12 +77,12 @@ def diagnose(
             )
         sets[0].check_weighted()
         report = _report(sets)
-        while is_undecided(report) and len(sets) < max_sets and not problem.sequential:
-            sets.append(draw(problem, num_samples))
+        while is_undecided(report) and len(sets) < max_sets and not bound.sequential:
+            sets.append(draw(bound, num_samples))
             report = _report(sets)
     judge(report)
     if report.level != "good":
-        report.advice += advice_on_fit(report, find_funnels(problem, report.draws))
+        report.advice += advice_on_fit(report, find_funnels(bound, report.draws))
     return report
 
 

@@ -9,7 +9,7 @@ from pyro.distributions import Distribution, ExpandedDistribution, MaskedDistrib
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import Draws
 from pyroflow.model.runs import Runs
 
@@ -27,7 +27,7 @@ class Funnel(NamedTuple):
     matrix: bool  # whether the scale is one, as that of a multivariate normal
 
 
-def find_funnels(problem: Problem, draws: Draws) -> dict[str, Funnel]:
+def find_funnels(bound: BoundModel, draws: Draws) -> dict[str, Funnel]:
     """Sites whose prior scale is another latent, where the weights scatter with it.
 
     Such a pair is a funnel where the data say little of the first site: its posterior is
@@ -37,7 +37,7 @@ def find_funnels(problem: Problem, draws: Draws) -> dict[str, Funnel]:
     here is advice, which must not cost the report.
     """
     try:
-        pairs = scale_pairs(problem, draws)
+        pairs = scale_pairs(bound, draws)
     except Exception:
         return {}
     names = {name for pair in pairs.values() for name in pair.scales}
@@ -49,7 +49,7 @@ def find_funnels(problem: Problem, draws: Draws) -> dict[str, Funnel]:
     return {site: pair for site, pair in found.items() if pair.scales}
 
 
-def scale_pairs(problem: Problem, draws: Draws) -> dict[str, Funnel]:
+def scale_pairs(bound: BoundModel, draws: Draws) -> dict[str, Funnel]:
     """Latents of a location-scale prior, each with the latents that its scale depends on.
 
     The dependence is read off the gradient of the scale at the draw with the largest weight.
@@ -57,7 +57,7 @@ def scale_pairs(problem: Problem, draws: Draws) -> dict[str, Funnel]:
     best = int(draws.log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf).argmax())
     values = {name: value[best : best + 1].clone() for name, value in draws.sites.items()}
     leaves = {name: v.requires_grad_() for name, v in values.items() if v.is_floating_point()}
-    runs = Runs(problem.model, problem.args, problem.kwargs)
+    runs = Runs(bound.model, bound.args, bound.kwargs)
     with torch.enable_grad():
         runs.keep_records(values)
     pairs = {}
