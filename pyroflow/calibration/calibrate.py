@@ -9,7 +9,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,7 +18,7 @@ from pyroflow.checks import check_count, check_fraction
 from pyroflow.inference.guide import fit_guide
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
-from pyroflow.model.records import is_deterministic, is_factor
+from pyroflow.model.records import is_factor
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
@@ -109,14 +108,15 @@ def calibrate(
 
     args, kwargs = tuple(args), dict(kwargs or {})
     with seeded(seed):  # by itself, as this run of the model is no simulation
-        sites = _sites_to_simulate(_run(model, args, kwargs), data)
+        sites = _sites_to_simulate(BoundModel(model, None, args, kwargs), data)
     lifted = poutine.condition(model, data=dict.fromkeys(sites))
     rows: list[dict[str, Tensor]] = []
     with seeded(seed):
         for _ in tqdm(range(num_simulations), desc="calibrate", disable=not progress):
             # A store of its own, or each guide would go on from the parameters of the last.
             with pyro.get_param_store().scope():
-                truth = _run(lifted, args, kwargs)
+                with torch.no_grad(), poutine.block():
+                    truth = poutine.trace(lifted).get_trace(*args, **kwargs)
                 values = {name: truth.nodes[name]["value"] for name in sites}
                 observed = poutine.condition(model, data=values)
                 arguments = _with_data(model, args, kwargs, sites, values)
@@ -128,28 +128,19 @@ def calibrate(
         return summarise({n: torch.stack([row[n] for row in rows]) for n in rows[0]}, level)
 
 
-def _run(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Trace:
-    met = []  # the sites so far, of which the last one is at fault
-    noted = poutine.infer_config(model, lambda site: met.append(site["name"]) or {})
-    with torch.no_grad(), poutine.block():
-        try:
-            return poutine.trace(noted).get_trace(*args, **kwargs)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"site {met[-1]!r} cannot be drawn from, as an improper prior cannot: give it a "
-                "distribution with a sampler"
-            ) from error
-
-
 def _sites_to_simulate(
-    trace: Trace, data: Mapping[str, str] | Iterable[str] | None
+    bound: BoundModel, data: Mapping[str, str] | Iterable[str] | None
 ) -> dict[str, str | None]:
     """The sites whose values become data, each with the model's argument that takes them too."""
-    records = prune_subsample_sites(trace).nodes
+    records = prune_subsample_sites(bound.model_trace).nodes
     sampled = {name: record for name, record in records.items() if record["type"] == "sample"}
-    if data is None:
-        data = [n for n, r in sampled.items() if r["is_observed"] and not is_deterministic(r)]
-    data = [data] if isinstance(data, str) else data
+    for name, record in sampled.items():
+        if is_factor(record):
+            raise ValueError(
+                f"site {name!r} is a pyro.factor, which no data can be drawn from: write it as an "
+                "observed sample site"
+            )
+    data = bound.observed if data is None else [data] if isinstance(data, str) else data
     sites = dict(data) if isinstance(data, Mapping) else dict.fromkeys(data)
     if not sites:
         raise ValueError(
@@ -159,12 +150,14 @@ def _sites_to_simulate(
     for name in sites:
         if name not in sampled:
             raise ValueError(f"data must name sample sites out of {list(sampled)}, got {name!r}")
-    for name, record in sampled.items():
-        if is_factor(record):
+    for name in [*bound.latents, *sites]:
+        try:
+            sampled[name]["fn"]()
+        except NotImplementedError as error:
             raise ValueError(
-                f"site {name!r} is a pyro.factor, which no data can be drawn from: write it as an "
-                "observed sample site"
-            )
+                f"site {name!r} cannot be drawn from, as an improper prior cannot: give it a "
+                "distribution with a sampler"
+            ) from error
     return sites
 
 
