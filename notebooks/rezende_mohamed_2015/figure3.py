@@ -12,9 +12,9 @@ import torch
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from pyroflow.drawing import save_figure
 from pyroflow.flows import Flow, StandardNormal
 from pyroflow.inference import fit_energy
+from pyroflow.plots.drawing import save_figure
 from pyroflow.seeds import seeded
 from pyroflow.targets import Energy, energy
 from pyroflow.transforms import Affine, Planar

@@ -31,9 +31,6 @@ def sine(n: int = 10_000, seed: int = 0) -> Tensor:
     Returns:
         Points of shape :math:`(n, 2)`, float32, x1 in column 0.
 
-    Raises:
-        ValueError: If ``n`` is not positive.
-
     Example:
         >>> from pyroflow.datasets import sine
         >>> sine(500, seed=1).shape
@@ -47,14 +44,8 @@ def sine(n: int = 10_000, seed: int = 0) -> Tensor:
 def sine_log_prob(y: Tensor) -> Tensor:
     r"""Exact log density of :func:`sine`, log p(y) = -log 6 + log N(y1 | sin y2, 0.1²).
 
-    Args:
-        y: Points of shape :math:`(*, 2)`.
-
-    Returns:
-        Log densities of shape :math:`(*,)`, minus infinity where :math:`|y_2| > 3`.
-
-    Raises:
-        ValueError: If the last dimension of ``y`` is not 2.
+    Points of shape :math:`(*, 2)` have log densities of shape :math:`(*,)`, minus infinity where
+    :math:`|y_2| > 3`.
 
     Example:
         >>> from pyroflow.datasets import sine, sine_log_prob
@@ -83,9 +74,6 @@ def two_moons(n: int = 10_000, seed: int = 0, *, noise: float = _NOISE) -> Tenso
     Returns:
         Points of shape :math:`(n, 2)`, float32.
 
-    Raises:
-        ValueError: If ``n`` or ``noise`` is not positive.
-
     Example:
         >>> from pyroflow.datasets import two_moons
         >>> two_moons(500, seed=1).shape
@@ -102,18 +90,9 @@ def two_moons_log_prob(y: Tensor, *, noise: float = _NOISE) -> Tensor:
     r"""Log density of :func:`two_moons`, exact to rounding.
 
     A moon's density ∫ N(y | (cos t, sin t), noise² I) dt/π is an incomplete Bessel function. It is
-    evaluated by Gauss-Legendre quadrature, which converges exponentially: beyond a distance of 4
-    it loses digits.
-
-    Args:
-        y: Points of shape :math:`(*, 2)`.
-        noise: As in :func:`two_moons`; the work and memory grow as 1 / noise.
-
-    Returns:
-        Log densities of shape :math:`(*,)`.
-
-    Raises:
-        ValueError: If the last dimension of ``y`` is not 2, or ``noise`` is not positive.
+    evaluated by Gauss-Legendre quadrature, which converges exponentially, in time and memory that
+    grow as 1 / noise: beyond a distance of 4 it loses digits. Points of shape :math:`(*, 2)` have
+    log densities of shape :math:`(*,)`.
 
     Example:
         >>> from pyroflow.datasets import two_moons, two_moons_log_prob
@@ -130,7 +109,7 @@ def two_moons_log_prob(y: Tensor, *, noise: float = _NOISE) -> Tensor:
 def ring(n: int = 10_000, seed: int = 0, *, noise: float = _NOISE) -> Tensor:
     r"""Draws points around the unit circle: x = (cos t, sin t) + N(0, noise² I), t ~ U(0, 2π).
 
-    Its arguments, result and errors are those of :func:`two_moons`.
+    Arguments and result are those of :func:`two_moons`.
 
     Example:
         >>> from pyroflow.datasets import ring
@@ -146,7 +125,7 @@ def ring_log_prob(y: Tensor, *, noise: float = _NOISE) -> Tensor:
     r"""Exact log density of :func:`ring`, a Rice distribution of the radius r = ‖y‖.
 
     p(y) = exp(-(r² + 1) / (2 noise²)) I₀(r / noise²) / (2π noise²), I₀ a modified Bessel function.
-    Its arguments, result and errors are those of :func:`two_moons_log_prob`.
+    Points of shape :math:`(*, 2)` have log densities of shape :math:`(*,)`.
 
     Example:
         >>> from pyroflow.datasets import ring, ring_log_prob

@@ -35,17 +35,9 @@ def toy_model() -> None:
 def toy_log_joint(z: Tensor) -> Tensor:
     r"""Log joint density of :func:`toy_model` at its site ``z`` and its observation.
 
-    Args:
-        z: Points of shape :math:`(*, 2)`.
-
-    Returns:
-        Log densities of shape :math:`(*,)`.
-
-    Raises:
-        ValueError: If the last dimension of ``z`` is not 2.
+    Points of shape :math:`(*, 2)` have log densities of shape :math:`(*,)`.
 
     Example:
-        >>> import torch
         >>> from pyroflow.targets import toy_log_joint
         >>> toy_log_joint(torch.zeros(5, 2)).shape
         torch.Size([5])
@@ -101,8 +93,8 @@ def eight_schools_centered(y: Schools = None, sigma: Schools = None) -> None:
 def eight_schools_noncentered(y: Schools = None, sigma: Schools = None) -> None:
     r"""Eight schools with standardised effects ``theta_trans``: theta = mu + tau · theta_trans.
 
-    The same model as :func:`eight_schools_centered`, whose arguments, errors and source it shares;
-    theta_trans_j ~ N(0, 1), and ``theta`` is a deterministic site.
+    Else it is :func:`eight_schools_centered`, arguments and source too. theta_trans_j ~ N(0, 1),
+    and ``theta`` is a deterministic site.
 
     Example:
         >>> from pyro import poutine
@@ -135,9 +127,6 @@ def eight_schools_exact(
     Returns:
         Draws of ``mu`` and ``tau``, shape :math:`(S,)`, and ``theta``, shape :math:`(S, J)`, in
         float64; the log evidence in nats, the same for both forms of the model.
-
-    Raises:
-        ValueError: If ``y`` and ``sigma`` have different shapes.
 
     Example:
         >>> from pyroflow.targets import eight_schools_exact
