@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
 from pyroflow.model.latents import started_anywhere
-from pyroflow.saving.recipes import DESCRIPTIONS
 from pyroflow.saving.sites import Description, describe_sites
+from pyroflow.saving.table import build
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
@@ -108,7 +108,7 @@ def _comparable(value: Any) -> Any:
 
 def _shown(key: str, value: Any) -> str:
     if key == "support":
-        return str(DESCRIPTIONS.build(value))
+        return str(build(value))
     if key == "plates":
         shown = [f"{plate['name']}(size={plate['size']}, dim={plate['dim']})" for plate in value]
         return ", ".join(shown) or "none"

@@ -13,8 +13,7 @@ from torch import Size, Tensor
 from torch.distributions.constraints import Constraint
 
 from pyroflow.model.supports import bijection
-from pyroflow.saving.description import UndescribedError
-from pyroflow.saving.recipes import DESCRIPTIONS
+from pyroflow.saving.table import UndescribedError, build, describe
 
 Description = dict[str, Any]
 
@@ -44,7 +43,7 @@ def describe_sites(guide: AutoContinuous) -> list[Description]:
 
 def _describe_support(site_name: str, support: Constraint) -> Description:
     try:
-        return DESCRIPTIONS.describe(support)
+        return describe(support)
     except UndescribedError as error:
         raise UndescribedError(f"{error}, the support of site {site_name!r}") from error
 
@@ -88,7 +87,7 @@ def restore_sites(guide: AutoContinuous, sites: list[Description], like: Tensor)
 
 def _node(site: Description, shape: Size, frames: tuple, like: Tensor) -> dict[str, Any]:
     """A node of a trace. Its value is any one inside the support, of the right shape."""
-    support = DESCRIPTIONS.build(site["support"])
+    support = build(site["support"])
     value = bijection(support)(like.new_zeros(shape))
     if value.shape != Size(site["batch_shape"] + site["event_shape"]):
         raise ValueError(f"site {site['name']!r} has values of another shape, {list(value.shape)}")
