@@ -48,23 +48,20 @@ MAY_IMPORT = {
     "diagnostics": CHECKED,
     "arviz": CHECKED,
     "calibration": CHECKED,
-    "datasets": BASE | {"synthetic"},
-    "synthetic": BASE,
+    "datasets": BASE,
     "targets": BASE,
-    "plots": BASE | {"drawing"},
-    "drawing": BASE,
-    "demo": ALL | {"drawing"},
+    "plots": BASE,
+    "demo": ALL,
     "cli": ALL | {"demo"},
     "__init__": ALL,
     "__main__": {"cli"},
 }
 EXCEPTIONS = {  # (file, part that it imports all the same): why
-    ("calibration/result.py", "drawing"): "Calibration.plot draws, and imports it when it does",
     ("calibration/result.py", "plots"): "Calibration.plot draws, and imports it when it does",
 }
 # They take longer to import than Pyro, so that nothing that `import pyroflow` reads may do so.
 SLOW = {"arviz", "matplotlib", "pandas", "xarray"}
-READ_LATE = {"plots", "drawing", "demo", "cli", "__main__"}
+READ_LATE = {"plots", "demo", "cli", "__main__"}
 
 
 class Source(NamedTuple):
