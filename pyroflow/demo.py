@@ -22,7 +22,7 @@ from pyroflow.flows import Flow, planar_flow
 from pyroflow.guides import AutoPlanarFlow
 from pyroflow.inference import fit_density, fit_guide
 from pyroflow.io import write_json
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 from pyroflow.seeds import seeded
 
@@ -240,7 +240,7 @@ def _noise(flow: Flow, settings: Settings) -> float:
 def _elbo(model: Callable, guide: Callable, settings: Settings) -> tuple[float, float]:
     """The ELBO and its standard error from fresh draws."""
     with seeded(settings.seed + 1), torch.no_grad():
-        draws = draw(Problem.inspect(model, guide, (), None), settings.fresh).log_weights
+        draws = draw(BoundModel(model, guide), settings.fresh).log_weights
     return draws.mean().item(), (draws.std() / settings.fresh**0.5).item()
 
 

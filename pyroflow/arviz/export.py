@@ -9,10 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyroflow.arviz.labels import (
@@ -30,7 +28,7 @@ from pyroflow.arviz.labels import (
 )
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import pareto_smooth, systematic
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import Draws, draw
 from pyroflow.model.records import Sites, is_factor
 from pyroflow.model.runs import Runs
@@ -124,7 +122,7 @@ def to_arviz(
     check_count("num_samples", num_samples, 1)
     ahead = predictions_args is not None or predictions_kwargs is not None
     with torch.no_grad(), poutine.block(), seeded(seed):
-        problem = _problem(model, guide, tuple(args), dict(kwargs or {}))
+        problem = BoundModel.for_weights(model, guide, args, kwargs)
         draws, stats, khat = _weighted(draw(problem, num_samples), resample)
         runs = problem.runs
         groups = _fitted(runs, draws) | {"sample_stats": stats}
@@ -154,38 +152,6 @@ def _arviz_generation() -> int:
         return int(version("arviz").split(".")[0])
     except PackageNotFoundError:
         return 1
-
-
-def _problem(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Problem:
-    """Model and guide after a first run, with a draw for every latent site, and all of the data."""
-    with pyro.validation_enabled(False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Encountered NaN")  # which is a weight of zero
-        guided = poutine.trace(guide).get_trace(*args, **kwargs)
-        trace = poutine.trace(poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
-        for name, record in trace.nodes.items():
-            if record["type"] == "sample" and site_is_subsample(record):
-                _check_whole(name, record["fn"])
-            elif record["type"] == "sample" and name not in guided.nodes:
-                _check_continuous(name, record)
-        return Problem.inspect(model, guide, args, kwargs)
-
-
-def _check_whole(name: str, plate: Any) -> None:
-    if plate.subsample_size is not None and plate.subsample_size < plate.size:
-        raise ValueError(
-            f"the plate {name!r} takes {plate.subsample_size} of {plate.size} rows a run, and "
-            "ArviZ needs the likelihood of all of them: call to_arviz with a model, or arguments, "
-            "for which the plate does not subsample"
-        )
-
-
-def _check_continuous(name: str, record: dict[str, Any]) -> None:
-    if record["fn"].has_enumerate_support and not record["is_observed"]:
-        raise ValueError(
-            f"the guide does not sample the model's discrete site {name!r}, so there are no draws "
-            "of it to export (if the fit enumerated it, it was summed out): write the model with a "
-            "mixture distribution in place of the site, or give a guide that samples it"
-        )
 
 
 def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:

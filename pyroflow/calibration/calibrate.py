@@ -14,7 +14,8 @@ from pyroflow.calibration.result import Calibration, summarise
 from pyroflow.calibration.simulator import Simulator
 from pyroflow.checks import check_count, check_fraction
 from pyroflow.inference.guide import fit_guide
-from pyroflow.model.draws import draw, inspect_in_full
+from pyroflow.model.bound import BoundModel
+from pyroflow.model.draws import draw
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
@@ -122,7 +123,7 @@ def _probabilities(
     truth, model, args, kwargs = simulator.draw()
     guide = make_guide(model)
     fit(model, guide, args, kwargs)
-    problem = inspect_in_full(model, guide, args, kwargs)
+    problem = BoundModel.for_weights(model, guide, args, kwargs)
     sites = draw(problem, num_samples).sites
     return {
         name: ((values < truth[name]).double().sum(0) + 0.5) / (num_samples + 1)

@@ -14,7 +14,8 @@ from pyroflow.diagnostics.funnel import find_funnels
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
 from pyroflow.diagnostics.report import Report
 from pyroflow.diagnostics.verdict import judge, undecided
-from pyroflow.model.draws import Draws, draw, inspect_in_full, join
+from pyroflow.model.bound import BoundModel
+from pyroflow.model.draws import Draws, draw, join
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
@@ -68,7 +69,7 @@ def diagnose(
     check_count("num_samples", num_samples, 100)
     check_count("max_sets", max_sets, 1)
     with seeded(seed):
-        problem = inspect_in_full(model, guide, args, kwargs)
+        problem = BoundModel.for_weights(model, guide, args, kwargs)
         sets = [draw(problem, num_samples)]
         _check_draws(sets[0])
         report = _report(sets)

@@ -13,7 +13,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import Draws
 
 PARTS = 5  # fifths of the draws, in the order of the scale
@@ -35,7 +35,7 @@ class Funnel(NamedTuple):
     matrix: bool
 
 
-def find_funnels(problem: Problem, draws: Draws) -> dict[str, Funnel]:
+def find_funnels(problem: BoundModel, draws: Draws) -> dict[str, Funnel]:
     """Sites whose prior scale is another latent, where the weights scatter with it.
 
     Such a pair is a funnel where the data say little of the first site: its posterior is
@@ -62,7 +62,7 @@ def find_funnels(problem: Problem, draws: Draws) -> dict[str, Funnel]:
     return {site: pair for site, pair in found.items() if pair.scales}
 
 
-def scale_pairs(problem: Problem, draws: Draws) -> dict[str, Funnel]:
+def scale_pairs(problem: BoundModel, draws: Draws) -> dict[str, Funnel]:
     """Latents of a location-scale prior, each with the latents that its scale depends on.
 
     The dependence is read off the gradient of the scale at one draw.

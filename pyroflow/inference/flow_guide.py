@@ -34,7 +34,7 @@ from pyroflow.inference.traced_guide import (
     warn_of_mixing,
 )
 from pyroflow.inference.trainer import Loop
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.seeds import between_draws, drawing, quick, seeded
@@ -56,7 +56,7 @@ class FlowFit:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: BoundModel,
         *,
         steps: int | None,
         num_particles: int | None,
@@ -224,7 +224,7 @@ class FlowFit:
                 self.guide.grow(num_layers - self.guide.num_layers)
 
 
-def refuse_nonfinite(problem: Problem) -> None:
+def refuse_nonfinite(problem: BoundModel) -> None:
     """Say at which sites the density of 32 draws is never finite, if that is so.
 
     Raises:

@@ -8,9 +8,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
-from pyro.poutine.util import prune_subsample_sites
 from torch import nn
 
 from pyroflow.checks import check_choice, check_count
@@ -21,8 +18,7 @@ from pyroflow.inference.fit import Fit, check_options, check_precision
 from pyroflow.inference.flow_guide import PARTICLES, STEPS, Annealing, FlowFit, refuse_nonfinite
 from pyroflow.inference.objectives import OBJECTIVES
 from pyroflow.inference.traced_guide import fit_by_traces, has_path
-from pyroflow.model.bound import Problem
-from pyroflow.model.latents import started_anywhere
+from pyroflow.model.bound import BoundModel
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
@@ -118,9 +114,9 @@ def fit_guide(
     check_options(steps=_or_one(steps), num_particles=_or_one(num_particles), **options)
     _check_objective(objective, group_size, num_particles)
     with held(checkpoint), seeded(seed):
-        trace, learns = _traced_at_start(model, tuple(args), dict(kwargs or {}))
+        start = BoundModel(model, args=args, kwargs=kwargs)
         if isinstance(guide, AutoFlow) and guide.prototype_trace is not None:
-            guide.check_model(trace)  # whether it was made for the latents that there are now
+            guide.check_model(start.model_trace)  # whether it was made for these latents
         problem = _inspected(model, guide, args, kwargs)
         if not problem.latents:
             raise ValueError(
@@ -129,7 +125,7 @@ def fit_guide(
         if isinstance(guide, nn.Module):
             guide.to(device)
             check_precision(guide)
-        settings = {"kind": "guide", "seed": seed, "log joint of a draw": _fingerprint(trace)}
+        settings = {"kind": "guide", "seed": seed, "log joint of a draw": start.fingerprint}
         settings["annealing"] = described(annealing, steps or STEPS)
         common = {
             "steps": steps,
@@ -140,7 +136,7 @@ def fit_guide(
             "lr": lr,
             "progress": progress,
         }
-        alone = not problem.subsampled and not learns
+        alone = not problem.subsampled and not start.learns
         if isinstance(guide, AutoFlow) and alone:
             if objective == "dreg" and not has_path(guide):
                 raise ValueError(
@@ -174,42 +170,20 @@ def _check_objective(objective: str, group_size: int, num_particles: int | None)
         )
 
 
-def _inspected(model: Callable, guide: Callable, args: tuple, kwargs: dict | None) -> Problem:
-    """``Problem.inspect``, which one bad draw may fail; NaN everywhere is said by site."""
+def _inspected(model: Callable, guide: Callable, args: tuple, kwargs: dict | None) -> BoundModel:
+    """``BoundModel``, which one bad draw may fail; NaN everywhere is said by site."""
     for _ in range(TRIES):
         try:
-            return Problem.inspect(model, guide, args, kwargs)
+            return BoundModel(model, guide, args, kwargs)
         except ValueError as error:
             failed = error
     with pyro.validation_enabled(False):
         try:
-            problem = Problem.inspect(model, guide, args, kwargs)
+            problem = BoundModel(model, guide, args, kwargs)
         except ValueError:
             raise failed from None
     refuse_nonfinite(problem)
     raise failed
-
-
-def _traced_at_start(
-    model: Callable, args: tuple, kwargs: dict[str, Any]
-) -> tuple[poutine.Trace, bool]:
-    """A run to look at, always at the same latents: one bad draw is no error, nothing is recorded.
-
-    Parameters of the model have their start values: a fit that was cut off has moved them. The
-    second value is whether there are any to train.
-    """
-    started = poutine.trace(InitMessenger(started_anywhere(init_to_sample))(model))
-    fresh = pyro.get_param_store().scope()
-    with seeded(0), torch.no_grad(), poutine.block(), pyro.validation_enabled(False), fresh:
-        trace = started.get_trace(*args, **kwargs)
-        trace.compute_log_prob()
-        params = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
-        return trace, any(value.unconstrained().requires_grad for value in params)
-
-
-def _fingerprint(trace: poutine.Trace) -> str:
-    """What model and arguments have to say of a fixed draw, by which to know them again."""
-    return f"{float(prune_subsample_sites(trace).log_prob_sum()):.6g}"
 
 
 def _or_one(count: int | None) -> int:

@@ -26,7 +26,7 @@ from pyroflow.inference.checkpoint import saved_settings
 from pyroflow.inference.fit import Fit
 from pyroflow.inference.objectives import bound_loss, bound_scores, cut_loss
 from pyroflow.inference.trainer import Loop
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 from pyroflow.model.records import is_random, log_joint
 from pyroflow.seeds import between_draws, drawing, quick, seeded
@@ -43,7 +43,7 @@ GAUSSIAN, FLOW, GROWN = "affine layer alone", "all", "all, after growing"
 
 
 def fit_by_traces(
-    problem: Problem,
+    problem: BoundModel,
     *,
     steps: int | None,
     num_particles: int | None,
@@ -61,7 +61,7 @@ def fit_by_traces(
     """
     guide, steps = problem.guide, steps or STEPS
     with path_derivative(guide, not importance_weighted):
-        draws = ONE_BY_ONE if problem.plates is None else VECTORIZED
+        draws = ONE_BY_ONE if problem.max_plate_nesting is None else VECTORIZED
         num_particles = num_particles or draws["particles"]
         scored = torch.randint(2**31, (), device="cpu")
         loss, score = _objective(
@@ -99,7 +99,7 @@ def fit_by_traces(
             **options,
         )
         fit = _run(loop)
-        if problem.plates is not None:
+        if problem.max_plate_nesting is not None:
             warn_of_mixing(problem.mixes())
         return fit
 
@@ -123,7 +123,7 @@ def _run(loop: Loop) -> Fit:
 
 
 def _objective(
-    problem: Problem, num_particles: int, scored: int, importance_weighted: bool, seed: Tensor
+    problem: BoundModel, num_particles: int, scored: int, importance_weighted: bool, seed: Tensor
 ) -> tuple[Callable[[float], Tensor], Callable[[], Tensor]]:
     """The training loss as a function of β, and −(log p − log q) of a fixed set of draws."""
     has_rsample = _has_rsample(problem)
@@ -132,9 +132,10 @@ def _objective(
             "objective='iwae' needs a guide all of whose sites are reparametrised (rsample), and "
             "the guide has others: use objective='elbo'"
         )
-    options = {} if problem.plates is None else {"max_plate_nesting": problem.plates}
+    nesting = problem.max_plate_nesting
+    options = {} if nesting is None else {"max_plate_nesting": nesting}
     elbo = Trace_ELBO(
-        num_particles=num_particles, vectorize_particles=problem.plates is not None, **options
+        num_particles=num_particles, vectorize_particles=nesting is not None, **options
     )
 
     # Bound, so that no name of the model's arguments meets one of Pyro's own.
@@ -159,13 +160,13 @@ def _objective(
     return loss, score
 
 
-def _has_rsample(problem: Problem) -> bool:
+def _has_rsample(problem: BoundModel) -> bool:
     """Whether draws of the guide have a path to its parameters."""
     sites = prune_subsample_sites(problem.guide_trace).iter_stochastic_nodes()
     return all(site["fn"].has_rsample for _, site in sites)
 
 
-def _loss_of_weights(problem: Problem, beta: float, objective: str, num: int) -> Tensor:
+def _loss_of_weights(problem: BoundModel, beta: float, objective: str, num: int) -> Tensor:
     """The loss from log weights one by one: Pyro's is not finite where one of them is not."""
     drawn = problem.guide_draws(num)  # which chooses how they run
     problem.runs.choose({name: drawn[name].values for name in problem.latents}, num)
@@ -224,7 +225,7 @@ def has_path(guide: Callable) -> bool:
     return flow and all(isinstance(t, Bijection) for t in guide.get_transforms())
 
 
-def _parameters(problem: Problem) -> list[Tensor]:
+def _parameters(problem: BoundModel) -> list[Tensor]:
     """Every parameter that a run of model and guide meets, as Pyro's own SVI collects them."""
     unchecked = pyro.validation_enabled(False)
     with torch.no_grad(), unchecked, poutine.trace(param_only=True) as captured:

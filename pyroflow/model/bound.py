@@ -1,83 +1,203 @@
-"""A model and a guide with their arguments, inspected in one run of each."""
+"""A model with its arguments and its guide, inspected in one run of each."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 
 from pyroflow.model.comparison import PROBES, differs, spread
+from pyroflow.model.latents import started_anywhere
 from pyroflow.model.priors import PriorsAtLatents
-from pyroflow.model.records import Sites
+from pyroflow.model.records import Record, Sites, is_deterministic, is_factor
 from pyroflow.model.runs import Runs
 from pyroflow.seeds import seeded
 
 
-@dataclass
-class Problem:
-    """A model and a guide, with the arguments of both.
+class BoundModel:
+    """A model with its arguments and, where there is one, a guide for its latents.
 
-    Attributes:
-        model: the Pyro model.
-        guide: the guide, set up by :meth:`inspect`.
+    One run of the guide, which sets it up, and one of the model at the guide's draw say all that
+    is asked of their structure. Without a guide the model runs at always the same latents, with
+    its parameters at their start values, and one bad draw is no error there.
+
+    Args:
+        model: a Pyro model.
+        guide: a guide for its latents.
         args: positional arguments of both.
         kwargs: keyword arguments of both.
-        guide_trace: of one run of the guide.
-        model_trace: of the model at that draw.
+
+    Attributes:
+        model: the model, whose priors are scored at the latents that a value comes from.
+        guide_trace: of the run of the guide.
+        model_trace: of the run of the model.
+        latents: names of its latent sites, in order.
+        observed: names of the sites that have data: no ``pyro.factor``, and none whose value
+            follows from other sites.
+        plates: by name, the vectorised plates around its sites, as Pyro's frames.
+        depth: how many dimensions the plates of model and guide take.
+        subsampling: names of the plates that draw a part of their rows, which makes the log joint
+            an estimate.
+        learns: whether the model has parameters of its own to train.
         runs: the model at given latents.
         guide_runs: the guide, which samples its latents.
+
+    Raises:
+        ValueError: If the guide does not sample a latent site of the model.
+
+    Example:
+        >>> from pyroflow import AutoPlanarFlow
+        >>> from pyroflow.targets import eight_schools_centered as model
+        >>> bound = BoundModel(model, AutoPlanarFlow(model))
+        >>> bound.latents, bound.observed, list(bound.plates)
+        (['mu', 'tau', 'theta'], ['y'], ['schools'])
     """
 
-    model: Callable
-    guide: Callable
-    args: tuple
-    kwargs: dict[str, Any]
-    guide_trace: Trace
-    model_trace: Trace
-
-    def __post_init__(self) -> None:
-        depth = _plate_depth(self.guide_trace, self.model_trace)
-        self.runs = Runs(self.model, self.args, self.kwargs, depth)
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable | None = None,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.guide, self.args, self.kwargs = guide, tuple(args), dict(kwargs or {})
+        self.guide_trace: Trace | None = None
+        if guide is None:
+            self._run_at_start(model)
+        else:
+            self._run_at_draw(model, guide)
+        self._read(prune_subsample_sites(self.model_trace))
+        self.model = PriorsAtLatents()(model)
+        self.runs = Runs(self.model, self.args, self.kwargs, self.depth)
         # A flow's layers have no batching rules. Pyro's autoguides are made to go into a plate, and
         # some of their transforms cannot score what another run has drawn.
-        options = {"predict": True, "by_vmap": False}
-        options["compared"] = not isinstance(self.guide, AutoGuide)
-        self.guide_runs = Runs(self.guide, self.args, self.kwargs, depth, **options)
+        options = {"predict": True, "by_vmap": False, "compared": not isinstance(guide, AutoGuide)}
+        self.guide_runs = Runs(guide, self.args, self.kwargs, self.depth, **options)
         self.guide_runs.subsample = self.runs.subsample
 
     @classmethod
-    def inspect(
-        cls, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any] | None
-    ) -> Problem:
-        """Set the guide up by a first call, and check it.
+    def for_weights(
+        cls,
+        model: Callable,
+        guide: Callable,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> BoundModel:
+        """The same for draws that are to be weighed: NaN is no error, subsampling is one.
 
         Raises:
-            ValueError: If the guide does not sample a latent site of the model.
+            ValueError: If the guide does not sample a latent site, or a plate subsamples the data.
         """
-        args, kwargs = tuple(args), dict(kwargs or {})
-        with torch.no_grad(), poutine.block():
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            replayed = poutine.trace(poutine.replay(model, trace=guide_trace))
-            model_trace = replayed.get_trace(*args, **kwargs)
-        _check_covered(guide_trace, model_trace)
-        return cls(PriorsAtLatents()(model), guide, args, kwargs, guide_trace, model_trace)
+        with pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered NaN")  # which is a weight of zero
+            bound = cls(model, guide, args, kwargs)
+        bound.check_whole()
+        return bound
 
-    @property
-    def latents(self) -> list[str]:
-        """Names of the model's latent sites."""
-        return list(prune_subsample_sites(self.model_trace).stochastic_nodes)
+    def _run_at_start(self, model: Callable) -> None:
+        started = poutine.trace(InitMessenger(started_anywhere(init_to_sample))(model))
+        fresh = pyro.get_param_store().scope()
+        with seeded(0), torch.no_grad(), poutine.block(), pyro.validation_enabled(False), fresh:
+            self.model_trace = started.get_trace(*self.args, **self.kwargs)
+            self.learns = _has_parameters(self.model_trace)
+
+    @torch.no_grad()
+    def _run_at_draw(self, model: Callable, guide: Callable) -> None:
+        with poutine.block():
+            self.guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+            replayed = poutine.trace(poutine.replay(model, trace=self.guide_trace))
+            self.model_trace = replayed.get_trace(*self.args, **self.kwargs)
+        self.learns = _has_parameters(self.model_trace)
+
+    def _read(self, sites: Trace) -> None:
+        """What the run says of the structure; the guide must have a draw of each latent."""
+        sampled = {n: site for n, site in sites.nodes.items() if site["type"] == "sample"}
+        self.latents = [name for name, site in sampled.items() if not site["is_observed"]]
+        self.observed = [name for name, site in sampled.items() if _has_data(site)]
+        if self.guide_trace is not None:
+            self._check_covered()
+        frames = {f.name: f for s in sampled.values() for f in s["cond_indep_stack"]}
+        self.plates = {name: frame for name, frame in frames.items() if frame.vectorized}
+        self.depth = max(_depth(self.model_trace), _depth(self.guide_trace))
+        self.subsampling = [
+            name for name, site in self.model_trace.nodes.items() if _draws_subsample(site)
+        ]
+
+    def _check_covered(self) -> None:
+        for name in self.latents:
+            if name not in self.guide_trace.nodes:
+                raise ValueError(
+                    f"the guide does not sample the model's latent site {name!r}, so there are no "
+                    "draws of it: make the guide for the whole model. In place of a discrete site "
+                    "write a mixture distribution, or enumerate it and train with Pyro's "
+                    "TraceEnum_ELBO and SVI"
+                )
+
+    def check_whole(self) -> None:
+        """Refuse plates that subsample, where the log joint itself is needed.
+
+        Raises:
+            ValueError: If a plate subsamples.
+        """
+        if self.subsampling:
+            name = self.subsampling[0]
+            plate = self.model_trace.nodes[name]["fn"]
+            raise ValueError(
+                f"the plate {name!r} takes {plate.subsample_size} of {plate.size} rows a run, so that "
+                "the model's log joint is an estimate and weights are noise: use the same "
+                "model, or arguments, with its plates in full, without subsample_size"
+            )
+
+    def check_sites(self) -> None:
+        """Whether guide and model have the same latent sites, of the same shapes.
+
+        Raises:
+            ValueError: If there are no latents, a shape is another in the guide, or the guide has
+                a site of its own that is not auxiliary.
+        """
+        if not self.latents:
+            raise ValueError(
+                "the model has no latent sites: everything it samples is observed, so there is "
+                "nothing for a guide to approximate; leave out obs= at the sites to infer"
+            )
+        for name in self.latents:
+            site = self.model_trace.nodes[name]
+            expected, got = site["fn"].shape(), site["value"].shape
+            if expected != got:
+                raise ValueError(
+                    f"the guide samples site {name!r} with shape {tuple(got)}, and the model with "
+                    f"{tuple(expected)}: give both the same plates and event dimensions"
+                )
+        for name, site in prune_subsample_sites(self.guide_trace).iter_stochastic_nodes():
+            if name not in self.latents and not site["infer"].get("is_auxiliary"):
+                raise ValueError(
+                    f"the guide samples site {name!r}, which is no latent of the model: remove it, "
+                    "or mark it with infer={'is_auxiliary': True} if the other sites are made of it"
+                )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The log joint of the run, by which to know model and arguments again.
+
+        Without a guide it is always that of the same draw.
+        """
+        trace = prune_subsample_sites(self.model_trace)
+        with torch.no_grad(), pyro.validation_enabled(False):
+            return f"{float(trace.log_prob_sum()):.6g}"
 
     @property
     def subsampled(self) -> bool:
         """Whether a plate draws a part of the data, so that the log joint is an estimate."""
-        return any(_draws_subsample(site) for site in self.model_trace.nodes.values())
+        return bool(self.subsampling)
 
     @property
     def sequential(self) -> bool:
@@ -85,9 +205,9 @@ class Problem:
         return self.runs.sequential or self.guide_runs.sequential
 
     @cached_property
-    def plates(self) -> int | None:
-        """The depth of the plates, where draws vectorise in Pyro's own ELBOs; else None."""
-        return self.runs.plates if self.mixes(away=True) is None else None
+    def max_plate_nesting(self) -> int | None:
+        """What Pyro's own ELBOs take to vectorise draws; None where draws would mix."""
+        return self.depth if self.mixes(away=True) is None else None
 
     def mixes(self, *, away: bool = False) -> str | None:
         """Where draws of the guide that run side by side in a plate differ from runs alone.
@@ -110,33 +230,23 @@ class Problem:
         return self.guide_runs.evaluate({}, num)
 
 
-def _plate_depth(*traces: Trace) -> int:
-    frames = [
-        frame
-        for trace in traces
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        for frame in site["cond_indep_stack"]
-    ]
-    return max((-frame.dim for frame in frames if frame.vectorized), default=0)
+def _has_parameters(trace: Trace) -> bool:
+    params = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
+    return any(value.unconstrained().requires_grad for value in params)
 
 
-def _draws_subsample(site: dict[str, Any]) -> bool:
+def _has_data(site: Record) -> bool:
+    return site["is_observed"] and not (is_deterministic(site) or is_factor(site))
+
+
+def _depth(trace: Trace | None) -> int:
+    sites = [] if trace is None else trace.nodes.values()
+    stacks = [site["cond_indep_stack"] for site in sites if site["type"] == "sample"]
+    return max((-f.dim for frames in stacks for f in frames if f.vectorized), default=0)
+
+
+def _draws_subsample(site: Record) -> bool:
     if site["type"] != "sample" or not site_is_subsample(site):
         return False
     drawn = site["fn"].subsample_size
     return drawn is not None and drawn < site["fn"].size
-
-
-def _check_covered(guide_trace: Trace, model_trace: Trace) -> None:
-    missing = [
-        name
-        for name, site in prune_subsample_sites(model_trace).iter_stochastic_nodes()
-        if name not in guide_trace.nodes
-    ]
-    if missing:
-        raise ValueError(
-            f"the guide does not sample the model's latent site {missing[0]!r}: make the guide for "
-            "the whole model, or, if the site is discrete and enumerated, train with Pyro's "
-            "TraceEnum_ELBO and SVI"
-        )

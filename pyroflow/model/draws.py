@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import pyro
 import torch
-from pyro.poutine import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyroflow.checks import check_count
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.records import Sites, Values
 from pyroflow.model.rounding import rounded_draws
 from pyroflow.seeds import seeded
@@ -49,27 +44,8 @@ class Draws:
         return len(self.log_p)
 
 
-def inspect_in_full(
-    model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any] | None
-) -> Problem:
-    """``Problem.inspect`` for draws that are to be weighed: NaN is no error, subsampling is one.
-
-    Raises:
-        ValueError: what ``Problem.inspect`` refuses; a plate that subsamples the data.
-    """
-    with pyro.validation_enabled(False):
-        problem = Problem.inspect(model, guide, args, kwargs)
-    if problem.subsampled:
-        raise ValueError(
-            "a plate of the model subsamples the data, so that its log joint is an estimate and "
-            "the weights are noise: use the same model with its plates in full, without "
-            "subsample_size"
-        )
-    return problem
-
-
 @torch.no_grad()
-def draw(problem: Problem, num_samples: int, seed: int | None = None) -> Draws:
+def draw(problem: BoundModel, num_samples: int, seed: int | None = None) -> Draws:
     """Draw from the guide and score the draws under model and guide.
 
     Pyro's validation is off meanwhile, so that one draw outside a support costs its own weight
@@ -88,13 +64,13 @@ def draw(problem: Problem, num_samples: int, seed: int | None = None) -> Draws:
         >>> from pyroflow import AutoPlanarFlow
         >>> from pyroflow.targets import eight_schools_centered
         >>> guide = AutoPlanarFlow(eight_schools_centered, num_layers=0)
-        >>> problem = Problem.inspect(eight_schools_centered, guide, (), None)
+        >>> problem = BoundModel(eight_schools_centered, guide)
         >>> draws = draw(problem, 20, seed=0)
         >>> draws.sites["theta"].shape, draws.sites["tau"].shape, draws.log_weights.shape
         (torch.Size([20, 8]), torch.Size([20]), torch.Size([20]))
     """
     check_count("num_samples", num_samples, 1)
-    _check_sites(problem.guide_trace, problem.model_trace)
+    problem.check_sites()
     with seeded(seed):
         guided = problem.guide_draws(num_samples)
         latents = {name: guided[name].values for name in problem.latents}
@@ -132,26 +108,3 @@ def join(parts: list[Draws]) -> Draws:
 def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
     names = sorted({name for part in counts for name in part})
     return {name: sum(part.get(name, 0) for part in counts) for name in names}
-
-
-def _check_sites(guide: Trace, model: Trace) -> None:
-    """Whether guide and model have the same latent sites, of the same shapes."""
-    latents = dict(prune_subsample_sites(model).iter_stochastic_nodes())
-    if not latents:
-        raise ValueError(
-            "the model has no latent sites: everything it samples is observed, so there is nothing "
-            "for a guide to approximate; leave out obs= at the sites to infer"
-        )
-    for name, site in latents.items():
-        expected, got = site["fn"].shape(), site["value"].shape
-        if expected != got:
-            raise ValueError(
-                f"the guide samples site {name!r} with shape {tuple(got)}, and the model with "
-                f"{tuple(expected)}: give both the same plates and event dimensions"
-            )
-    for name, site in prune_subsample_sites(guide).iter_stochastic_nodes():
-        if name not in latents and not site["infer"].get("is_auxiliary"):
-            raise ValueError(
-                f"the guide samples site {name!r}, which is no latent of the model: remove it, or "
-                "mark it with infer={'is_auxiliary': True} if the other sites are made of it"
-            )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES, PROBES, agree, differs, moves
 from pyroflow.model.records import Values
 from pyroflow.model.supports import bijection, remember
@@ -39,7 +39,7 @@ class LogJoint:
         traced: whether the graph is in use.
     """
 
-    def __init__(self, problem: Problem, guide: AutoContinuous, num: int) -> None:
+    def __init__(self, problem: BoundModel, guide: AutoContinuous, num: int) -> None:
         self.runs, self.guide, self.num = problem.runs, guide, num
         probes = self._spread_points(len(PROBES))
         self.runs.choose(self._constrained(probes)[0], len(probes))

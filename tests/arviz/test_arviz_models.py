@@ -166,7 +166,7 @@ def test_enumerated_sites_are_refused_by_name() -> None:
         pyro.sample("y", dist.Normal(loc + kind, 1.0), obs=torch.tensor(1.0))
 
     guide = AutoNormal(poutine.block(model, hide=["kind"]))
-    with pytest.raises(ValueError, match="does not sample the model's discrete site 'kind'"):
+    with pytest.raises(ValueError, match="does not sample the model's latent site 'kind'"):
         pf.to_arviz(model, guide)
 
 

@@ -12,7 +12,7 @@ import pyro
 import torch
 
 import pyroflow as pf
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 from pyroflow.targets import TOY_LOG_EVIDENCE, toy_model
 
@@ -41,7 +41,7 @@ def toy(num_layers: int, seed: int) -> dict[str, Any]:
     fit = pf.fit_guide(toy_model, guide, seed=seed)
     torch.manual_seed(seed)
     with torch.no_grad():
-        elbo = draw(Problem.inspect(toy_model, guide, (), None), FRESH).log_weights.mean().item()
+        elbo = draw(BoundModel(toy_model, guide), FRESH).log_weights.mean().item()
     return {"KL": round(TOY_LOG_EVIDENCE - elbo, 4), "seconds": round(fit.seconds, 1)}
 
 

@@ -18,7 +18,7 @@ from pyro.infer.reparam import LocScaleReparam
 import pyroflow as pf
 from pyroflow.diagnostics.funnel import find_funnels, scale_pairs
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth, systematic
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 from pyroflow.targets import (
     eight_schools_centered,
@@ -137,7 +137,7 @@ class TestPsis:
         assert 0.82 < sum(hits) / len(hits) < 0.97
 
     def test_the_interval_is_as_wide_as_the_khats_of_a_guide_scatter(self) -> None:
-        problem = Problem.inspect(conjugate, normal_guide(ratio=0.6), (), None)
+        problem = BoundModel(conjugate, normal_guide(ratio=0.6), ())
         khats = [pareto_smooth(draw(problem, 1000).log_weights)[2] for _ in range(60)]
         low, high = khat_interval(statistics.mean(khats), 1000)
         assert (high - low) / (2 * 1.645) == pytest.approx(statistics.stdev(khats), rel=0.3)
@@ -224,7 +224,7 @@ class TestFunnels:
             pyro.sample("t", dist.StudentT(4.0, 0.0, a.exp() + 1.0))
             pyro.sample("y", dist.Normal(0.0, v.exp()), obs=torch.tensor(0.0))
 
-        problem = Problem.inspect(model, AutoNormal(model), (), None)
+        problem = BoundModel(model, AutoNormal(model), ())
         draws = draw(problem, 500, seed=0)
         assert scale_pairs(problem, draws) == {"x": (["v"], False), "t": (["a"], False)}
 
@@ -241,7 +241,7 @@ class TestFunnels:
             pyro.sample("x", dist.Normal(0.0, v.exp()))
             pyro.sample("w", dist.Normal(1.0, 1.0))
 
-        problem = Problem.inspect(model, guide, (), None)
+        problem = BoundModel(model, guide)
         draws = draw(problem, 2000, seed=0)
         assert scale_pairs(problem, draws) == {"x": (["v"], False)}
         assert find_funnels(problem, draws) == {}
@@ -296,5 +296,5 @@ class TestFunnels:
             v = pyro.sample("v", dist.Normal(0.0, 3.0))
             pyro.sample("x", Broken(0.0, (v / 2).exp()))
 
-        problem = Problem.inspect(model, AutoNormal(model), (), None)
+        problem = BoundModel(model, AutoNormal(model), ())
         assert scale_pairs(problem, draw(problem, 500, seed=0)) == {"x": (["v"], False)}

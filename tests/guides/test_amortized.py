@@ -18,7 +18,7 @@ from amortized_cases import (
 from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 
 import pyroflow as pf
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 
 
@@ -88,8 +88,8 @@ def test_hierarchy_has_its_exact_evidence_in_each_draw_and_in_parts_on_average()
 def test_vectorized_particles_follow_their_own_globals() -> None:
     y = 1.5 + torch.randn(12)
     guide, log_evidence = exact_effects(y)
-    problem = Problem.inspect(effects_model, guide, (y,), None)
-    assert problem.plates == 1
+    problem = BoundModel(effects_model, guide, (y,))
+    assert problem.max_plate_nesting == 1
     weights = draw(problem, 50).log_weights
     assert torch.allclose(weights, torch.full((50,), log_evidence), atol=1e-9)
 

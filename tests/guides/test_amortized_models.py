@@ -21,7 +21,7 @@ from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor, nn
 
 import pyroflow as pf
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 
 
@@ -85,8 +85,8 @@ def test_plate_left_of_another_and_in_any_place() -> None:
     y = torch.randn(6, 3)
     guide = pf.AmortizedPlanarGuide(model, "rows", "y")
     assert guide(y, 4)["z"].shape == (4, 1)
-    problem = Problem.inspect(model, guide, (y, 4), None)
-    assert problem.plates == 2
+    problem = BoundModel(model, guide, (y, 4))
+    assert problem.max_plate_nesting == 2
     assert draw(problem, 7).log_weights.shape == (7,)
     assert guide.median(y)["z"].shape == (6, 1)
     assert guide.median(y)["c"].shape == (3,)

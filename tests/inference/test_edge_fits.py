@@ -12,7 +12,8 @@ import torch
 
 from pyroflow import AutoPlanarFlow, diagnose, fit_guide
 from pyroflow.diagnostics import Report
-from pyroflow.model.draws import draw, inspect_in_full
+from pyroflow.model.bound import BoundModel
+from pyroflow.model.draws import draw
 
 
 def log_beta(*a: float) -> float:
@@ -184,7 +185,7 @@ def test_a_likelihood_that_does_not_mind_the_edge_is_not_held_against_the_fit(na
 @pytest.mark.usefixtures("float32")
 def test_guide_density_of_its_own_draws_is_that_of_their_latents() -> None:
     guide = AutoPlanarFlow(dirichlet, num_layers=2, init_scale=3.0).setup()
-    draws = draw(inspect_in_full(dirichlet, guide, (), None), 500, seed=0)
+    draws = draw(BoundModel.for_weights(dirichlet, guide), 500, seed=0)
     torch.testing.assert_close(
         guide.log_prob(draws.sites).double(), draws.log_q, rtol=1e-3, atol=1e-3
     )

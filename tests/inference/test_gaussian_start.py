@@ -13,7 +13,7 @@ import pyroflow as pf
 from pyroflow.inference.ascent import ascend, rescale
 from pyroflow.inference.flow_guide import place
 from pyroflow.inference.gaussian_start import Gaussian, best_gaussian
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.targets import eight_schools_centered
 
@@ -162,7 +162,7 @@ def test_heavier_mode_is_chosen(side: float) -> None:
 def test_density_without_a_mode_and_the_same_bits_from_the_same_seed() -> None:
     """The log evidence is −31.31; the funnel's density has no bound as tau falls to 0."""
     guide = pf.AutoPlanarFlow(eight_schools_centered, 0)
-    problem = Problem.inspect(eight_schools_centered, guide, (), None)
+    problem = BoundModel(eight_schools_centered, guide)
     log_joint, start = LogJoint(problem, guide, 128), guide._init_loc()
     pyro.set_rng_seed(5)
     found = best_gaussian(log_joint, start)

@@ -17,7 +17,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 from pyroflow.targets import (
     TOY_LOG_EVIDENCE,
@@ -177,8 +177,8 @@ def test_subsampled_plate_is_vectorized() -> None:
 
     data = torch.randn(200) + 2
     guide = pf.AutoPlanarFlow(model, 2)
-    problem = Problem.inspect(model, guide, (data,), None)
-    assert problem.plates == 1
+    problem = BoundModel(model, guide, (data,))
+    assert problem.max_plate_nesting == 1
     assert problem.subsampled
     pf.fit_guide(model, guide, (data,), steps=600, seed=0, progress=False)
     assert guide.median()["loc"].item() == pytest.approx(data.mean().item(), abs=0.07)
@@ -192,7 +192,7 @@ def test_model_that_reads_its_latents_from_the_left_runs_one_by_one() -> None:
         pyro.sample("obs", dist.Normal(z[0], 0.5).to_event(z[0].dim()), obs=torch.tensor(1.0))
 
     guide = pf.AutoPlanarFlow(model, 1)
-    assert Problem.inspect(model, guide, (), None).plates is None
+    assert BoundModel(model, guide).max_plate_nesting is None
     pf.fit_guide(model, guide, steps=300, lr=0.05, num_particles=2, seed=0, progress=False)
     assert guide.median()["z"][0].item() == pytest.approx(0.8, abs=0.25)
 
@@ -236,7 +236,7 @@ def test_checkpoint_resumes(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None: 
 
 def elbo_of(model: Callable, guide: Callable) -> float:
     with torch.no_grad():
-        return draw(Problem.inspect(model, guide, (), None), 100_000).log_weights.mean().item()
+        return draw(BoundModel(model, guide), 100_000).log_weights.mean().item()
 
 
 @pytest.mark.slow

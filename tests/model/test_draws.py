@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 
 
@@ -35,7 +35,7 @@ class TestDraws:
                 pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor([1.0, 2.0, 3.0]))
 
         guide = AutoNormal(model, init_scale=0.3)
-        problem = Problem.inspect(model, guide, (), None)
+        problem = BoundModel(model, guide)
         monkeypatch.setattr("pyroflow.model.runs.CHUNK", 20)
         draws = draw(problem, 50)
         scale, x = draws.sites["scale"], draws.sites["x"]
@@ -56,7 +56,7 @@ class TestDraws:
                 with pyro.plate("inner", 4, dim=-1):
                     pyro.sample("c", dist.Normal(0.0, 1.0))
 
-        draws = draw(Problem.inspect(model, AutoNormal(model), (), None), 7)
+        draws = draw(BoundModel(model, AutoNormal(model), ()), 7)
         shapes = {name: tuple(value.shape) for name, value in draws.sites.items()}
         assert shapes == {"a": (7,), "b": (7, 2, 1, 3), "c": (7, 2, 4)}
 

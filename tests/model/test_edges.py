@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyroflow import AutoPlanarFlow
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.model.supports import bijection, preimage
@@ -103,7 +103,7 @@ SCALARS = {
 def log_joint(model: Callable, num: int) -> LogJoint:
     pyro.set_rng_seed(0)
     guide = AutoPlanarFlow(model, num_layers=0)
-    return LogJoint(Problem.inspect(model, guide, (), None), guide, num)
+    return LogJoint(BoundModel(model, guide), guide, num)
 
 
 def check(model: Callable, z: Tensor, truth: list, slopes: list[list], tolerance: float) -> None:
@@ -245,8 +245,8 @@ def test_weights_of_draws_by_traces_are_exact() -> None:
 
     pyro.set_rng_seed(0)
     guide = AutoPlanarFlow(model, num_layers=0, init_scale=60.0).setup()
-    problem = Problem.inspect(model, guide, (), None)
-    assert problem.plates == 1
+    problem = BoundModel(model, guide)
+    assert problem.max_plate_nesting == 1
     particles = pyro.plate("particles", 200, dim=-2)  # as Pyro's ELBOs have them
     q = pyro.poutine.trace(particles(guide)).get_trace()
     m = pyro.poutine.trace(pyro.poutine.replay(particles(problem.model), trace=q)).get_trace()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import StickBreakingTransform
 
 import pyroflow as pf
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.targets import eight_schools_centered, eight_schools_noncentered
 
@@ -21,7 +21,7 @@ NUM = 6
 
 def log_joint_of(model: Callable, num: int = NUM) -> LogJoint:
     guide = pf.AutoPlanarFlow(model, 0)
-    return LogJoint(Problem.inspect(model, guide, (), None), guide, num)
+    return LogJoint(BoundModel(model, guide), guide, num)
 
 
 def constrained_sites() -> None:
@@ -156,7 +156,7 @@ def test_arguments_reach_the_model() -> None:
         pyro.sample("z", dist.Normal(loc, scale))
 
     guide = pf.AutoPlanarFlow(model, 0)
-    problem = Problem.inspect(model, guide, (torch.tensor(3.0),), {"scale": 2.0})
+    problem = BoundModel(model, guide, (torch.tensor(3.0),), {"scale": 2.0})
     z = torch.tensor([[1.0], [4.0]])
     expected = dist.Normal(3.0, 2.0).log_prob(z[:, 0])
     assert torch.allclose(LogJoint(problem, guide, 2).values_and_gradients(z)[0], expected)
@@ -196,7 +196,7 @@ def test_point_without_a_finite_gradient_is_nan_with_gradient_zero() -> None:
 
 def test_recording_leaves_the_generator_alone() -> None:
     guide = pf.AutoPlanarFlow(from_the_left, 0)
-    problem = Problem.inspect(from_the_left, guide, (), None)
+    problem = BoundModel(from_the_left, guide)
     state = torch.get_rng_state()
     LogJoint(problem, guide, NUM).values_and_gradients(torch.zeros(NUM, 3))
     assert torch.equal(torch.get_rng_state(), state)

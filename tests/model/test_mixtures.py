@@ -16,7 +16,7 @@ from torch.distributions.transforms import ReshapeTransform
 import pyroflow as pf
 from pyroflow.flows import StandardNormal
 from pyroflow.guides import AutoFlow
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 
 
@@ -162,7 +162,7 @@ def sine_model() -> None:
 
 def elbo(guide: Callable) -> float:
     with torch.no_grad(), pyro.poutine.block():
-        return draw(Problem.inspect(sine_model, guide, (), None), 5000).log_weights.mean().item()
+        return draw(BoundModel(sine_model, guide), 5000).log_weights.mean().item()
 
 
 @pytest.fixture(scope="module")

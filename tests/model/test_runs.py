@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import agree
 from pyroflow.model.draws import draw
 from pyroflow.model.log_joint import LogJoint
@@ -87,8 +87,8 @@ MIXING = [
 ]
 
 
-def problem_of(model: Callable) -> Problem:
-    return Problem.inspect(model, pf.AutoPlanarFlow(model, 0), (), None)
+def problem_of(model: Callable) -> BoundModel:
+    return BoundModel(model, pf.AutoPlanarFlow(model, 0), ())
 
 
 @pytest.mark.parametrize("float32", [False, True], ids=["float64", "float32"])
@@ -100,7 +100,7 @@ def test_mixing_in_a_plate_is_seen_and_named(
         request.getfixturevalue("float32")
     problem = problem_of(model)
     assert problem.mixes(away=True) in ("site 'site'", "the log joint")
-    assert problem.plates is None
+    assert problem.max_plate_nesting is None
 
 
 @pytest.mark.parametrize("model", MIXING)
@@ -187,10 +187,10 @@ def test_a_guide_that_mixes_its_draws_runs_one_by_one() -> None:
         loc = pyro.sample("loc", dist.Normal(torch.zeros(3), 1.0).to_event(1), infer=AUXILIARY)
         pyro.sample("a", dist.Normal(loc.mean() * torch.ones(2), 1.0).to_event(1))
 
-    problem = Problem.inspect(model, guide, (), None)
+    problem = BoundModel(model, guide)
     draws = draw(problem, 400, seed=0)
     assert problem.guide_runs.sequential
-    assert problem.plates is None
+    assert problem.max_plate_nesting is None
     # a = mean of three + noise, whose variance is 1/3 + 1
     assert draws.sites["a"].var().item() == pytest.approx(4 / 3, rel=0.2)
 
@@ -244,8 +244,8 @@ def test_predictions_of_a_mixing_model_are_its_own() -> None:
 
 
 def test_autoguides_vectorise() -> None:
-    problem = Problem.inspect(walk, AutoNormal(walk), (), None)
-    assert problem.plates == 1
+    problem = BoundModel(walk, AutoNormal(walk), ())
+    assert problem.max_plate_nesting == 1
     assert not problem.guide_runs.sequential
 
 
@@ -261,7 +261,7 @@ def smooth(x: Tensor, y: Tensor) -> None:
 def test_a_matrix_without_a_factor_costs_its_draw_only() -> None:
     x = torch.linspace(0.0, 5.0, 12)
     guide = pf.AutoPlanarFlow(smooth, 0)
-    problem = Problem.inspect(smooth, guide, (x, torch.sin(x)), None)
+    problem = BoundModel(smooth, guide, (x, torch.sin(x)))
     length = torch.tensor([0.3, 1e6, 0.2, 0.5])
     log_p = problem.runs.evaluate({"length": length}, 4)["y"].by_draw()
     assert log_p.isfinite().tolist() == [True, False, True, True]
@@ -281,7 +281,7 @@ def test_guides_on_spheres_and_of_discrete_sites_are_compared_at_their_own_draws
         pyro.sample("way", dist.ProjectedNormal(pyro.param("c", torch.tensor([1.0, 0.0]))))
         pyro.sample("many", dist.Poisson(2.0))
 
-    assert Problem.inspect(model, guide, (), None).plates == 0
+    assert BoundModel(model, guide).max_plate_nesting == 0
 
 
 def walk() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyroflow.diagnostics.psis import pareto_smooth
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 
 from .models import Posterior
@@ -27,7 +27,7 @@ def judge(
     the raw importance weights, of the first ``num_weights`` of them.
     """
     with pyro.validation_enabled(False):  # a guide that is broken is to be judged as well
-        problem = Problem.inspect(posterior.model, guide, posterior.args, None)
+        problem = BoundModel(posterior.model, guide, posterior.args)
     draws = draw(problem, num_samples, seed=seed)
     columns, raw = posterior.columns(draws.sites), draws.log_weights
     elbo, log_weights = raw.mean().item(), raw.nan_to_num(-torch.inf, posinf=-torch.inf)

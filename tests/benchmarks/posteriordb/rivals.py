@@ -21,7 +21,7 @@ from pyro.infer.autoguide import (
 )
 from pyro.optim import ClippedAdam
 
-from pyroflow.model.bound import Problem
+from pyroflow.model.bound import BoundModel
 
 from .judge import moments
 from .models import Posterior
@@ -38,9 +38,9 @@ PROBE = 10  # steps by which the number of steps in the given time is estimated
 
 def svi(posterior: Posterior, guide: Callable, steps: int) -> Iterator[float]:
     """Pyro's SVI with vectorised particles, as its tutorials say; yield the loss of each step."""
-    problem = Problem.inspect(posterior.model, guide, posterior.args, None)
+    nesting = BoundModel(posterior.model, guide, posterior.args).max_plate_nesting
     elbo = Trace_ELBO(
-        num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=problem.plates
+        num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=nesting
     )
     optimizer = ClippedAdam({"lr": LR, "lrd": DECAY ** (1 / steps)})
     steps_of = SVI(posterior.model, guide, optimizer, elbo)
