@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from pyroflow.guides import AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
+from pyroflow.model.latents import Latents
 from pyroflow.saving.flows import describe_flow, restore_flow
-from pyroflow.saving.sites import Description, describe_sites, restore_sites
+from pyroflow.saving.recipes import DESCRIPTIONS
+
+Description = dict[str, Any]
 
 # The constructor's arguments, and the guide's attributes that hold them.
 _COMMON = {"affine": "affine_kind", "init_scale": "init_scale", "base_df": "base_df"}
@@ -40,7 +43,7 @@ def describe_guide(guide: AutoFlow) -> Description:
         "class": type(guide).__name__,
         "options": {name: getattr(guide, at) for name, at in options},
         "switches": {name: getattr(guide, name) for name in _SWITCHES if hasattr(guide, name)},
-        "sites": describe_sites(guide),
+        "sites": guide.latents.describe(DESCRIPTIONS.describe),
         "flow": describe_flow(guide.flow),
     }
 
@@ -57,7 +60,8 @@ def restore_guide(description: Description, model: Callable | None) -> AutoFlow:
     layers = len(next(guide.flow.parts[0].parameters())) if options.get("num_layers") else 0
     if layers != options.get("num_layers", 0):
         raise ValueError(f"it claims {options['num_layers']} layers and holds {layers}")
-    restore_sites(guide, description["sites"], like=guide.flow.base.loc)
+    like = guide.flow.base.loc
+    guide.set_latents(Latents.restore(description["sites"], DESCRIPTIONS.build, like))
     return guide
 
 

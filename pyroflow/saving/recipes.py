@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributions import transforms as torch_transforms
 
 from pyroflow.flows import Flow, StandardNormal
-from pyroflow.guides.bases import StandardStudentT
+from pyroflow.guides.autoflow import StandardStudentT
 from pyroflow.saving.description import Descriptions, Recipe
 from pyroflow.transforms import (
     Affine,
