@@ -72,9 +72,22 @@ def check_data(
     """
     tensor = to_tensor(data, name, dtype)
     check_shape(tensor, width, name)
-    _check_finite(tensor, name)
-    if varying:
-        _check_varies(tensor, name)
+    wrong = ~tensor.isfinite()
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} expects finite numbers, got {tensor[row, column].item()} in row {row}, column"
+            f" {column} (from 0); {int(wrong.any(dim=1).sum())} of {len(tensor)} rows hold NaN or"
+            " inf. Drop them with data[data.isfinite().all(1)] or fill them in."
+        )
+    rounding = 8 * torch.finfo(tensor.dtype).eps * tensor.abs().amax(dim=0)
+    constant = (tensor.amax(dim=0) - tensor.amin(dim=0) <= rounding).nonzero().flatten().tolist()
+    if varying and constant:
+        raise ValueError(
+            f"{name} expects columns that vary, got constant column(s) {constant} (from 0, first"
+            f" value {tensor[0, constant[0]].item():g}), where no density exists. Drop the column,"
+            " or add noise to it. A large offset hides small changes: subtract it, in float64."
+        )
     return tensor
 
 
@@ -112,12 +125,7 @@ def _array_to_tensor(data: object, name: str) -> tuple[Tensor, bool]:
 
 
 def narrow(data: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The data in ``dtype``, which must be able to hold them.
-
-    Args:
-        data: Any shape; integers or floats.
-        dtype: A floating-point dtype.
-        name: What the messages call the data.
+    """The data, of any shape, in a floating-point ``dtype`` that must be able to hold them.
 
     Raises:
         ValueError: If a number becomes infinite or 0, or if values of a column become equal that
@@ -135,18 +143,19 @@ def narrow(data: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             f" row {place[0]}, column {place[-1]} (from 0); {remedy}."
         )
     for column in range(data.shape[1] if data.ndim == 2 and len(data) else 0):
-        both = [t[:, column][found[:, column].isfinite()] for t in (data, found)]
-        if _merged(*both):
+        finite = found[:, column].isfinite()
+        values = data[:, column][finite]
+        if _merges(values, found[:, column][finite]):
             raise ValueError(
                 f"{name} expects values that stay apart in {dtype}, but different ones of column"
-                f" {column} (from 0) become equal, such as those near {both[0].max().item()!r};"
+                f" {column} (from 0) become equal, such as those near {values.max().item()!r};"
                 f" {remedy}."
             )
     return found
 
 
-def _merged(values: Tensor, found: Tensor) -> bool:
-    """Whether values have become equal, integers or such whose offset has eaten their digits."""
+def _merges(values: Tensor, found: Tensor) -> bool:
+    """Whether values became equal that are integers, or whose offset has eaten their digits."""
     if not len(found):
         return False
     spread, size = found.max() - found.min(), found.abs().max()
@@ -175,29 +184,4 @@ def check_shape(data: Tensor, width: int | None, name: str, rows: int = 2) -> No
     if width is not None and data.shape[1] != width:
         raise ValueError(
             f"{expected}, {got}; select {width} columns, or build the flow for {data.shape[1]}."
-        )
-
-
-def _check_finite(data: Tensor, name: str) -> None:
-    wrong = ~data.isfinite()
-    if not wrong.any():
-        return
-    row, column = wrong.nonzero()[0].tolist()
-    affected = int(wrong.any(dim=1).sum())
-    raise ValueError(
-        f"{name} expects finite numbers, got {data[row, column].item()} in row {row}, column"
-        f" {column} (from 0); {affected} of {len(data)} rows hold NaN or inf. Drop them with"
-        " data[data.isfinite().all(1)] or fill them in."
-    )
-
-
-def _check_varies(data: Tensor, name: str) -> None:
-    spread = data.amax(dim=0) - data.amin(dim=0)
-    rounding = 8 * torch.finfo(data.dtype).eps * data.abs().amax(dim=0)
-    constant = (spread <= rounding).nonzero().flatten().tolist()
-    if constant:
-        raise ValueError(
-            f"{name} expects columns that vary, got constant column(s) {constant} (from 0, first"
-            f" value {data[0, constant[0]].item():g}), where no density exists. Drop the column,"
-            " or add noise to it. A large offset hides small changes: subtract it, in float64."
         )

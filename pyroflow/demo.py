@@ -17,13 +17,13 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, Aut
 from torch import Tensor
 
 from pyroflow import datasets, plots, targets
-from pyroflow.drawing import save_figure
 from pyroflow.flows import Flow, planar_flow
 from pyroflow.guides import AutoPlanarFlow
 from pyroflow.inference import fit_density, fit_guide
 from pyroflow.io import write_json
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
+from pyroflow.plots.drawing import save_figure
 from pyroflow.seeds import seeded
 
 

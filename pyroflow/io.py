@@ -17,29 +17,14 @@ from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor
-
-# What torch calls the parts of a file, by what is in them.
-_STORAGES = {
-    "BFloat16Storage": torch.bfloat16,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-    "ShortStorage": torch.int16,
-}
+from torch.storage import _storage_type_to_dtype_map
 
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
     """Write a file whole or not at all.
 
-    The content goes to the disk under a name that no other process uses and is then moved, in one
-    step, to its place. A link stays a link, and an existing file keeps its permissions.
+    The content goes to the disk under a name of its own and is then moved, in one step, to its
+    place. A link stays a link, and an existing file keeps its permissions.
 
     Args:
         path: of the file, in a folder that exists.
@@ -88,9 +73,9 @@ def packed(data: Any) -> bytes:
 def read_data(path: str | os.PathLike, device: torch.device | str = "cpu") -> Any:
     """The plain data and tensors that ``torch.save`` wrote, and nothing else.
 
-    ``torch.load`` checks no checksum, and it believes what a file says of the sizes in it. Here
-    each part is checked, no part may be compressed, and all tensors together take no more memory
-    than the file. A call that the file asks for is never made.
+    Where ``torch.load`` compares no checksum and believes the sizes that a file claims, here each
+    part is checked, none may be compressed, and all tensors together take no more memory than the
+    file. A call that the file asks for is never made.
 
     Args:
         path: of the file.
@@ -105,8 +90,7 @@ def read_data(path: str | os.PathLike, device: torch.device | str = "cpu") -> An
     except OSError as error:
         raise type(error)(f"{path} cannot be read ({error.strerror}): name a file") from error
     try:
-        with ZipFile(io.BytesIO(content)) as archive:
-            records = _records(archive, len(content))
+        records = _records(content)
         data = _Reader(records, device).load()
         _check_sharing(data, len(records["data.pkl"]))
     except Exception as error:  # other bytes may end in any of them
@@ -114,23 +98,24 @@ def read_data(path: str | os.PathLike, device: torch.device | str = "cpu") -> An
     return data
 
 
-def _records(archive: ZipFile, size: int) -> dict[str, bytearray]:
+def _records(content: bytes) -> dict[str, bytearray]:
     """The parts of an archive by name, without its folder; reading one compares its checksum."""
-    members = archive.infolist()
-    plain = all(member.compress_type == ZIP_STORED for member in members)
-    if not plain or sum(member.file_size for member in members) > size:
-        raise ValueError("its parts claim more than the file holds")
-    names = [member.filename.partition("/")[2] for member in members]
-    if len(set(names)) < len(names):
-        raise ValueError("two parts have one name")
-    return {n: bytearray(archive.read(m)) for n, m in zip(names, members, strict=True)}
+    with ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+        stored = all(member.compress_type == ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > len(content):
+            raise ValueError("its parts claim more than the file holds")
+        names = [member.filename.partition("/")[2] for member in members]
+        if len(set(names)) < len(names):
+            raise ValueError("two parts have one name")
+        return {n: bytearray(archive.read(m)) for n, m in zip(names, members, strict=True)}
 
 
 class _Reader(pickle._Unpickler):
-    """A pickle of plain data and tensors; Python's own code, whose memory follows the file's size.
+    """A pickle of plain data and tensors, by the reader in Python, whose memory follows the file.
 
-    Whatever it asks to be called is looked up in a table of ours, and tensors are copies of parts
-    of the file, all together no larger than these.
+    Whatever it asks to be called is looked up here, and tensors are copies of parts of the file,
+    all together no larger than these.
     """
 
     def __init__(self, records: dict[str, bytearray], device: torch.device | str) -> None:
@@ -142,12 +127,14 @@ class _Reader(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a name in the file."""
-        ours = {"collections.OrderedDict": dict, "torch._utils._rebuild_tensor_v2": self.tensor}
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        if f"{module}.{name}" not in ours:
+        if f"{module}.{name}" == "torch._utils._rebuild_tensor_v2":
+            return self.tensor
+        if f"{module}.{name}" == "collections.OrderedDict":
+            return dict
+        dtype = _storage_type_to_dtype_map().get(name) if module == "torch" else None
+        if dtype is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no tensor needs")
-        return ours[f"{module}.{name}"]
+        return dtype
 
     def persistent_load(self, pid: tuple) -> Tensor:
         """All the numbers of one part, as a vector."""

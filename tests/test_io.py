@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from pyroflow.drawing import save_figure
 from pyroflow.io import write_json, write_whole
+from pyroflow.plots.drawing import save_figure
 
 
 def test_figures_have_their_folder(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyroflow.drawing import save_figure
+from pyroflow.plots.drawing import save_figure
 from pyroflow.transforms import ConditionalPlanar
 from rezende_mohamed_2015 import image_files
 from rezende_mohamed_2015.cifar_files import cifar10

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from tqdm.auto import tqdm
 
-from pyroflow.drawing import save_figure
+from pyroflow.plots.drawing import save_figure
 from pyroflow.seeds import seeded
 from pyroflow.transforms import Bijection, Conditioned, Planar, Radial
 from pyroflow.transforms.affine import inverse_softplus

@@ -12,12 +12,11 @@ import torch
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from pyroflow.drawing import save_figure
 from pyroflow.flows import Flow, StandardNormal
 from pyroflow.inference import fit_energy
+from pyroflow.plots.drawing import save_figure
 from pyroflow.seeds import seeded
-from pyroflow.targets import energy
-from pyroflow.targets.energies import Energy
+from pyroflow.targets import Energy, energy
 from pyroflow.transforms import Affine, Planar
 from rezende_mohamed_2015 import figure3_drawing
 from rezende_mohamed_2015.nice import nice_layers, volume_preserving_floor

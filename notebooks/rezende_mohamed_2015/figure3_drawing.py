@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyroflow.drawing import COLOURS
 from pyroflow.io import packed, read_data, write_whole
+from pyroflow.plots.drawing import COLOURS
 from pyroflow.targets import energy
 from rezende_mohamed_2015.results import Run
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyroflow.drawing import save_figure
+from pyroflow.plots.drawing import save_figure
 from pyroflow.transforms import ConditionalPlanar
 from rezende_mohamed_2015 import image_files, mnist_drawing
 from rezende_mohamed_2015.dlgm import DLGM

@@ -13,7 +13,7 @@ from torch.distributions import Transform
 from torch.nn.functional import linear
 
 from pyroflow.checks import check_choice, check_count
-from pyroflow.targets.energies import Energy
+from pyroflow.targets import Energy
 from pyroflow.transforms import Bijection
 
 Mixing = Literal["permutation", "orthogonal"]

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch.distributions import Transform
 
-from pyroflow.drawing import save_figure
+from pyroflow.plots.drawing import save_figure
 from pyroflow.transforms import ConditionalSylvester
 from rezende_mohamed_2015 import mnist
 from rezende_mohamed_2015.dlgm_study import run_study, settings

@@ -60,15 +60,11 @@ class Calibration:
             bins: bars of a histogram.
             figure: where to draw; a new figure by default.
         """
-        from pyroflow import drawing
+        from pyroflow.plots import drawing
 
         check_count("bins", bins, 2)
         scalars = drawing.scalars_of(self.probabilities)
-        columns = min(4, len(scalars))
-        rows = -(-len(scalars) // columns)
-        size = (2.8 * columns, 2.3 * rows)
-        figure = figure or drawing.ShownFigure(figsize=size, layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+        figure, axes = drawing.panels(figure, len(scalars), 2.8, 2.3, sharey=True)
         expected = self.num_simulations / bins
         half = 1.96 * math.sqrt(expected * (1 - 1 / bins))
         for ax, (name, values) in zip(axes, scalars.items(), strict=False):

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow
 from pyroflow.io import packed, read_data, write_whole
-from pyroflow.saving.description import Bounded, UndescribedError
-from pyroflow.saving.flows import describe_flow, restore_flow
-from pyroflow.saving.guides import GUIDES, describe_guide, restore_guide
+from pyroflow.saving.guides import (
+    GUIDES,
+    describe_flow,
+    describe_guide,
+    restore_flow,
+    restore_guide,
+)
 from pyroflow.saving.model_check import check_model
+from pyroflow.saving.table import UndescribedError
 
 # Raised when an older pyroflow would no longer read, or would misread, what this one writes.
 # Format 1 had another bound on the diagonals of Sylvester layers.
@@ -34,16 +42,16 @@ def save(obj: Flow | AutoFlow, path: str | os.PathLike) -> None:
     complete.
 
     Args:
-        obj: a :class:`~pyroflow.Flow`, or a guide that was called once: an
+        obj: A :class:`~pyroflow.Flow`, or a guide that was called once: an
             :class:`~pyroflow.AutoFlow`, ``AutoPlanarFlow`` or ``AutoSylvesterFlow``.
-        path: of the file.
+        path: Of the file.
 
     Raises:
-        TypeError: another object, or one with a base, transform or support that a file cannot
-            describe; the message names it and the way out.
-        ValueError: a guide that was never set up.
-        FileNotFoundError: a folder that does not exist.
-        OSError: a file that cannot be written; an older one stays as it is.
+        TypeError: If it is another object, or one with a base, transform or support that a file
+            cannot describe; the message names it and the way out.
+        ValueError: If a guide was never set up.
+        FileNotFoundError: If the folder does not exist.
+        OSError: If the file cannot be written; an older one stays as it is.
 
     Example:
         >>> import os, tempfile
@@ -60,68 +68,10 @@ def save(obj: Flow | AutoFlow, path: str | os.PathLike) -> None:
     write_whole(path, packed(content))
 
 
-def load(
-    path: str | os.PathLike,
-    model: Callable | None = None,
-    device: torch.device | str = "cpu",
-) -> Flow | AutoFlow:
-    """Read what :func:`save` wrote, with the dtype that it had.
-
-    A guide that is loaded without its model samples as before: ``guide()``, ``guide.median()``,
-    ``guide.quantiles(...)``, ``guide.log_prob(...)`` and Pyro's ``Predictive``.
-
-    Args:
-        path: of the file.
-        model: for a guide, to train on: the model that it was trained with, whose latents are
-            compared with the file, here if it takes no arguments, else at the first call with
-            its arguments outside ``torch.no_grad``.
-        device: where the tensors go, wherever they were when they were saved.
-
-    Returns:
-        The flow or the guide.
-
-    Raises:
-        FileNotFoundError: no such file.
-        OSError: a folder, or a file that must not be read.
-        ValueError: a file that is not of :func:`save`, is damaged (a checksum tells), claims more
-            than it holds, or is of a later version; a model with other latents, by site.
-        TypeError: a model that is not callable, or is given for a flow.
-        RuntimeError: a device that is not there.
-
-    Example:
-        >>> import os, pyro, pyro.distributions as dist, tempfile
-        >>> from pyroflow import AutoPlanarFlow, load, save
-        >>> def model(y):
-        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=y)
-        >>> guide = AutoPlanarFlow(model)
-        >>> _ = guide(torch.tensor(2.0))
-        >>> path = os.path.join(tempfile.mkdtemp(), "guide.pt")
-        >>> save(guide, path)
-        >>> with pyro.plate("draws", 5):
-        ...     print(load(path)()["scale"].shape)
-        torch.Size([5])
-    """
-    if model is not None and not callable(model):
-        raise TypeError(f"model must be callable, got {type(model).__name__}")
-    path, device = Path(path), torch.empty(0, device=device).device  # fails on one that is not here
-    content = _read(path, device)
-    if content["kind"] == "flow" and model is not None:
-        raise TypeError(f"path {path} holds a flow, which takes no model: leave model out")
-    obj = _restored(content, path, model)
-    if model is not None:
-        check_model(obj, content["content"]["sites"])
-    return obj
-
-
-def _restored(content: dict[str, Any], path: Path, model: Callable | None) -> Flow | AutoFlow:
-    try:
-        with Bounded(sum(part.numel() for part in _parts(content) if isinstance(part, Tensor))):
-            if content["kind"] == "flow":
-                return restore_flow(content["content"])
-            return restore_guide(content["content"], model)
-    except Exception as error:  # a hostile description may end in any of them
-        raise ValueError(f"path {path} is a damaged file of pyroflow: {error}") from error
+_WAY_OUT = (
+    "Else save the numbers alone, torch.save(obj.state_dict(), path), and load them into an object "
+    "that your code makes anew, obj.load_state_dict(torch.load(path))"
+)
 
 
 def _described(obj: Any) -> dict[str, Any]:
@@ -142,19 +92,74 @@ def _described(obj: Any) -> dict[str, Any]:
     )
 
 
-_WAY_OUT = (
-    "Else save the numbers alone, torch.save(obj.state_dict(), path), and load them into an object "
-    "that your code makes anew, obj.load_state_dict(torch.load(path))"
-)
+def load(
+    path: str | os.PathLike,
+    model: Callable | None = None,
+    device: torch.device | str = "cpu",
+) -> Flow | AutoFlow:
+    """Read what :func:`save` wrote, with the dtype that it had.
+
+    A guide that is loaded without its model samples as before: ``guide()``, ``guide.median()``,
+    ``guide.quantiles(...)``, ``guide.log_prob(...)`` and Pyro's ``Predictive``.
+
+    Args:
+        path: Of the file.
+        model: For a guide, to train on: the model that it was trained with, whose latents are
+            compared with the file, here if it takes no arguments, else at the first call with
+            its arguments outside ``torch.no_grad``.
+        device: Where the tensors go, wherever they were when they were saved.
+
+    Returns:
+        The flow or the guide.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If it is a folder, or a file that must not be read.
+        ValueError: If the file is not of :func:`save`, is damaged (a checksum tells), claims more
+            than it holds, or is of a later version; if the model has other latents, by site.
+        TypeError: If the model is not callable, or is given for a flow.
+        RuntimeError: If the device is not there.
+
+    Example:
+        >>> import os, pyro, pyro.distributions as dist, tempfile
+        >>> from pyroflow import AutoPlanarFlow, load, save
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> guide = AutoPlanarFlow(model)
+        >>> _ = guide(torch.tensor(2.0))
+        >>> path = os.path.join(tempfile.mkdtemp(), "guide.pt")
+        >>> save(guide, path)
+        >>> with pyro.plate("draws", 5):
+        ...     print(load(path)()["scale"].shape)
+        torch.Size([5])
+    """
+    if model is not None and not callable(model):
+        raise TypeError(f"model must be callable, got {type(model).__name__}")
+    path, device = Path(path), torch.empty(0, device=device).device  # fails on one that is not here
+    file = _read(path, device)
+    if file["kind"] == "flow" and model is not None:
+        raise TypeError(f"path {path} holds a flow, which takes no model: leave model out")
+    content = file["content"]
+    try:
+        with Bounded(sum(part.numel() for part in _parts(file) if isinstance(part, Tensor))):
+            restored = (
+                restore_flow(content) if file["kind"] == "flow" else restore_guide(content, model)
+            )
+    except Exception as error:  # a hostile description may end in any of them
+        raise ValueError(f"path {path} is a damaged file of pyroflow: {error}") from error
+    if model is not None:
+        check_model(restored, content["sites"])
+    return restored
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Any]:
-    """The content of a file, in a format that this version knows."""
+    """What is in a file, in a format that this version knows."""
     if not path.exists():
         raise FileNotFoundError(f"path {path} does not exist")
     try:
-        content = read_data(path, device)
-        kind, written = content["kind"], operator.index(content["format"])
+        file = read_data(path, device)
+        kind, written = file["kind"], operator.index(file["format"])
         if kind not in ("flow", "guide") or written < 1:
             raise ValueError(f"it has kind {kind!r} and format {written}")
     except (ValueError, LookupError, TypeError) as error:
@@ -163,26 +168,81 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
             "was one, copy it anew from where it is whole; a checkpoint goes to the fit_ function "
             "that wrote it, and a state dict to load_state_dict"
         ) from error
-    if content["format"] > FORMAT:
+    if written > FORMAT:
         raise ValueError(
-            f"path {path} has format {content['format']}, written by pyroflow "
-            f"{content.get('pyroflow')}; this is {version('pyroflow')}, which reads up to "
-            f"{FORMAT}: install that version or a later one"
+            f"path {path} has format {written}, written by pyroflow {file.get('pyroflow')}; this "
+            f"is {version('pyroflow')}, which reads up to {FORMAT}: install that version or a "
+            "later one"
         )
-    if content["format"] == 1 and any(
-        isinstance(part, dict) and "Sylvester" in str(part.get("kind")) for part in _parts(content)
-    ):
+    kinds = {str(part.get("kind")) for part in _parts(file) if isinstance(part, dict)}
+    if written == 1 and any("Sylvester" in kind for kind in kinds):
         raise ValueError(
             f"path {path} has Sylvester layers in format 1, which bound their diagonals in another "
             "way: fit anew, as this version would give them another density"
         )
-    return content
+    return file
 
 
 def _parts(content: Any) -> Iterator[Any]:
-    """All that a content is made of, itself included."""
+    """All that a content is made of, itself included, however deep."""
     pending = [content]
     while pending:
         yield (part := pending.pop())
         if isinstance(part, dict | list | tuple):
             pending.extend(part.values() if isinstance(part, dict) else part)
+
+
+# Of the numbers in a file, what the start values of its modules may take, which it then replaces.
+TIMES, SPARE = 32, 10_000
+
+
+class Bounded(TorchDispatchMode):
+    """Inside, what would take far more memory than a file's numbers is refused before it is done.
+
+    What an operation makes is asked of torch's "meta" device, which makes nothing.
+
+    Args:
+        held: How many numbers the file holds.
+    """
+
+    def __init__(self, held: int) -> None:
+        super().__init__()
+        self.held, self.left = held, SPARE + TIMES * held
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler first, for seconds
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Do the operation if it may be done."""
+        kwargs = dict(kwargs or {})
+        if _at_most(args, kwargs) > self.left and _wanted(func, args, kwargs) > self.left:
+            raise ValueError(f"it claims sizes far beyond the {self.held} numbers that it holds")
+        made = func(*args, **kwargs)
+        if all(returned.alias_info is None for returned in func._schema.returns):
+            self.left -= _size(made)
+        return made
+
+
+def _at_most(args: tuple, kwargs: dict[str, Any]) -> int:
+    """A quick bound on the numbers that an operation makes."""
+    leaves = tree_leaves((args, kwargs))
+    sizes = (value.numel() if isinstance(value, Tensor) else value for value in leaves)
+    return prod(max(1, abs(size)) for size in sizes if isinstance(size, int))
+
+
+def _wanted(func: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+    """The numbers that an operation makes."""
+    args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        kwargs = kwargs | {"device": "meta"}
+    try:
+        return _size(func(*args, **kwargs))
+    except NotImplementedError:  # what depends on values makes no more than it is given
+        return 0
+
+
+def _size(made: Any) -> int:
+    return sum(value.numel() for value in tree_leaves(made) if isinstance(value, Tensor))

@@ -1,16 +1,17 @@
-"""A guide as plain data: its options, its flow, and its sites in place of model and data."""
+"""Flows and guides as plain data, with the sites of a guide in place of its model and data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
+from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
 from pyroflow.model.latents import Latents
-from pyroflow.saving.flows import describe_flow, restore_flow
-from pyroflow.saving.recipes import DESCRIPTIONS
-
-Description = dict[str, Any]
+from pyroflow.saving.table import Description, build, describe, stored
+from pyroflow.seeds import seeded
 
 # The constructor's arguments, and the guide's attributes that hold them.
 _COMMON = {"affine": "affine_kind", "init_scale": "init_scale", "base_df": "base_df"}
@@ -26,12 +27,37 @@ _SWITCHES = ("path_derivative", "grows")  # attributes that are set later, or by
 GUIDES = tuple(_OPTIONS)
 
 
-def describe_guide(guide: AutoFlow) -> Description:
-    """All that :func:`restore_guide` needs.
+def describe_flow(flow: Flow) -> Description:
+    """What a flow is made of, and its state.
 
     Raises:
-        ValueError: a guide that was never set up, so that its latents are not known.
-        UndescribedError: a transform or a support that is not in the table.
+        UndescribedError: If a base or a transform is not in the table.
+    """
+    state = flow.state_dict().items()
+    return {
+        "parts": describe(flow),
+        "state": {name: stored(v) if isinstance(v, Tensor) else v for name, v in state},
+        "frozen": [name for name, p in flow.named_parameters() if not p.requires_grad],
+        "training": flow.training,
+    }
+
+
+def restore_flow(description: Description) -> Flow:
+    """The flow of the file, with the tensors of the file: their dtype and device are kept."""
+    with seeded(0):  # the start values are drawn and then replaced
+        flow = build(description["parts"])
+    flow.load_state_dict(description["state"], assign=True)
+    for name, p in flow.named_parameters():
+        p.requires_grad_(name not in description["frozen"])
+    return flow.train(description["training"])
+
+
+def describe_guide(guide: AutoFlow) -> Description:
+    """Its options, its flow and its latents.
+
+    Raises:
+        ValueError: If the guide was never set up, so that its latents are not known.
+        UndescribedError: If a transform or a support is not in the table.
     """
     if guide.prototype_trace is None:
         raise ValueError(
@@ -43,7 +69,7 @@ def describe_guide(guide: AutoFlow) -> Description:
         "class": type(guide).__name__,
         "options": {name: getattr(guide, at) for name, at in options},
         "switches": {name: getattr(guide, name) for name in _SWITCHES if hasattr(guide, name)},
-        "sites": guide.latents.describe(DESCRIPTIONS.describe),
+        "sites": guide.latents.describe(describe),
         "flow": describe_flow(guide.flow),
     }
 
@@ -61,7 +87,7 @@ def restore_guide(description: Description, model: Callable | None) -> AutoFlow:
     if layers != options.get("num_layers", 0):
         raise ValueError(f"it claims {options['num_layers']} layers and holds {layers}")
     like = guide.flow.base.loc
-    guide.set_latents(Latents.restore(description["sites"], DESCRIPTIONS.build, like))
+    guide.set_latents(Latents.restore(description["sites"], build, like))
     return guide
 
 

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
 from pyroflow.model.latents import Latents, started_anywhere
-from pyroflow.saving.recipes import DESCRIPTIONS
+from pyroflow.saving.table import Description, build, describe
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
-
-Description = dict[str, Any]
 
 
 def check_model(guide: AutoContinuous, sites: list[Description]) -> None:
@@ -95,7 +93,7 @@ def _sites_of(model: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     latents = Latents.of(probe.prototype_trace)
     refuse_circular(probe.prototype_trace)
     refuse_moving_supports(model, latents, args, kwargs)
-    sites = latents.describe(DESCRIPTIONS.describe)
+    sites = latents.describe(describe)
     return {site["name"]: _comparable(site) for site in sites}
 
 
@@ -110,7 +108,7 @@ def _comparable(value: Any) -> Any:
 
 def _shown(key: str, value: Any) -> str:
     if key == "support":
-        return str(DESCRIPTIONS.build(value))
+        return str(build(value))
     if key == "plates":
         shown = [f"{plate['name']}(size={plate['size']}, dim={plate['dim']})" for plate in value]
         return ", ".join(shown) or "none"

@@ -20,9 +20,6 @@ class Energy:
     Attributes:
         number: Which one, 1 to 4.
         containment: Strength of the wall outside :math:`[-4, 4]^2`, or None.
-
-    Raises:
-        ValueError: If ``number`` or ``containment`` is out of range.
     """
 
     number: int
@@ -85,18 +82,10 @@ def energy(k: int, containment: float | None = 8.0) -> Energy:
     return Energy(k, containment)
 
 
-def _band(z: Tensor, width: float, shift: Tensor | float = 0.0) -> Tensor:
+def _wave(z: Tensor, width: float, shift: Tensor | float = 0.0) -> Tensor:
     """Log of an unnormalised Gaussian in z2 around the wave w1 - shift."""
     z1, z2 = z.unbind(-1)
     return -0.5 * ((z2 - torch.sin(math.pi * z1 / 2) + shift) / width).square()
-
-
-def _dent(z: Tensor) -> Tensor:
-    return 3 * torch.exp(-0.5 * ((z[..., 0] - 1) / 0.6).square())
-
-
-def _step(z: Tensor) -> Tensor:
-    return 3 * torch.sigmoid((z[..., 0] - 1) / 0.3)
 
 
 def _energy1(z: Tensor) -> Tensor:
@@ -106,15 +95,17 @@ def _energy1(z: Tensor) -> Tensor:
 
 
 def _energy2(z: Tensor) -> Tensor:
-    return -_band(z, 0.4)
+    return -_wave(z, 0.4)
 
 
 def _energy3(z: Tensor) -> Tensor:
-    return -torch.logaddexp(_band(z, 0.35), _band(z, 0.35, _dent(z)))
+    dent = 3 * torch.exp(-0.5 * ((z[..., 0] - 1) / 0.6).square())
+    return -torch.logaddexp(_wave(z, 0.35), _wave(z, 0.35, dent))
 
 
 def _energy4(z: Tensor) -> Tensor:
-    return -torch.logaddexp(_band(z, 0.4), _band(z, 0.35, _step(z)))
+    step = 3 * torch.sigmoid((z[..., 0] - 1) / 0.3)
+    return -torch.logaddexp(_wave(z, 0.4), _wave(z, 0.35, step))
 
 
 _ENERGIES = {1: _energy1, 2: _energy2, 3: _energy3, 4: _energy4}

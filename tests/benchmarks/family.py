@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow import datasets, drawing
-from pyroflow.drawing import Bounds, LogProb
+from pyroflow import datasets
+from pyroflow.plots import drawing
+from pyroflow.plots.drawing import Bounds, LogProb
 
 OUT = Path(__file__).resolve().parents[2] / "notebooks" / "results"
 SEEDS = (0, 1, 2)
@@ -99,7 +100,7 @@ def compare(pace: dict[str, float], name: str) -> tuple[dict[str, Any], dict[str
 def draw_row(figure: Any, name: str, found: dict[str, Any], flows: dict[str, pf.Flow]) -> None:
     """The exact density of a data set and its fits on one colour scale."""
     _, log_prob, bounds = SETS[name]
-    limits = drawing.limits_of(bounds, torch.empty(0))
+    limits = drawing.axis_limits(bounds)
     with torch.no_grad():
         exact = f"{name}: exact, NLL {found['floor']:.3f}"
         panels = {exact: drawing.on_grid(log_prob, limits).exp()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyroflow import datasets
-from pyroflow.synthetic import ring, ring_log_prob, two_moons, two_moons_log_prob
+from pyroflow.datasets.synthetic import ring, ring_log_prob, two_moons, two_moons_log_prob
 
 SETS = {"ring": (ring, ring_log_prob), "two_moons": (two_moons, two_moons_log_prob)}
 each = pytest.mark.parametrize("name", list(SETS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform
+from torch.nn.functional import avg_pool2d
 
-from pyroflow.checks import check_data
 from pyroflow.io import write_whole
 
 Pair = tuple[float, float]
@@ -31,21 +32,35 @@ class ShownFigure(Figure):
     """A figure that a notebook shows even where pyplot was never imported."""
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png")
-        return buffer.getvalue()
+        return _png(self)
 
 
-def row(figure: Figure | None, n: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with n axes in a row, or n axes on the given figure."""
-    figure = figure or ShownFigure(figsize=(width * n, height), layout="compressed")
-    axes = list(figure.subplots(1, n, squeeze=False)[0])
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, small enough to keep beside the code."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, _png(figure, dpi=110))
+
+
+def _png(figure: Figure, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **options)
+    return buffer.getvalue()
+
+
+def panels(
+    figure: Figure | None, count: int, width: float, height: float, columns: int = 4, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """At least ``count`` axes in rows, on a new figure where none is given."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = figure or ShownFigure(figsize=(width * columns, height * rows), layout="compressed")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
     for ax in axes:
         ax.set_prop_cycle(color=COLOURS)
     return figure, axes
 
 
-def limits_of(bounds: Bounds | None, data: Tensor) -> tuple[Pair, Pair]:
+def axis_limits(bounds: Bounds | None, data: Tensor | None = None) -> tuple[Pair, Pair]:
     """((left, right), (bottom, top)), from the data with a margin where no bounds are given."""
     if bounds is None:
         low, high = data.amin(0), data.amax(0)
@@ -80,26 +95,23 @@ def on_grid(log_prob: LogProb, limits: tuple[Pair, Pair], like: Tensor | None = 
 
 
 def heatmaps(
-    panels: Mapping[str, Tensor], limits: tuple[Pair, Pair], letter: str, figure: Figure | None
+    densities: Mapping[str, Tensor], limits: tuple[Pair, Pair], letter: str, figure: Figure | None
 ) -> Figure:
     """One panel for each density, on one colour scale with one bar."""
     (left, right), (bottom, top) = limits
     width = min(max(3.6 * (right - left) / (top - bottom), 1.5), 6.0) + 0.4
-    figure, axes = row(figure, len(panels), width, 4.4)
-    norm = Normalize(0, max(map(peak, panels.values())) or 1.0)
+    figure, axes = panels(figure, len(densities), width, 4.4, columns=len(densities))
+    # The highest mean of 4 by 4 cells: a single cell of a histogram is mostly noise.
+    finite = [density.nan_to_num(0.0, 0.0)[None] for density in densities.values()]
+    peak = max(avg_pool2d(cells, min(4, cells.shape[-1]), stride=1).max() for cells in finite)
+    norm = Normalize(0, float(peak) or 1.0)
     style = {"extent": (left, right, bottom, top), "origin": "lower", "cmap": "magma"}
-    for ax, (title, density) in zip(axes, panels.items(), strict=True):
+    for ax, (title, density) in zip(axes, densities.items(), strict=True):
         image = ax.imshow(density.numpy(), norm=norm, **style)
         ax.set(title=title, xlabel=f"${letter}_1$", ylabel=f"${letter}_2$")
         ax.label_outer()
     figure.colorbar(image, ax=axes, label="density", extend="max", pad=0.02)
     return figure
-
-
-def peak(density: Tensor) -> float:
-    """Highest mean of 4 by 4 cells: a single cell of a histogram is mostly noise."""
-    finite = density.nan_to_num(0.0, 0.0)[None]
-    return float(nn.functional.avg_pool2d(finite, min(4, len(density)), stride=1).max())
 
 
 def transforms_of(subject: Transform | Flow) -> list[Transform]:
@@ -110,7 +122,7 @@ def transforms_of(subject: Transform | Flow) -> list[Transform]:
     return [part for t in given for part in (t.parts if isinstance(t, ComposeTransform) else [t])]
 
 
-def images_of(steps: list[Transform], bounds: Pair) -> list[Tensor]:
+def grid_images(steps: list[Transform], bounds: Pair) -> list[Tensor]:
     """Points of shape (lines, places, 2) along a grid, before and after each step."""
     parameters = (p for t in steps if isinstance(t, nn.Module) for p in t.parameters())
     like = next(parameters, torch.empty(0))
@@ -129,31 +141,9 @@ def coloured_lines(base: Tensor, image: Tensor) -> LineCollection:
     low, high = base.amin((0, 1)), base.amax((0, 1))
     s, t = ((place - low) / (high - low)).unbind(-1)
     weights = torch.stack([(1 - s) * (1 - t), s * (1 - t), (1 - s) * t, s * t], dim=-1)
-    colours = weights @ weights.new_tensor(CORNERS)
-    segments = torch.stack([image[:, :-1], image[:, 1:]], dim=2).flatten(0, 1)
-    return LineCollection(
-        segments.numpy(), colors=colours.numpy(), linewidths=1.2, capstyle="round"
-    )
-
-
-def draw_curve(ax: Axes, steps: np.ndarray, values: np.ndarray, label: str | None) -> None:
-    """A noisy curve with its running median."""
-    parts = min(100, len(values))
-    middle = [np.median(part) for part in np.array_split(steps, parts)]
-    smooth = [np.median(part) for part in np.array_split(values, parts)]
-    (line,) = ax.plot(middle, smooth, label=label)
-    ax.plot(steps, values, color=line.get_color(), alpha=0.3, linewidth=0.7, zorder=1)
-    ax.set(xlabel="step", ylabel="loss")
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def fit_height(ax: Axes) -> None:
-    """Limit the y axis to what matters of the curves."""
-    lines = [np.asarray(line.get_ydata(), dtype=float) for line in ax.lines]
-    low = min(line.min() for line in lines)
-    high = max(np.quantile(line, 0.99, method="higher") for line in lines)
-    margin = 0.05 * (high - low) or 1.0
-    ax.set_ylim(low - margin, high + margin)
+    colours = (weights @ weights.new_tensor(CORNERS)).numpy()
+    segments = torch.stack([image[:, :-1], image[:, 1:]], dim=2).flatten(0, 1).numpy()
+    return LineCollection(segments, colors=colours, linewidths=1.2, capstyle="round")
 
 
 def scalars_of(sites: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -165,25 +155,3 @@ def scalars_of(sites: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
             label = f"{name}[{','.join(map(str, index))}]" if len(columns) > 1 else name
             scalars[label] = values
     return scalars
-
-
-def draw_marginals(
-    ax: Axes, name: str, truth: np.ndarray, guides: Mapping[str, np.ndarray]
-) -> None:
-    """One quantity: the reference filled, each guide as a line."""
-    check_data(truth[:, None], name=f"reference[{name!r}]")
-    edges = np.linspace(*np.quantile(truth, [0.0025, 0.9975]), 51)
-    for number, (label, values) in enumerate({"reference": truth, **guides}.items()):
-        height = np.histogram(values, edges)[0] / (len(values) * np.diff(edges))
-        style = {"color": COLOURS[(number - 1) % 5]} if number else {"fill": True, "color": "0.8"}
-        ax.stairs(height, edges, label=label, linewidth=1.3, **style)
-    ax.set(title=name, yticks=[])
-    ax.spines[["top", "left", "right"]].set_visible(False)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, small enough to keep beside the code."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, buffer.getvalue())

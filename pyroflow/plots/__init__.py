@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
-from pyroflow import drawing
 from pyroflow.checks import check_data
-from pyroflow.drawing import Bounds, Flow, LogProb, Pair
+from pyroflow.plots import drawing
+from pyroflow.plots.drawing import Bounds, Flow, LogProb, Pair
 
 __all__ = ["plot_density", "plot_grid_bending", "plot_losses", "plot_marginals", "plot_posteriors"]
 
@@ -56,7 +56,7 @@ def plot_density(
             f"plot_density expects a flow with event shape (2,), got {tuple(model.event_shape)};"
             " fit one to two columns of the data."
         )
-    limits = drawing.limits_of(bounds, data)
+    limits = drawing.axis_limits(bounds, data)
     with torch.no_grad():
         samples = model.sample((num_samples,))
         panels = {
@@ -104,7 +104,7 @@ def plot_posteriors(
             f"plot_posteriors: subtitles expects titles out of {list(panels)}, got"
             f" {list(subtitles)}; use the keys of panels."
         )
-    limits = drawing.limits_of(bounds, torch.empty(0))
+    limits = drawing.axis_limits(bounds)
     with torch.no_grad():
         joint = drawing.on_grid(log_joint, limits)
         if log_evidence is None:
@@ -154,10 +154,10 @@ def plot_grid_bending(
             f"plot_grid_bending expects layers between 1 and the number of transforms, got layers"
             f" {list(layers)} and {len(steps)} transform(s); a stack of layers counts as one."
         )
-    images = drawing.images_of(steps, bounds)
+    images = drawing.grid_images(steps, bounds)
     titles = {k: f"After {k} of {len(steps)} transforms" for k in layers}
     titles = {0: "Base space", **titles, len(steps): "Image"}
-    figure, axes = drawing.row(figure, len(titles), 4.2, 4.4)
+    figure, axes = drawing.panels(figure, len(titles), 4.2, 4.4, columns=len(titles))
     for ax, (layer, title) in zip(axes, titles.items(), strict=True):
         ax.add_collection(drawing.coloured_lines(images[0], images[layer]))
         ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$", aspect="equal", adjustable="datalim")
@@ -200,11 +200,20 @@ def plot_losses(
             f"plot_losses expects finite losses of shape (n,), got shape {values.shape} with"
             f" {finite.sum()} finite; pass the losses of one fit."
         )
-    ax = drawing.row(None, 1, 6.4, 4.0)[1][0] if ax is None else ax
-    drawing.draw_curve(ax, finite.nonzero()[0] + 1, values[finite], label)
+    ax = drawing.panels(None, 1, 6.4, 4.0)[1][0] if ax is None else ax
+    steps, values = finite.nonzero()[0] + 1, values[finite]
+    parts = min(100, len(values))
+    middle, smooth = ([np.median(a) for a in np.array_split(b, parts)] for b in (steps, values))
+    (curve,) = ax.plot(middle, smooth, label=label)
+    ax.plot(steps, values, color=curve.get_color(), alpha=0.3, linewidth=0.7, zorder=1)
     if floor is not None:
         ax.axhline(floor, color="0.25", linestyle="--", linewidth=1, label=f"floor {floor:.4g}")
-    drawing.fit_height(ax)
+    heights = [np.asarray(line.get_ydata(), dtype=float) for line in ax.lines]
+    low = min(line.min() for line in heights)
+    high = max(np.quantile(line, 0.99, method="higher") for line in heights)
+    margin = 0.05 * (high - low) or 1.0
+    ax.set(xlabel="step", ylabel="loss", ylim=(low - margin, high + margin))
+    ax.spines[["top", "right"]].set_visible(False)
     if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False)
     return ax.figure
@@ -245,17 +254,21 @@ def plot_marginals(
                 f"plot_marginals: draws[{guide!r}] expects {list(truth)}, got {list(found)};"
                 " draw these sites as well, or leave them out of reference."
             )
-    columns = min(4, len(truth) + 1)
-    rows = -(-(len(truth) + 1) // columns)
-    figure = figure or drawing.ShownFigure(
-        figsize=(2.8 * columns, 2.3 * rows), layout="constrained"
-    )
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for ax, name in zip(axes, truth, strict=False):
-        drawing.draw_marginals(
-            ax, name, truth[name], {g: found[name] for g, found in guides.items()}
-        )
+    figure, axes = drawing.panels(figure, len(truth) + 1, 2.8, 2.3)
+    for ax, (name, values) in zip(axes, truth.items(), strict=False):
+        check_data(values[:, None], name=f"reference[{name!r}]")
+        edges = np.linspace(*np.quantile(values, [0.0025, 0.9975]), 51)
+        ax.stairs(*_density(values, edges), label="reference", fill=True, color="0.8")
+        for guide, found in guides.items():
+            ax.stairs(*_density(found[name], edges), label=guide, linewidth=1.3)
+        ax.set(title=name, yticks=[])
+        ax.spines[["top", "left", "right"]].set_visible(False)
     for ax in axes[len(truth) :]:
         ax.axis("off")
     axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False)
     return figure
+
+
+def _density(values: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Heights over the edges; values beyond them count in the total."""
+    return np.histogram(values, edges)[0] / (len(values) * np.diff(edges)), edges

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyroflow.checks import check_positive
-
-__all__ = [
-    "SINE_ENTROPY",
-    "ring",
-    "ring_log_prob",
-    "sine",
-    "sine_log_prob",
-    "two_moons",
-    "two_moons_log_prob",
-]
 
 _NOISE = 0.1
 _HALF_WIDTH = 3.0
@@ -32,41 +24,28 @@ SINE_ENTROPY: float = math.log(2 * _HALF_WIDTH) + 0.5 * math.log(2 * math.pi * m
 def sine(n: int = 10_000, seed: int = 0) -> Tensor:
     r"""Draws points around a sine curve: x2 ~ U(-3, 3), x1 = sin(x2) + N(0, 0.1²).
 
-    The draws come from a generator of their own, so the global random state stays as it is.
-
     Args:
         n: Number of points.
-        seed: Seed of the generator; equal seeds give equal points.
+        seed: Equal seeds give equal points; torch's global random state is not used.
 
     Returns:
         Points of shape :math:`(n, 2)`, float32, x1 in column 0.
-
-    Raises:
-        ValueError: If ``n`` is not positive.
 
     Example:
         >>> from pyroflow.datasets import sine
         >>> sine(500, seed=1).shape
         torch.Size([500, 2])
     """
-    generator = _generator("sine", n, seed)
-    uniform = torch.rand(n, generator=generator, device="cpu", dtype=torch.float32)
-    noise = torch.randn(n, generator=generator, device="cpu", dtype=torch.float32)
-    x2 = _HALF_WIDTH * (2 * uniform - 1)
+    uniform, normal = _samplers("sine", n, seed)
+    x2, noise = _HALF_WIDTH * (2 * uniform(n) - 1), normal(n)
     return torch.stack([x2.sin() + _NOISE * noise, x2], dim=-1)
 
 
 def sine_log_prob(y: Tensor) -> Tensor:
     r"""Exact log density of :func:`sine`, log p(y) = -log 6 + log N(y1 | sin y2, 0.1²).
 
-    Args:
-        y: Points of shape :math:`(*, 2)`.
-
-    Returns:
-        Log densities of shape :math:`(*,)`, minus infinity where :math:`|y_2| > 3`.
-
-    Raises:
-        ValueError: If the last dimension of ``y`` is not 2.
+    Points of shape :math:`(*, 2)` have log densities of shape :math:`(*,)`, minus infinity where
+    :math:`|y_2| > 3`.
 
     Example:
         >>> from pyroflow.datasets import sine, sine_log_prob
@@ -85,50 +64,35 @@ def two_moons(n: int = 10_000, seed: int = 0, *, noise: float = _NOISE) -> Tenso
     r"""Draws points around two half circles that reach into each other, as scikit-learn has them.
 
     x = (cos t, sin t) or (1 - cos t, 1/2 - sin t), either with probability 1/2, t ~ U(0, π), plus
-    N(0, noise² I). The draws come from a generator of their own.
+    N(0, noise² I).
 
     Args:
         n: Number of points.
-        seed: Seed of the generator; equal seeds give equal points.
+        seed: Equal seeds give equal points; torch's global random state is not used.
         noise: Standard deviation of the noise along each axis.
 
     Returns:
         Points of shape :math:`(n, 2)`, float32.
-
-    Raises:
-        ValueError: If ``n`` or ``noise`` is not positive.
 
     Example:
         >>> from pyroflow.datasets import two_moons
         >>> two_moons(500, seed=1).shape
         torch.Size([500, 2])
     """
-    generator = _generator("two_moons", n, seed)
+    uniform, normal = _samplers("two_moons", n, seed)
     check_positive("noise", noise)
-    circle = _circle(
-        math.pi * torch.rand(n, generator=generator, device="cpu", dtype=torch.float32)
-    )
-    lower = torch.rand(n, 1, generator=generator, device="cpu") < 0.5
-    x = torch.where(lower, circle.new_tensor(_LOWER_MOON) - circle, circle)
-    return x + noise * torch.randn(n, 2, generator=generator, device="cpu", dtype=torch.float32)
+    upper = _on_circle(math.pi * uniform(n))
+    x = torch.where(uniform(n, 1) < 0.5, upper.new_tensor(_LOWER_MOON) - upper, upper)
+    return x + noise * normal(n, 2)
 
 
 def two_moons_log_prob(y: Tensor, *, noise: float = _NOISE) -> Tensor:
     r"""Log density of :func:`two_moons`, exact to rounding.
 
     A moon's density ∫ N(y | (cos t, sin t), noise² I) dt/π is an incomplete Bessel function. It is
-    evaluated by Gauss-Legendre quadrature, which converges exponentially: beyond a distance of 4
-    it loses digits.
-
-    Args:
-        y: Points of shape :math:`(*, 2)`.
-        noise: As in :func:`two_moons`; the work and memory grow as 1 / noise.
-
-    Returns:
-        Log densities of shape :math:`(*,)`.
-
-    Raises:
-        ValueError: If the last dimension of ``y`` is not 2, or ``noise`` is not positive.
+    evaluated by Gauss-Legendre quadrature, which converges exponentially, in time and memory that
+    grow as 1 / noise: beyond a distance of 4 it loses digits. Points of shape :math:`(*, 2)` have
+    log densities of shape :math:`(*,)`.
 
     Example:
         >>> from pyroflow.datasets import two_moons, two_moons_log_prob
@@ -137,56 +101,31 @@ def two_moons_log_prob(y: Tensor, *, noise: float = _NOISE) -> Tensor:
     """
     _check_points("two_moons_log_prob", y)
     check_positive("noise", noise)
-    upper = _moon_log_prob(y, noise)
-    lower = _moon_log_prob(y.new_tensor(_LOWER_MOON) - y, noise)
+    upper = _upper_moon_log_prob(y, noise)
+    lower = _upper_moon_log_prob(y.new_tensor(_LOWER_MOON) - y, noise)
     return torch.logaddexp(upper, lower) - math.log(2)
 
 
 def ring(n: int = 10_000, seed: int = 0, *, noise: float = _NOISE) -> Tensor:
     r"""Draws points around the unit circle: x = (cos t, sin t) + N(0, noise² I), t ~ U(0, 2π).
 
-    The draws come from a generator of their own.
-
-    Args:
-        n: Number of points.
-        seed: Seed of the generator; equal seeds give equal points.
-        noise: Standard deviation of the noise along each axis.
-
-    Returns:
-        Points of shape :math:`(n, 2)`, float32.
-
-    Raises:
-        ValueError: If ``n`` or ``noise`` is not positive.
+    Arguments and result are those of :func:`two_moons`.
 
     Example:
         >>> from pyroflow.datasets import ring
         >>> ring(500, seed=1).shape
         torch.Size([500, 2])
     """
-    generator = _generator("ring", n, seed)
+    uniform, normal = _samplers("ring", n, seed)
     check_positive("noise", noise)
-    circle = _circle(
-        2 * math.pi * torch.rand(n, generator=generator, device="cpu", dtype=torch.float32)
-    )
-    return circle + noise * torch.randn(
-        n, 2, generator=generator, device="cpu", dtype=torch.float32
-    )
+    return _on_circle(2 * math.pi * uniform(n)) + noise * normal(n, 2)
 
 
 def ring_log_prob(y: Tensor, *, noise: float = _NOISE) -> Tensor:
     r"""Exact log density of :func:`ring`, a Rice distribution of the radius r = ‖y‖.
 
     p(y) = exp(-(r² + 1) / (2 noise²)) I₀(r / noise²) / (2π noise²), I₀ a modified Bessel function.
-
-    Args:
-        y: Points of shape :math:`(*, 2)`.
-        noise: As in :func:`ring`.
-
-    Returns:
-        Log densities of shape :math:`(*,)`.
-
-    Raises:
-        ValueError: If the last dimension of ``y`` is not 2, or ``noise`` is not positive.
+    Points of shape :math:`(*, 2)` have log densities of shape :math:`(*,)`.
 
     Example:
         >>> from pyroflow.datasets import ring, ring_log_prob
@@ -201,24 +140,26 @@ def ring_log_prob(y: Tensor, *, noise: float = _NOISE) -> Tensor:
     return scaled_bessel.log() - 0.5 * residual.square() - math.log(2 * math.pi * noise**2)
 
 
-def _moon_log_prob(y: Tensor, noise: float) -> Tensor:
-    """Log density of the noisy upper half of the unit circle; y has shape (*, 2)."""
+def _upper_moon_log_prob(y: Tensor, noise: float) -> Tensor:
     nodes, weights = np.polynomial.legendre.leggauss(max(16, math.ceil(_NODES / noise)))
-    points = _circle(torch.from_numpy(math.pi / 2 * (nodes + 1))).to(y)
+    points = _on_circle(torch.from_numpy(math.pi / 2 * (nodes + 1))).to(y)
     log_weights = torch.from_numpy(weights / 2).log().to(y)
     exponents = log_weights + (y @ points.T - 1) / noise**2
     squares = 0.5 * (y.square().sum(-1) - 1) / noise**2
     return exponents.logsumexp(-1) - squares - math.log(2 * math.pi * noise**2)
 
 
-def _circle(angle: Tensor) -> Tensor:
+def _on_circle(angle: Tensor) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
-def _generator(name: str, n: int, seed: int) -> torch.Generator:
+def _samplers(name: str, n: int, seed: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """``torch.rand`` and ``torch.randn`` on a generator of their own, whatever torch's defaults."""
     if n < 1:
         raise ValueError(f"{name}: n expects a positive number of points, got {n}.")
-    return torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    options = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    return partial(torch.rand, **options), partial(torch.randn, **options)
 
 
 def _check_points(name: str, y: Tensor) -> None:
