@@ -19,12 +19,10 @@ from pyroflow.arviz.labels import (
     Group,
     as_array,
     datasets,
-    drawn,
     drawn_sites,
     log_likelihood,
     named_arguments,
     observed_values,
-    renamed,
 )
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import pareto_smooth, systematic
@@ -78,33 +76,33 @@ def to_arviz(
     ``pyro.factor`` adds is in ``lp`` and not among the data.
 
     Args:
-        model: a Pyro model.
-        guide: a guide for its latents, fitted.
-        args: arguments of both, with the data.
-        kwargs: keyword arguments of both.
+        model: A Pyro model.
+        guide: A guide for its latents, fitted.
+        args: Arguments of both, with the data.
+        kwargs: Keyword arguments of both.
         num_samples: S.
-        resample: whether the draws are resampled by ``weight``, so that they follow the posterior
+        resample: Whether the draws are resampled by ``weight``, so that they follow the posterior
             where k-hat is good; then all weights are 1/S.
-        seed: makes the result reproducible, without touching the global generator;
+        seed: Makes the result reproducible, without touching the global generator;
             None for other draws each time.
-        dims: by site or argument, names for all its dimensions instead of those from the plates.
-        coords: by dimension, its labels; 0, 1, … otherwise.
-        predictions_args: arguments for predictions. The latents keep the draws, so that new data
+        dims: By site or argument, names for all its dimensions instead of those from the plates.
+        coords: By dimension, its labels; 0, 1, … otherwise.
+        predictions_args: Arguments for predictions. The latents keep the draws, so that new data
             must not change their shapes.
-        predictions_kwargs: keyword arguments for predictions.
-        predictions_coords: labels in the groups of predictions; ``coords`` otherwise, where their
+        predictions_kwargs: Keyword arguments for predictions.
+        predictions_coords: Labels in the groups of predictions; ``coords`` otherwise, where their
             length fits.
 
     Returns:
         An ``InferenceData`` with ArviZ 0.x, a ``DataTree`` with ArviZ 1.x.
 
     Raises:
-        ValueError: a latent site without draws (an enumerated one); a plate that subsamples; names
-            or labels that do not fit; a latent whose shape is another for the predictions; a
-            model that is NaN or infinite for every draw.
+        ValueError: If a latent site has no draws (an enumerated one), a plate subsamples, names
+            or labels do not fit, a latent has another shape for the predictions, or the model is
+            NaN or infinite for every draw.
 
     Warns:
-        UserWarning: where a model cannot be sampled, for an improper prior or a likelihood without
+        UserWarning: Where a model cannot be sampled, for an improper prior or a likelihood without
             a sampler; its predictive groups are left out.
 
     References:
@@ -122,15 +120,15 @@ def to_arviz(
     check_count("num_samples", num_samples, 1)
     ahead = predictions_args is not None or predictions_kwargs is not None
     with torch.no_grad(), poutine.block(), seeded(seed):
-        problem = BoundModel.for_weights(model, guide, args, kwargs)
-        draws, stats, khat = _weighted(draw(problem, num_samples), resample)
-        runs = problem.runs
+        bound = BoundModel.for_weights(model, guide, args, kwargs)
+        draws, stats, khat = _weighted(draw(bound, num_samples), resample)
+        runs = bound.runs
         groups = _fitted(runs, draws) | {"sample_stats": stats}
         if ahead:
-            new = tuple(predictions_args or ()), dict(predictions_kwargs or {})
-            groups |= _predicted(Runs(model, *new, problem.runs.plates, predict=True), draws)
-    groups = renamed({name: group for name, group in groups.items() if group}, dims or {})
-    tables = datasets(groups, coords or {}, predictions_coords or {})
+            new = BoundModel(model, None, predictions_args or (), predictions_kwargs)
+            groups |= _predicted(new, draws)
+    groups = {name: group for name, group in groups.items() if group}
+    tables = datasets(groups, dims or {}, coords or {}, predictions_coords or {})
     tables["sample_stats"].attrs |= {"khat": khat, "resampled": int(resample)}
     return _container(tables)
 
@@ -156,38 +154,23 @@ def _arviz_generation() -> int:
 
 def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:
     """The draws, resampled if asked for; their log densities and weights; k-hat."""
-    log_weights = draws.log_weights
-    if not log_weights.isfinite().any():
-        worst = max(draws.nonfinite, key=draws.nonfinite.get)
-        raise ValueError(
-            f"the log density of site {worst!r} is NaN or infinite for all {len(draws)} draws, so "
-            "there is nothing to export: mend the model there, or fit the guide first"
-        )
-    if point := _point(draws.sites):
+    draws.check_weighted()
+    if point := draws.point:
         if resample:
             raise ValueError(
                 f"resample=True needs weights, but the guide has one point for site {point!r}, no "
                 "density: leave resample out, or fit a guide with a density, such as AutoPlanarFlow"
             )
-        smoothed, khat = torch.full_like(log_weights, torch.nan), math.nan
+        smoothed, khat = torch.full_like(draws.log_weights, torch.nan), math.nan
     else:
-        usable = log_weights.masked_fill(~log_weights.isfinite(), -torch.inf)
-        smoothed, _, khat = pareto_smooth(usable)
+        smoothed, _, khat = pareto_smooth(draws.log_weights)
     if resample:
         rows = systematic(smoothed, len(draws))
         sites = {name: values[rows.to(values.device)] for name, values in draws.sites.items()}
         draws = Draws(sites, draws.log_p[rows], draws.log_q[rows])
         smoothed = torch.full_like(smoothed, -math.log(len(draws)))
     stats = {"lp": draws.log_p, "lq": draws.log_q, "weight": smoothed.exp()}
-    return draws, {name: drawn([], values) for name, values in stats.items()}, khat
-
-
-def _point(sites: dict[str, Tensor]) -> str | None:
-    """A site that has one value in all draws, if there is one."""
-    for name, values in sites.items():
-        if len(values) > 1 and bool((values == values[0]).all()):
-            return name
-    return None
+    return draws, {name: ([], as_array(values)) for name, values in stats.items()}, khat
 
 
 def _fitted(runs: Runs, draws: Draws) -> dict[str, Group]:
@@ -222,18 +205,18 @@ def _tried(runs: Runs, latents: dict[str, Tensor], size: int, groups: str) -> Si
         return {}
 
 
-def _predicted(ahead: Runs, draws: Draws) -> dict[str, Group]:
+def _predicted(new: BoundModel, draws: Draws) -> dict[str, Group]:
     """The groups for new arguments."""
-
-    def check(record: dict[str, Any]) -> dict[str, Any]:
-        name = record["name"]
-        if name in draws.sites:
-            _check_same(name, draws.sites[name].shape[1:], record["fn"].shape())
-        return {}
-
-    model = poutine.infer_config(ahead.model, check)
-    checked = Runs(model, ahead.args, ahead.kwargs, ahead.plates, predict=True)
-    sites = checked.evaluate(draws.sites, len(draws))
+    for name in draws.sites.keys() & new.model_trace.nodes.keys():
+        fitted, shape = draws.sites[name].shape[1:], new.model_trace.nodes[name]["fn"].shape()
+        if fitted != shape:
+            raise ValueError(
+                f"the latent site {name!r} has shape {tuple(fitted)} in the fit and {tuple(shape)} "
+                "with predictions_args, so that its draws do not fit: give predictions_args that "
+                "leave the latents as they are, and change the data only"
+            )
+    ahead = Runs(new.model, new.args, new.kwargs, new.depth, predict=True)
+    sites = ahead.evaluate(draws.sites, len(draws))
     others = [name for name in sites if name not in draws.sites]
     return {
         "predictions": drawn_sites(sites, [n for n in others if not is_factor(sites[n].record)]),
@@ -241,25 +224,12 @@ def _predicted(ahead: Runs, draws: Draws) -> dict[str, Group]:
     }
 
 
-def _check_same(name: str, fitted: torch.Size, new: torch.Size) -> None:
-    if fitted != new:
-        raise ValueError(
-            f"the latent site {name!r} has shape {tuple(fitted)} in the fit and {tuple(new)} with "
-            "predictions_args, so that its draws do not fit: give predictions_args that leave the "
-            "latents as they are, and change the data only"
-        )
-
-
 def _constants(runs: Runs, observed: list[np.ndarray]) -> Group:
     """Tensors and arrays among the arguments, save the observed ones."""
-    group = {}
-    for name, value in named_arguments(runs.model, runs.args, runs.kwargs):
-        if isinstance(value, Tensor | np.ndarray):
-            array = as_array(value)
-            if not any(_same(array, data) for data in observed):
-                group[name] = ([f"{name}_dim_{i}" for i in range(array.ndim)], array)
-    return group
-
-
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.size == other.size and np.array_equal(one.ravel(), other.ravel(), equal_nan=True)
+    named = named_arguments(runs.model, runs.args, runs.kwargs).items()
+    arrays = {name: as_array(v) for name, v in named if isinstance(v, Tensor | np.ndarray)}
+    return {
+        name: ([f"{name}_dim_{i}" for i in range(array.ndim)], array)
+        for name, array in arrays.items()
+        if not any(np.array_equal(array.ravel(), o.ravel(), equal_nan=True) for o in observed)
+    }

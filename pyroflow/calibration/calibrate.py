@@ -1,21 +1,25 @@
-"""Guides fitted to simulated data."""
+"""Guides fitted to data that their model has simulated."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.calibration.result import Calibration, summarise
-from pyroflow.calibration.simulator import Simulator
 from pyroflow.checks import check_count, check_fraction
 from pyroflow.inference.guide import fit_guide
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
+from pyroflow.model.records import is_deterministic, is_factor
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
@@ -53,27 +57,30 @@ def calibrate(
     and not of the data at hand, but of each latent by itself, and it sees modes that were missed.
 
     Args:
-        model: a Pyro model; its data are simulated at the observed sites.
-        make_guide: from a model to a new guide, such as :class:`~pyroflow.AutoPlanarFlow`. It
+        model: A Pyro model; its data are simulated at the observed sites.
+        make_guide: From a model to a new guide, such as :class:`~pyroflow.AutoPlanarFlow`. It
             gets the model with the simulated data observed.
-        args: positional arguments of model and guide, with data of the shape to simulate.
-        kwargs: keyword arguments, likewise.
-        data: the sites to simulate; by default those that are observed. A mapping from site to
+        args: Positional arguments of model and guide, with data of the shape to simulate.
+        kwargs: Keyword arguments, likewise.
+        data: The sites to simulate; by default those that are observed. A mapping from site to
             the name of a model's argument hands the simulated data to that argument too: for
             data that are used elsewhere than in ``obs=``, or by the guide.
         num_simulations: M.
-        num_samples: the guide's draws for each p.
-        fit: called as fit(model, guide, args, kwargs); by default
+        num_samples: The guide's draws for each p.
+        fit: Called as fit(model, guide, args, kwargs); by default
             :func:`~pyroflow.fit_guide` with 32 particles.
-        steps: of the default fit.
-        level: false alarm rate of all verdicts together, which is shared out evenly.
-        seed: makes the result reproducible, without touching the global generator.
-        progress: show a progress bar.
+        steps: Of the default fit.
+        level: False alarm rate of all verdicts together, which is shared out evenly.
+        seed: Makes the result reproducible, without touching the global generator.
+        progress: Show a progress bar.
+
+    Returns:
+        The probabilities, the tests of every scalar and a verdict on each site.
 
     Raises:
-        ValueError: no site to simulate, one that is not in the model or has no latents, an
-            argument that the model does not take, a factor or an improper prior, which cannot be
-            drawn from, a plate that subsamples; each is named. An option out of range.
+        ValueError: If there is no site to simulate, or one is not in the model; if the model has
+            no latents, does not take a named argument, has a factor or an improper prior, which
+            cannot be drawn from, or a plate that subsamples; if an option is out of range.
 
     References:
         Yao, Vehtari, Simpson and Gelman, Yes, but Did It Work?: Evaluating Variational Inference,
@@ -95,37 +102,90 @@ def calibrate(
     check_count("num_samples", num_samples, 1)
     check_count("steps", steps, 1)
     check_fraction("level", level)
-    fit = fit or _default_fit(steps)
+
+    def default_fit(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        options = {"steps": steps, "num_particles": PARTICLES, "progress": False}
+        fit_guide(model, guide, args, kwargs, **options)
+
+    args, kwargs = tuple(args), dict(kwargs or {})
     with seeded(seed):  # by itself, as this run of the model is no simulation
-        simulator = Simulator(model, tuple(args), dict(kwargs or {}), data)
+        sites = _sites_to_simulate(_run(model, args, kwargs), data)
+    lifted = poutine.condition(model, data=dict.fromkeys(sites))
     rows: list[dict[str, Tensor]] = []
     with seeded(seed):
         for _ in tqdm(range(num_simulations), desc="calibrate", disable=not progress):
             # A store of its own, or each guide would go on from the parameters of the last.
             with pyro.get_param_store().scope():
-                rows.append(_probabilities(simulator, make_guide, fit, num_samples))
-        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return summarise(stacked, level)
+                truth = _run(lifted, args, kwargs)
+                values = {name: truth.nodes[name]["value"] for name in sites}
+                observed = poutine.condition(model, data=values)
+                arguments = _with_data(model, args, kwargs, sites, values)
+                guide = make_guide(observed)
+                (fit or default_fit)(observed, guide, *arguments)
+                draws = draw(BoundModel.for_weights(observed, guide, *arguments), num_samples).sites
+            below = {n: (v < truth.nodes[n]["value"]).double().sum(0) for n, v in draws.items()}
+            rows.append({n: (count + 0.5) / (num_samples + 1) for n, count in below.items()})
+        return summarise({n: torch.stack([row[n] for row in rows]) for n in rows[0]}, level)
 
 
-def _default_fit(steps: int) -> Fitter:
-    def fit(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-        options = {"steps": steps, "num_particles": PARTICLES, "progress": False}
-        fit_guide(model, guide, args, kwargs, **options)
+def _run(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Trace:
+    met = []  # the sites so far, of which the last one is at fault
+    noted = poutine.infer_config(model, lambda site: met.append(site["name"]) or {})
+    with torch.no_grad(), poutine.block():
+        try:
+            return poutine.trace(noted).get_trace(*args, **kwargs)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"site {met[-1]!r} cannot be drawn from, as an improper prior cannot: give it a "
+                "distribution with a sampler"
+            ) from error
 
-    return fit
+
+def _sites_to_simulate(
+    trace: Trace, data: Mapping[str, str] | Iterable[str] | None
+) -> dict[str, str | None]:
+    """The sites whose values become data, each with the model's argument that takes them too."""
+    records = prune_subsample_sites(trace).nodes
+    sampled = {name: record for name, record in records.items() if record["type"] == "sample"}
+    if data is None:
+        data = [n for n, r in sampled.items() if r["is_observed"] and not is_deterministic(r)]
+    data = [data] if isinstance(data, str) else data
+    sites = dict(data) if isinstance(data, Mapping) else dict.fromkeys(data)
+    if not sites:
+        raise ValueError(
+            "data: the model observes nothing when it is called with these arguments: name the "
+            f"sites to simulate, out of {list(sampled)}"
+        )
+    for name in sites:
+        if name not in sampled:
+            raise ValueError(f"data must name sample sites out of {list(sampled)}, got {name!r}")
+    for name, record in sampled.items():
+        if is_factor(record):
+            raise ValueError(
+                f"site {name!r} is a pyro.factor, which no data can be drawn from: write it as an "
+                "observed sample site"
+            )
+    return sites
 
 
-def _probabilities(
-    simulator: Simulator, make_guide: Callable, fit: Fitter, num_samples: int
-) -> dict[str, Tensor]:
-    """The part of a new guide's draws below the latents that made its data."""
-    truth, model, args, kwargs = simulator.draw()
-    guide = make_guide(model)
-    fit(model, guide, args, kwargs)
-    problem = BoundModel.for_weights(model, guide, args, kwargs)
-    sites = draw(problem, num_samples).sites
-    return {
-        name: ((values < truth[name]).double().sum(0) + 0.5) / (num_samples + 1)
-        for name, values in sites.items()
-    }
+def _with_data(
+    model: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    sites: dict[str, str | None],
+    values: dict[str, Tensor],
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments, with the simulated data in those that take them."""
+    named = {site: argument for site, argument in sites.items() if argument is not None}
+    if not named:
+        return args, kwargs
+    signature = inspect.signature(getattr(model, "forward", model))
+    bound = signature.bind_partial(*args, **kwargs)
+    for site, argument in named.items():
+        if argument not in signature.parameters:
+            raise ValueError(
+                f"data: site {site!r} maps to argument {argument!r}, and the model takes "
+                f"{list(signature.parameters)}"
+            )
+        bound.arguments[argument] = values[site]
+    return bound.args, bound.kwargs

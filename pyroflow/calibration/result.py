@@ -24,13 +24,13 @@ class Calibration:
     Attributes:
         probabilities: p = Pr_q(θ < θ₀), the part of the guide's draws below the value that made
             the data, shape (M, *shape of the site).
-        symmetry_p_values: of the hypothesis that p and 1 − p are distributed alike, as they are
+        symmetry_p_values: Of the hypothesis that p and 1 − p are distributed alike, as they are
             if the guide is right or wrong in width only; shape of the site.
-        dispersion_p_values: of the hypothesis that p spreads about ½ as a uniform variable does;
+        dispersion_p_values: Of the hypothesis that p spreads about ½ as a uniform variable does;
             shape of the site.
-        ks_statistics: largest distance of the distribution functions of p and 1 − p.
-        verdicts: by site, in words.
-        level: the false alarm rate of all verdicts together.
+        ks_statistics: Largest distance of the distribution functions of p and 1 − p.
+        verdicts: By site, in words.
+        level: The false alarm rate of all verdicts together.
     """
 
     probabilities: dict[str, Tensor]
@@ -57,8 +57,14 @@ class Calibration:
         a ∪ a guide that is too narrow, a ∩ one that is too wide.
 
         Args:
-            bins: bars of a histogram.
-            figure: where to draw; a new figure by default.
+            bins: Bars of a histogram.
+            figure: Where to draw; a new figure by default.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ValueError: If ``bins`` is below 2.
         """
         from pyroflow.plots import drawing
 
@@ -88,30 +94,26 @@ def summarise(probabilities: dict[str, Tensor], level: float) -> Calibration:
     """The tests of every scalar, and what they say of each site.
 
     Args:
-        probabilities: by site, shape (M, *shape of the site).
-        level: false alarm rate of all verdicts together.
+        probabilities: By site, shape (M, *shape of the site).
+        level: False alarm rate of all verdicts together.
     """
-    symmetry = {name: symmetry_test(p) for name, p in probabilities.items()}
+    tests = {name: symmetry_test(p) for name, p in probabilities.items()}
+    symmetry = {name: p_value for name, (_, p_value) in tests.items()}
     dispersion = {name: dispersion_test(p) for name, p in probabilities.items()}
     share = level / (2 * sum(p_value.numel() for p_value in dispersion.values()))
-    return Calibration(
-        probabilities,
-        symmetry_p_values={name: p_value for name, (_, p_value) in symmetry.items()},
-        dispersion_p_values=dispersion,
-        ks_statistics={name: statistic for name, (statistic, _) in symmetry.items()},
-        verdicts={
-            name: _verdict(p, symmetry[name][1] <= share, dispersion[name] <= share)
-            for name, p in probabilities.items()
-        },
-        level=level,
-    )
+    verdicts = {
+        name: _verdict(p, symmetry[name] <= share, dispersion[name] <= share)
+        for name, p in probabilities.items()
+    }
+    statistics = {name: statistic for name, (statistic, _) in tests.items()}
+    return Calibration(probabilities, symmetry, dispersion, statistics, verdicts, level)
 
 
 def symmetry_test(probabilities: Tensor) -> tuple[Tensor, Tensor]:
     """Whether p and 1 − p are distributed alike: KS statistic and p-value of each scalar.
 
     Args:
-        probabilities: shape (M, *shape).
+        probabilities: Shape (M, *shape).
     """
     # Signs and ranks of p − ½ are all that the distance between the two functions depends on.
     flat = probabilities.reshape(len(probabilities), -1) - 0.5

@@ -6,14 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.funnel import find_funnels
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
-from pyroflow.diagnostics.report import Report
-from pyroflow.diagnostics.verdict import judge, undecided
+from pyroflow.diagnostics.report import Report, advice_on_fit, is_undecided, judge
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import Draws, draw, join
 from pyroflow.seeds import seeded
@@ -40,20 +36,23 @@ def diagnose(
     :func:`~pyroflow.calibrate` can.
 
     Args:
-        model: a Pyro model.
-        guide: a fitted guide for it, of any kind.
-        args: positional arguments of model and guide.
-        kwargs: keyword arguments of model and guide.
-        num_samples: draws of a set, at least 100.
-        seed: makes the report reproducible, without touching the global generator; None for other
+        model: A Pyro model.
+        guide: A fitted guide for it, of any kind.
+        args: Positional arguments of model and guide.
+        kwargs: Keyword arguments of model and guide.
+        num_samples: Draws of a set, at least 100.
+        seed: Makes the report reproducible, without touching the global generator; None for other
             draws each time.
-        max_sets: sets at most; one, where each draw takes a run of the model.
+        max_sets: Sets at most; one, where each draw takes a run of the model.
+
+    Returns:
+        Numbers, verdict and advice, with the draws themselves.
 
     Raises:
-        ValueError: a model without latents or with discrete ones that the guide does not sample,
-            a guide that samples other sites than the model or a point only, a plate that
-            subsamples, a log density that is NaN or −inf for every draw; each names the site.
-            num_samples below 100, max_sets below 1.
+        ValueError: If the model has no latents, or discrete ones that the guide does not sample;
+            if the guide samples other sites than the model, or a point only; if a plate
+            subsamples, or a log density is NaN or −inf for every draw (each names the site); if
+            num_samples is below 100, or max_sets below 1.
 
     References:
         Yao, Vehtari, Simpson and Gelman, Yes, but Did It Work?: Evaluating Variational Inference,
@@ -69,40 +68,31 @@ def diagnose(
     check_count("num_samples", num_samples, 100)
     check_count("max_sets", max_sets, 1)
     with seeded(seed):
-        problem = BoundModel.for_weights(model, guide, args, kwargs)
-        sets = [draw(problem, num_samples)]
-        _check_draws(sets[0])
-        report = _report(sets)
-        while undecided(report) and len(sets) < max_sets and not problem.sequential:
-            sets.append(draw(problem, num_samples))
-            report = _report(sets)
-    funnels = {} if report.level == "good" else find_funnels(problem, report.draws)
-    judge(report, funnels)
-    return report
-
-
-def _check_draws(draws: Draws) -> None:
-    for name, values in draws.sites.items():
-        if bool((values == values[0]).all()):
+        bound = BoundModel.for_weights(model, guide, args, kwargs)
+        sets = [draw(bound, num_samples)]
+        if point := sets[0].point:
             raise ValueError(
-                f"the guide has one point for site {name!r} and no distribution, so it has no "
+                f"the guide has one point for site {point!r} and no distribution, so it has no "
                 "ELBO or weights: pass a guide with a density there, such as AutoPlanarFlow(model)"
             )
-    if not draws.log_weights.isfinite().any():
-        worst = max(draws.nonfinite, key=draws.nonfinite.get)
-        raise ValueError(
-            f"the log density of site {worst!r} is NaN or infinite for all {len(draws)} draws: "
-            "mend the model there, or fit the guide first if its draws are far off"
-        )
+        sets[0].check_weighted()
+        report = _report(sets)
+        while is_undecided(report) and len(sets) < max_sets and not bound.sequential:
+            sets.append(draw(bound, num_samples))
+            report = _report(sets)
+    judge(report)
+    if report.level != "good":
+        report.advice += advice_on_fit(report, find_funnels(bound, report.draws))
+    return report
 
 
 def _report(sets: list[Draws]) -> Report:
     draws = join(sets)
     raw, num = draws.log_weights, len(draws)
     finite = raw[raw.isfinite()]
-    khats = [pareto_smooth(_weights(part))[2] for part in sets]
+    khats = [pareto_smooth(part.log_weights)[2] for part in sets]
     khat = sum(khats) / len(khats)
-    smoothed, log_sum, _ = pareto_smooth(_weights(draws))
+    smoothed, log_sum, _ = pareto_smooth(raw)
     ess = 1 / (2 * smoothed).exp().sum().item()
     outside = int((draws.log_p.isneginf() & draws.log_q.isfinite()).sum())
     weighted = max(1, len(finite) // len(sets))
@@ -125,9 +115,3 @@ def _report(sets: list[Draws]) -> Report:
         draws=draws,
         log_weights=smoothed,
     )
-
-
-def _weights(draws: Draws) -> Tensor:
-    """The log weights with zero for those that are no positive finite number."""
-    raw = draws.log_weights
-    return raw.masked_fill(~raw.isfinite(), -torch.inf)

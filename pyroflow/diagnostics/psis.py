@@ -1,4 +1,4 @@
-"""Pareto smoothed importance sampling, by ArviZ, and what to make of its k-hat."""
+"""Importance weights of draws: Pareto smoothing, by ArviZ, and what to make of its k-hat."""
 
 from __future__ import annotations
 
@@ -19,37 +19,33 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float, float]:
     r"""Replace the largest weights by order statistics of a generalised Pareto distribution.
 
     Args:
-        log_weights: shape (S,), not normalised; −inf is a weight of zero.
+        log_weights: Shape (S,), not normalised. One that is not finite is a weight of zero, and no
+            part of the distribution whose tail is fitted.
 
     Returns:
         The smoothed log weights, shape (S,), which sum to one; the log of the sum that was
         divided out; and k-hat, −inf where the largest weights are equal and so are no tail, and
-        inf where fewer than 25 are positive, too few to have one. Weights of zero are no part of
-        the distribution whose tail is fitted.
+        inf where fewer than 25 are positive.
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry, Pareto Smoothed Importance Sampling, 2024,
         https://jmlr.org/papers/v25/19-556.html, section 2.
-
-    Example:
-        >>> smoothed, log_sum, khat = pareto_smooth(torch.randn(1000))
-        >>> round(smoothed.exp().sum().item(), 6)
-        1.0
     """
     log_weights = log_weights.detach().double().cpu()
-    positive = log_weights[log_weights.isfinite()]
+    finite = log_weights.isfinite()
+    positive = log_weights[finite]
+    smoothed = torch.full_like(log_weights, -torch.inf)
     few = len(positive) < LEAST_DRAWS
-    if few or _no_tail(positive):
-        log_sum = log_weights.logsumexp(0)
-        return log_weights - log_sum, log_sum.item(), math.inf if few else -math.inf
+    if few or _has_no_tail(positive):
+        log_sum = positive.logsumexp(0)
+        smoothed[finite] = positive - log_sum
+        return smoothed, log_sum.item(), math.inf if few else -math.inf
     with np.errstate(all="ignore"):  # the fit tries shapes whose likelihood overflows
         values, khat = _psislw()(positive.numpy().copy())
-    values = torch.as_tensor(values, device="cpu")
-    smoothed = torch.full_like(log_weights, -torch.inf)
-    smoothed[log_weights.isfinite()] = values
+    smoothed[finite] = values = torch.as_tensor(values, device="cpu")
     # The smallest weight is below the tail, so that only the sum was taken off it.
-    body = positive.argmin()
-    return smoothed, (positive[body] - values[body]).item(), float(khat)
+    smallest = positive.argmin()
+    return smoothed, (positive[smallest] - values[smallest]).item(), float(khat)
 
 
 def tail_length(num_samples: int) -> int:
@@ -57,37 +53,23 @@ def tail_length(num_samples: int) -> int:
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
 
 
-def _no_tail(log_weights: Tensor) -> bool:
+def _has_no_tail(log_weights: Tensor) -> bool:
     """Whether the largest weights differ by rounding only, as those of an exact guide do."""
     tail = log_weights.topk(tail_length(len(log_weights)) + 1).values
     return bool(tail[0] - tail[-1] <= ROUNDING * tail[0].abs().clamp(min=1.0))
 
 
 def khat_threshold(num_samples: int) -> float:
-    """The k-hat up to which S draws suffice, min(1 − 1/log10 S, 0.7).
-
-    References:
-        Vehtari et al. 2024 (see :func:`pareto_smooth`), section 3.2.4.
-
-    Example:
-        >>> round(khat_threshold(1000), 3), khat_threshold(10_000)
-        (0.667, 0.7)
-    """
+    """The k-hat up to which S draws suffice: min(1 − 1/log10 S, 0.7), section 3.2.4."""
     return min(1 - 1 / math.log10(max(num_samples, 10)), 0.7)
 
 
 def khat_interval(khat: float, num_samples: int, num_sets: int = 1) -> tuple[float, float]:
     """A 90 % interval around the mean k-hat of sets of S draws.
 
-    The shape of a generalised Pareto distribution is estimated from M exceedances with standard
-    deviation (1 + k)/√M (Smith 1987), and ArviZ fits M = min(S/5, 3√S) of them. On Pareto tails
-    with k from 0 to 1 the interval of one set covers k in 86 to 94 % of cases, at S = 1,000 and
-    at 10,000.
-
-    Example:
-        >>> low, high = khat_interval(0.5, 10_000)
-        >>> round(low, 2), round(high, 2)
-        (0.36, 0.64)
+    The shape k of a generalised Pareto distribution is estimated from M exceedances with standard
+    deviation (1 + k)/√M (Smith 1987). On Pareto tails with k from 0 to 1 the interval of one set
+    covers k in 86 to 94 % of cases, at S = 1,000 and at 10,000.
     """
     if not math.isfinite(khat):
         return khat, khat
@@ -102,8 +84,8 @@ def systematic(log_weights: Tensor, num: int) -> Tensor:
     least noise; drawing without replacement would flatten the weights.
     """
     weights = log_weights.exp()
-    at = {"dtype": weights.dtype, "device": weights.device}
-    points = (torch.arange(num, **at) + torch.rand((), **at)) / num
+    like = {"dtype": weights.dtype, "device": weights.device}
+    points = (torch.arange(num, **like) + torch.rand((), **like)) / num
     edges = weights.cumsum(0) / weights.sum()
     index = torch.searchsorted(edges, points, right=True).clamp(max=len(weights) - 1)
     return index[torch.randperm(num, device=weights.device)]

@@ -40,6 +40,23 @@ class Draws:
         """Log p(x, z) − log q(z), shape (S,), as they come: they may be −inf or NaN."""
         return self.log_p - self.log_q
 
+    @property
+    def point(self) -> str | None:
+        """A site with one value in all of several draws, as of a guide that has no density."""
+        for name, values in self.sites.items():
+            if len(values) > 1 and bool((values == values[0]).all()):
+                return name
+        return None
+
+    def check_weighted(self) -> None:
+        """Raise ``ValueError`` unless some of the draws have a weight."""
+        if not self.log_weights.isfinite().any():
+            worst = max(self.nonfinite, key=self.nonfinite.get)
+            raise ValueError(
+                f"the log density of site {worst!r} is NaN or infinite for all {len(self)} draws: "
+                "mend the model there, or fit the guide first if its draws are far off"
+            )
+
     def __len__(self) -> int:
         return len(self.log_p)
 

@@ -1,0 +1,219 @@
+"""The structure of the package: how large it is, and that imports go one way.
+
+``python tests/test_house.py`` prints the counts.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = Path(__file__).parents[1] / "pyroflow"
+
+MAX_LINES, MAX_FILES = 14_200, 100
+LONGEST_FILE, LONGEST_CLASS, MOST_ARGUMENTS = 300, 150, 12
+LONG_CLASSES = {  # by name, until they are divided
+    "AmortizedPlanarGuide": 270,
+    "AutoFlow": 180,
+    "DropIn": 155,
+    "FlowFit": 175,
+    "Loop": 270,
+    "Runs": 170,
+}
+MANY_ARGUMENTS = {
+    "fit_guide": "options of a user, by keyword",
+    "Loop.__init__": "until its options are one record",
+}
+
+# What each part may import. A part is a folder or a module at the top of the package.
+BASE = {"checks", "io", "seeds", "threads"}
+DENSITIES = BASE | {"transforms", "flows"}
+GUIDES = DENSITIES | {"model", "guides"}
+CHECKED = GUIDES | {"inference", "diagnostics"}
+ALL = CHECKED | {"arviz", "calibration", "datasets", "plots", "saving", "targets"}
+MAY_IMPORT = {
+    **dict.fromkeys(BASE, BASE),
+    "transforms": BASE,
+    "flows": DENSITIES,
+    "model": BASE,
+    "guides": GUIDES,
+    "inference": GUIDES,
+    "saving": GUIDES,
+    "diagnostics": CHECKED,
+    "arviz": CHECKED,
+    "calibration": CHECKED,
+    "datasets": BASE | {"synthetic"},
+    "synthetic": BASE,
+    "targets": BASE,
+    "plots": BASE | {"drawing"},
+    "drawing": BASE,
+    "demo": ALL | {"drawing"},
+    "cli": ALL | {"demo"},
+    "__init__": ALL,
+    "__main__": {"cli"},
+}
+EXCEPTIONS = {  # (file, part that it imports all the same): why
+    ("calibration/result.py", "drawing"): "Calibration.plot draws, and imports it when it does",
+    ("calibration/result.py", "plots"): "Calibration.plot draws, and imports it when it does",
+}
+# They take longer to import than Pyro, so that nothing that `import pyroflow` reads may do so.
+SLOW = {"arviz", "matplotlib", "pandas", "xarray"}
+READ_LATE = {"plots", "drawing", "demo", "cli", "__main__"}
+
+
+class Source(NamedTuple):
+    """A file of the package: its path in it, the part it belongs to, and its code."""
+
+    path: Path
+    part: str
+    lines: int
+    tree: ast.Module
+
+
+class Import(NamedTuple):
+    """A module that a file imports, and whether it does so wherever the file is read."""
+
+    module: str
+    at_top: bool
+
+
+@cache
+def sources() -> list[Source]:
+    found = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        path, text = file.relative_to(PACKAGE), file.read_text(encoding="utf-8")
+        part = path.parts[0].removesuffix(".py")
+        found.append(Source(path, part, len(text.splitlines()), ast.parse(text)))
+    return found
+
+
+def imports(source: Source) -> Iterator[Import]:
+    """All imports of a file; those of names from a package as of the modules they may be."""
+    top = [node for node in source.tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source.path}:{node.lineno} imports by a relative name"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if is_module(name) else node.module for name in modules]
+        else:
+            continue
+        yield from (Import(name, node in top) for name in names)
+
+
+def is_module(name: str) -> bool:
+    place = PACKAGE.parent.joinpath(*name.split("."))
+    return place.with_suffix(".py").exists() or (place / "__init__.py").exists()
+
+
+def parts_imported(source: Source) -> set[str]:
+    """Other parts of the package that a file imports, inside functions too."""
+    names = [f"{module}.__init__".split(".") for module, _ in imports(source)]
+    return {name[1] for name in names if name[0] == "pyroflow"} - {source.part}
+
+
+def import_graph() -> dict[str, set[str]]:
+    graph = {source.part: set() for source in sources()}
+    for source in sources():
+        graph[source.part] |= parts_imported(source)
+    return graph
+
+
+def long_classes(longest: int = LONGEST_CLASS) -> dict[str, int]:
+    """Lines of the classes that have more than so many."""
+    nodes = [node for source in sources() for node in ast.walk(source.tree)]
+    sizes = [(n.name, n.end_lineno - n.lineno + 1) for n in nodes if isinstance(n, ast.ClassDef)]
+    return {name: size for name, size in sorted(sizes, key=itemgetter(1)) if size > longest}
+
+
+def many_arguments() -> dict[str, int]:
+    """Functions that take more than a few arguments, without ``self`` and ``cls``."""
+    found = {}
+    for source in sources():
+        nodes = list(ast.walk(source.tree))
+        owners = {id(m): c.name for c in nodes if isinstance(c, ast.ClassDef) for m in c.body}
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                a = node.args
+                every = [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg]
+                num = sum(arg is not None and arg.arg not in ("self", "cls") for arg in every)
+                if num > MOST_ARGUMENTS:
+                    owner = owners.get(id(node))
+                    found[f"{owner}.{node.name}" if owner else node.name] = num
+    return found
+
+
+def test_size() -> None:
+    assert sum(source.lines for source in sources()) <= MAX_LINES
+    assert len(sources()) <= MAX_FILES
+
+
+def test_no_file_is_long() -> None:
+    assert [s.path for s in sources() if s.lines > LONGEST_FILE] == []
+
+
+def test_no_class_is_long() -> None:
+    found = long_classes()
+    assert {name: size for name, size in found.items() if size > LONG_CLASSES.get(name, 0)} == {}
+
+
+def test_no_function_takes_many_arguments() -> None:
+    assert many_arguments().keys() <= MANY_ARGUMENTS.keys()
+
+
+def test_imports_go_one_way() -> None:
+    for source in sources():
+        assert source.part in MAY_IMPORT, f"say in MAY_IMPORT what {source.part!r} may import"
+        for part in parts_imported(source) - MAY_IMPORT[source.part]:
+            assert (str(source.path), part) in EXCEPTIONS, f"{source.path} imports {part}"
+    TopologicalSorter(import_graph()).prepare()  # raises CycleError
+
+
+def test_modules_do_not_import_each_other() -> None:
+    graph = {}
+    for source in sources():
+        name = ".".join(("pyroflow", *source.path.with_suffix("").parts))
+        graph[name.removesuffix(".__init__")] = {i.module for i in imports(source) if i.at_top}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_slow_libraries_are_imported_where_they_are_used() -> None:
+    for source in sources():
+        found = {i.module.split(".")[0] for i in imports(source) if i.at_top} & SLOW
+        assert source.part in READ_LATE or not found, f"{source.path} imports {found}"
+
+
+def report() -> str:
+    """The counts, and what each part imports, from the ones that import nothing upwards."""
+    lines = sum(source.lines for source in sources())
+    longest_file = max(sources(), key=lambda source: source.lines)
+    longest_class, size = list(long_classes(0).items())[-1]
+    many = many_arguments()
+    rows = {
+        "lines": f"{lines:,} (at most {MAX_LINES:,})",
+        "files": f"{len(sources())} (at most {MAX_FILES})",
+        "longest file": f"{longest_file.path}, {longest_file.lines} (at most {LONGEST_FILE})",
+        "longest class": f"{longest_class}, {size} (at most {LONGEST_CLASS})",
+        f"more than {MOST_ARGUMENTS} arguments": ", ".join(f"{n} {k}" for n, k in many.items()),
+    }
+    text = [f"{label:<24} {value}" for label, value in rows.items()]
+    text += ["", f"{'part':<12} {'files':>5} {'lines':>6}  imports"]
+    graph = import_graph()
+    for part in TopologicalSorter(graph).static_order():
+        sizes = [source.lines for source in sources() if source.part == part]
+        names = ", ".join(sorted(graph[part]))
+        text.append(f"{part:<12} {len(sizes):>5} {sum(sizes):>6,}  {names}".rstrip())
+    unused = [*(LONG_CLASSES.keys() - long_classes()), *(MANY_ARGUMENTS.keys() - many)]
+    if unused:
+        text += ["", f"exceptions that are no longer needed: {', '.join(unused)}"]
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    print(report())
