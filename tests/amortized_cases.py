@@ -42,8 +42,8 @@ def set_exact(guide: pf.AmortizedPlanarGuide, y: Tensor = Y) -> None:
     if guide.context is None:
         flow.tables[3].copy_(SHRINK * y[:, None] - flow.affine.offset)
     else:
-        flow.affine.offset.copy_(SHRINK * guide.context_loc)
-        flow.linear[0].weight.copy_(SHRINK * guide.context_scale)
+        flow.affine.offset.copy_(SHRINK * guide.context.loc)
+        flow.linear[0].weight.copy_(SHRINK * guide.context.scale)
 
 
 def exact_guide(context: str | None = "y") -> pf.AmortizedPlanarGuide:
@@ -67,7 +67,7 @@ def exact_effects(y: Tensor) -> tuple[pf.AmortizedPlanarGuide, float]:
     # z_n | y_n, mu ~ N((4 y_n + mu) / 5, 1 / 5), with mu = loc + sd h for the feature h.
     flow = guide.local_flow
     flow.affine.raw_scale.fill_(raw(0.2**0.5))
-    flow.affine.offset.copy_((4 * guide.context_loc + loc) / 5)
-    weights = torch.stack([4 * guide.context_scale[0] / 5, torch.tensor(sd / 5)])
+    flow.affine.offset.copy_((4 * guide.context.loc + loc) / 5)
+    weights = torch.stack([4 * guide.context.scale[0] / 5, torch.tensor(sd / 5)])
     flow.linear[0].weight.copy_(2 * weights)  # which the layer divides by their number
     return guide, marginal.log_prob(y).item()

@@ -46,7 +46,7 @@ def run(options: Options) -> dict[str, Any] | None:
         OSError: no CIFAR-10 there.
     """
     if options.data is None:
-        raise ValueError("--data must name the folder of the python version of CIFAR-10")
+        raise ValueError("--data must name the folder of the binary version of CIFAR-10")
     images = cifar10(options.data)
     counts = (1000, 100) if options.quick else (TRAINING, TEST)
     training = colours(image_files.patches(images.train_images, counts[0], SIDE, TRAIN_SEED))

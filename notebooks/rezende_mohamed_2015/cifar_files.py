@@ -1,31 +1,22 @@
-"""The python version of CIFAR-10, read without running what its pickles ask for."""
+"""The binary version of CIFAR-10: bytes without code, one row an image."""
 
 from __future__ import annotations
 
-import pickle
-from dataclasses import dataclass
-from operator import index
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Cifar10", "cifar10"]
-
-_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
-_SHAPE = (3, 32, 32)
-_WIDTH = 3 * 32 * 32
-_CLASSES = range(10)
-_SOURCE = (
-    "get https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz and unpack it, or use"
-    " torchvision.datasets.CIFAR10(root, download=True)"
-)
+TRAINING = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+SHAPE = (3, 32, 32)
+ROW = 1 + 3 * 32 * 32  # bytes: the label, then red, green and blue, each row by row
+SOURCE = "get https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz and unpack it"
 
 
-@dataclass(frozen=True, eq=False)
-class Cifar10:
+class Cifar10(NamedTuple):
     """The images and labels of CIFAR-10.
 
     Attributes:
@@ -42,142 +33,59 @@ class Cifar10:
 
 
 def cifar10(folder: str | PathLike[str]) -> Cifar10:
-    """Reads CIFAR-10 from the six batches of its python version.
-
-    The batches are pickles. They are read as data: what they ask to be called is recorded and
-    looked at, and never called, so a file that was tampered with cannot run anything.
+    """Read CIFAR-10 from the six files of its binary version.
 
     Args:
-        folder: The folder of ``data_batch_1`` to ``data_batch_5`` and ``test_batch``, or the one
-            above, with the files in ``cifar-10-batches-py``.
+        folder: the folder of ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``,
+            or the one above, with the files in ``cifar-10-batches-bin``.
 
     Returns:
         Images and labels, as many as the files hold.
 
     Raises:
-        FileNotFoundError: A file is missing; the message says where to get it.
-        ValueError: A file is no pickle, asks for more than an array needs, or holds no images of
-            3 × 32 × 32 bytes with a label from 0 to 9 for each.
+        FileNotFoundError: If a file is missing; the message says where to get it.
+        ValueError: If a file is not made of whole rows with a label from 0 to 9 each.
 
     References:
         Krizhevsky, Learning multiple layers of features from tiny images, 2009,
         https://www.cs.toronto.edu/~kriz/cifar.html, which describes the format.
 
     Example:
-        >>> import pathlib, pickle, tempfile
-        >>> import numpy as np
-        >>> from rezende_mohamed_2015.cifar_files import cifar10
+        >>> import pathlib, tempfile
         >>> folder = pathlib.Path(tempfile.mkdtemp())
-        >>> batch = {b"data": np.zeros((2, 3072), np.uint8), b"labels": [3, 7]}
-        >>> for name in ["test_batch", *(f"data_batch_{i}" for i in range(1, 6))]:
-        ...     _ = (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+        >>> for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+        ...     _ = (folder / name).write_bytes(bytes(2 * 3073))
         >>> cifar10(folder).train_images.shape
         torch.Size([10, 3, 32, 32])
     """
     folder = Path(folder)
-    parts = [_read_batch(_find(folder, name)) for name in _BATCHES]
-    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Cifar10(images, labels, *_read_batch(_find(folder, "test_batch")))
+    training = np.concatenate([_rows(_find(folder, name)) for name in TRAINING])
+    test = _rows(_find(folder, "test_batch.bin"))
+    return Cifar10(*_images_and_labels(training), *_images_and_labels(test))
 
 
 def _find(folder: Path, name: str) -> Path:
-    for place in (folder, folder / "cifar-10-batches-py"):
+    for place in (folder, folder / "cifar-10-batches-bin"):
         if (place / name).is_file():
             return place / name
     raise FileNotFoundError(
-        f"cifar10: there is no {name} in {folder} or its cifar-10-batches-py: {_SOURCE}"
+        f"cifar10: there is no {name} in {folder} or its cifar-10-batches-bin: {SOURCE}"
     )
 
 
-def _read_batch(file: Path) -> tuple[Tensor, Tensor]:
-    batch = _load(file)
-    if not isinstance(batch, dict):
-        raise ValueError(f"{file} expects a dictionary, got {type(batch).__name__}: {_SOURCE}")
-    named = {_text(key): value for key, value in batch.items()}
-    missing = {"data", "labels"} - named.keys()
-    if missing:
+def _rows(file: Path) -> np.ndarray:
+    content = np.fromfile(file, np.uint8)
+    if not content.size or content.size % ROW:
         raise ValueError(
-            f"{file} has no {' and no '.join(sorted(missing))}, but {list(named)}: {_SOURCE}"
+            f"{file} expects rows of {ROW} bytes, a label and 3 × 32 × 32 colours each, got "
+            f"{content.size} bytes: {SOURCE}"
         )
-    images, labels = _images(file, named["data"]), _labels(file, named["labels"])
-    if len(images) != len(labels):
-        raise ValueError(f"{file} has {len(images)} images, but {len(labels)} labels: {_SOURCE}")
-    return images, labels
+    rows = content.reshape(-1, ROW)
+    if (largest := rows[:, 0].max()) > 9:
+        raise ValueError(f"{file} expects labels from 0 to 9, got {largest}: {SOURCE}")
+    return rows
 
 
-class _Recorded:
-    """A call that a pickle asks for: its arguments, and the state that the result is to have.
-
-    NumPy itself is not called: it would trust the state that a hostile file sets.
-    """
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments, self.state = arguments, None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Encoded(_Recorded):
-    """Bytes as Python 3 writes them in protocol 2: the text whose code points they are."""
-
-    def __new__(cls, text: str, encoding: str) -> bytes:
-        return text.encode("latin1")
-
-
-# All that a pickled array calls, in NumPy 1 and 2.
-_STAND_INS = {
-    "numpy.core.multiarray._reconstruct": _Recorded,
-    "numpy._core.multiarray._reconstruct": _Recorded,
-    "numpy.ndarray": _Recorded,
-    "numpy.dtype": _Recorded,
-    "_codecs.encode": _Encoded,
-}
-
-
-class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> type[_Recorded]:
-        if f"{module}.{name}" not in _STAND_INS:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, which no array of numbers needs"
-            )
-        return _STAND_INS[f"{module}.{name}"]
-
-
-def _load(file: Path) -> Any:
-    """The objects of a pickle by Python 2 or 3, with calls recorded in the place of arrays."""
-    with file.open("rb") as stream:
-        try:
-            return _Reader(stream, encoding="bytes").load()
-        except Exception as error:  # damaged pickles raise nearly anything
-            raise ValueError(
-                f"{file} cannot be read as a batch of CIFAR-10 ({error}): {_SOURCE}"
-            ) from error
-
-
-def _images(file: Path, array: Any) -> Tensor:
-    wanted = f"{file}: data expects an array of shape (n, {_WIDTH}) of uint8"
-    try:
-        _, shape, dtype, by_column, content = array.state
-        rows, width = map(index, shape)
-        kind, pixels = _text(dtype.arguments[0]), memoryview(content)
-    except (AttributeError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{wanted}, got {type(array).__name__} ({error}): {_SOURCE}") from error
-    if (width, kind) != (_WIDTH, "u1") or rows < 1 or len(pixels) != rows * width:
-        raise ValueError(
-            f"{wanted}, got shape {shape}, type {kind!r} and {len(pixels)} bytes: {_SOURCE}"
-        )
-    values = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
-    values = values.reshape(width, rows).T if by_column else values.reshape(rows, width)
-    return values.reshape(rows, *_SHAPE)
-
-
-def _labels(file: Path, labels: Any) -> Tensor:
-    if not isinstance(labels, list) or any(label not in _CLASSES for label in labels):
-        raise ValueError(f"{file}: labels expects a list of integers from 0 to 9: {_SOURCE}")
-    return torch.tensor(labels, dtype=torch.uint8)
-
-
-def _text(value: Any) -> Any:
-    """Python 2's strings come as bytes."""
-    return value.decode("latin1") if isinstance(value, bytes) else value
+def _images_and_labels(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    table = torch.from_numpy(rows)
+    return table[:, 1:].reshape(-1, *SHAPE), table[:, 0].clone()

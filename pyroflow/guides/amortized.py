@@ -3,32 +3,161 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor, nn
 
 from pyroflow.checks import check_choice, check_count, check_positive
-from pyroflow.guides.autoflow import MARGINAL_DRAWS, marginal_quantiles
+from pyroflow.flows import StandardNormal
+from pyroflow.guides.base import MARGINAL_DRAWS, ModuleGuide, Values, marginal_quantiles
 from pyroflow.guides.layered import AutoPlanarFlow
-from pyroflow.guides.local_flow import LocalFlow, check_sizes
-from pyroflow.guides.local_sites import LocalSites
-from pyroflow.guides.own_name import take_own_name
-from pyroflow.guides.row_context import Context, Draw, RowContext, draw_of, pick_rows
-from pyroflow.guides.set_up_guide import SetUpGuide
-from pyroflow.model.supports import bijection
-from pyroflow.seeds import seeded
+from pyroflow.guides.rows import Context, RowContext, Rows, draw_of, pick_rows
+from pyroflow.model.latents import Latents, started_anywhere
+from pyroflow.transforms import Affine, Planar
 from pyroflow.transforms.affine import AffineKind
 
 EMBEDDING = 8  # numbers learned of each row, where its flow also depends on the globals
 AT_ONCE = 100_000  # draws times rows that quantiles hold in memory
 
+# How fast the planar parameters learn, beside location and scale. As fast, they would take part
+# in the long way from the start to the posterior, and keep what they bent on it.
+GAIN = 0.05
 
-class AmortizedPlanarGuide(SetUpGuide):
+
+class LocalFlow(nn.Module):
+    """q(z | row): standard normal base, K planar layers, an affine layer; base to latents.
+
+    The parameters are start values that the rows share, plus what a network and a linear map of
+    the features add, plus what a table has for the row. Network, map and table start at zero, so
+    the flow starts as one Gaussian for all rows. The linear map goes to the location: where the
+    posterior mean is linear in the features, as in Gaussian models, it is found exactly.
+
+    References:
+        Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015,
+        https://arxiv.org/abs/1505.05770, section 4.2: the flow's parameters as the output of
+        an inference network.
+
+    Args:
+        init_loc: the location at the start, shape (D,); its dtype and device are the flow's.
+        num_layers: K; 0 leaves a Gaussian.
+        features: C, numbers that are known of each row.
+        shared: G, numbers that all rows depend on.
+        rows: N, rows whose parameters are learned in a table; 0 for no table.
+        affine: "full" or "diagonal".
+        init_scale: standard deviation of each latent at the start.
+        hidden_dims: sizes of the network's hidden layers.
+
+    Raises:
+        ValueError: If a size is out of range, ``affine`` unknown, or init_scale not positive.
+
+    Example:
+        >>> import torch
+        >>> flow = LocalFlow(torch.zeros(2), 4, features=3)
+        >>> flow(torch.arange(7), torch.randn(7, 3)).sample().shape
+        torch.Size([7, 2])
+    """
+
+    def __init__(
+        self,
+        init_loc: Tensor,
+        num_layers: int,
+        *,
+        features: int = 0,
+        shared: int = 0,
+        rows: int = 0,
+        affine: AffineKind = "full",
+        init_scale: float = 0.1,
+        hidden_dims: Sequence[int] = (64, 64),
+    ) -> None:
+        super().__init__()
+        D, embedded = len(init_loc), EMBEDDING if rows and shared else 0
+        self.embedding = nn.Parameter(torch.randn(rows, embedded)) if embedded else None
+        self.base = StandardNormal(D)
+        planar = Planar(D, num_layers)
+        self._planar = (planar,)  # within a tuple, so that it is neither trained nor saved
+        for name in ("w", "u", "b"):  # where every row starts; not trained
+            self.register_buffer(name, getattr(planar, name).detach())
+        self.affine = Affine(D, affine, init_loc=init_loc, init_scale=init_scale)
+        shapes, known = [t.shape for t in self._start()], features + embedded + shared
+        outputs = sum(shape.numel() for shape in shapes)
+        self.net = _network([known, *hidden_dims, outputs]) if known else None
+        self.linear = _network([known, D]) if known else None
+        tables = [torch.zeros(rows, *shape) for shape in shapes] if rows else []
+        self.tables = nn.ParameterList(nn.Parameter(t) for t in tables)
+        self.to(init_loc)
+
+    def forward(
+        self,
+        index: Tensor,
+        features: Tensor | None = None,
+        shared: Tensor | None = None,
+        trailing: int = 0,
+    ) -> dist.TransformedDistribution:
+        """The distribution over the latents of B rows, batch shape (*S, B, 1, ..., 1).
+
+        Args:
+            index: their numbers in the table, shape (B,).
+            features: shape (B, C).
+            shared: shape (*S, 1, ..., 1, G).
+            trailing: how many ones stand at the end of the batch shape.
+        """
+        ones = (1,) * trailing
+        known = [features] if self.embedding is None else [self.embedding[index]]
+        known = [t.reshape(len(index), *ones, t.shape[-1]) for t in known if t is not None]
+        known += [] if shared is None else [shared]
+        start = self._start()
+        added = [torch.zeros_like(value) for value in start]
+        if known:
+            batch = torch.broadcast_shapes(*(t.shape[:-1] for t in known))
+            inputs = torch.cat([t.expand(*batch, t.shape[-1]) for t in known], -1)
+            pieces = self.net(inputs).split([value.numel() for value in start], -1)
+            added = [p.reshape(batch + v.shape) for p, v in zip(pieces, start, strict=True)]
+            added[3] = added[3] + self.linear(inputs)  # the affine layer's offset
+        if len(self.tables):
+            index = index.reshape(-1, *ones)
+            added = [a + table[index] for a, table in zip(added, self.tables, strict=True)]
+        gains = (GAIN, GAIN, GAIN, 1.0, 1.0, 1.0)
+        values = [v + gain * a for v, a, gain in zip(start, added, gains, strict=False)]
+        planar = self._planar[0].at(*values[:3])
+        return dist.TransformedDistribution(self.base(), [planar, self.affine.at(*values[3:])])
+
+    def _start(self) -> list[Tensor]:
+        return [self.w, self.u, self.b, *self.affine.trained()]
+
+
+class _EvenLinear(nn.Linear):
+    """A linear layer whose output moves as far in one step of Adam as one of its weights does.
+
+    Adam moves all weights of a sum by the learning rate at once. Weights that are held F
+    times too large and divided by their number F make the sum move by that rate on
+    average, so one rate suits networks of any width and the flow's parameters beside them.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, zero: bool) -> None:
+        super().__init__(in_features, out_features)
+        with torch.no_grad():
+            self.weight *= 0.0 if zero else in_features
+            self.bias *= not zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight / self.in_features, self.bias)
+
+
+def _network(sizes: Sequence[int]) -> nn.Sequential:
+    """Layers with SiLU between them, the last of which starts at zero."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [_EvenLinear(before, after, zero=len(layers) == 2 * len(sizes) - 4), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class AmortizedPlanarGuide(ModuleGuide):
     """A guide for models with latents of their own in each row of a plate, subsampled or not.
 
     q(g) Π_n q(z_n | x_n, g): the global latents g have one joint planar flow, as in
@@ -110,191 +239,110 @@ class AmortizedPlanarGuide(SetUpGuide):
             raise TypeError(f"plate must be the name of a plate, got {type(plate).__name__}")
         if encoder is not None and context is None:
             raise ValueError("encoder needs the rows' data, got context=None: name the context")
-        super().__init__(model, init_loc_fn)
-        self.plate = plate
-        self.context = None if context is None else RowContext(context, model)
-        self.encoder = encoder
-        self.condition_on_globals = condition_on_globals
         check_choice("affine", affine, ("full", "diagonal"))
-        self._shared = {"affine": affine, "init_scale": check_positive("init_scale", init_scale)}
+        if not isinstance(hidden_dims, Sequence) or isinstance(hidden_dims, str):
+            raise ValueError(
+                f"hidden_dims must be a sequence such as (64, 64), got {hidden_dims!r}"
+            )
+        super().__init__(InitMessenger(started_anywhere(init_loc_fn))(model))
+        self._model += (model,)  # the second one draws no start values
+        self.plate = plate
+        self.context = None if context is None else RowContext(context, model, encoder)
+        self.condition_on_globals = condition_on_globals
+        self._both = {"affine": affine, "init_scale": check_positive("init_scale", init_scale)}
         self._local = {"num_layers": check_count("num_layers", num_layers, 0)}
-        self._local["hidden_dims"] = check_sizes("hidden_dims", hidden_dims)
+        self._local["hidden_dims"] = [check_count("hidden_dims", n, 1) for n in hidden_dims]
         self._global = {"num_layers": check_count("global_layers", global_layers, 0)}
         self._global["init_loc_fn"] = init_loc_fn
         self.global_guide = None
 
+    def set_latents(self, latents: Latents) -> None:
+        """As in any guide; and the table of what each row has of its own."""
+        super().set_latents(latents)
+        self.rows = Rows.of(latents, self.plate)
+
     def _make_parts(self, *args: Any, **kwargs: Any) -> None:
-        self.sites = LocalSites.split(self.prototype_trace, self.plate)
-        self.global_guide = self._make_global_guide(*args, **kwargs)
-        self.local_flow = self._make_local_flow(*args, **kwargs)
-
-    def _make_global_guide(self, *args: Any, **kwargs: Any) -> AutoPlanarFlow | None:
-        if not self.sites.global_names:
-            return None
-        model = poutine.block(self._plain_model[0], hide=self.sites.names)
-        return AutoPlanarFlow(model, **self._global, **self._shared).setup(*args, **kwargs)
-
-    def _make_local_flow(self, *args: Any, **kwargs: Any) -> LocalFlow:
-        init_loc = self.sites.init_loc
-        features, size = 0, self.sites.size if self.context is None else 0
-        if self.context is not None:
-            features = self._prepare_features(self.context.rows(args, kwargs), init_loc)
+        init_loc, names = self.rows.init_loc, list(self.rows.latents.sites)
+        if len(names) < len(self.latents.sites):
+            model = poutine.block(self._model[1], hide=names)
+            guide = AutoPlanarFlow(model, **self._global, **self._both)
+            self.global_guide = guide.setup(*args, **kwargs)
+        known = {"shared": self.global_guide.latent_dim if self._conditioned else 0}
+        if self.context is None:
+            known["rows"] = self.rows.size
+        else:
+            known["features"] = self.context.prepare(self.context.rows(args, kwargs), init_loc)
         with init_loc.device:
-            if self._conditioned:
-                if self.context is None:
-                    features = EMBEDDING
-                    self.embedding = nn.Parameter(torch.randn(size, EMBEDDING).to(init_loc))
-                features += self.global_guide.latent_dim
-            return LocalFlow(init_loc, features=features, rows=size, **self._local, **self._shared)
-
-    @torch.no_grad()
-    def _prepare_features(self, rows: Tensor, like: Tensor) -> int:
-        """Set what standardises the rows' data, from those of a first call; return C."""
-        if rows.is_floating_point() and not rows.isfinite().all():
-            raise ValueError("context must be finite, got NaN or inf in the rows' data")
-        if self.encoder is None:
-            flat = rows.to(like).reshape(len(rows), -1)
-            scale = flat.std(0, unbiased=False)
-            self.register_buffer("context_loc", flat.mean(0))
-            self.register_buffer("context_scale", torch.where(scale > 0, scale, 1.0))
-        features = self._features(rows, like)
-        if features.dim() != 2 or len(features) != len(rows):
-            raise ValueError(
-                f"encoder must return one feature vector a row, shape ({len(rows)}, C), got shape "
-                f"{tuple(features.shape)}"
-            )
-        return features.shape[-1]
-
-    def _features(self, rows: Tensor, like: Tensor) -> Tensor:
-        if self.encoder is not None:
-            return self.encoder(rows.to(like) if rows.is_floating_point() else rows)
-        flat = rows.to(like).reshape(len(rows), -1)
-        if flat.shape[-1] != len(self.context_loc):
-            raise ValueError(
-                f"context must have {len(self.context_loc)} numbers a row, as in the first call, "
-                f"got rows of shape {tuple(rows.shape[1:])}"
-            )
-        return (flat - self.context_loc) / self.context_scale
+            self.local_flow = LocalFlow(init_loc, **known, **self._local, **self._both)
 
     @property
     def _conditioned(self) -> bool:
         return self.condition_on_globals and self.global_guide is not None
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample all latents, as Pyro's guides do; takes what the model takes."""
-        self.setup(*args, **kwargs)
-        take_own_name(self)
+    def _draw_unconstrained(self, *args: Any, **kwargs: Any) -> tuple[Values, dict[str, Any]]:
         plates, latent, values = self._create_plates(*args, **kwargs), None, {}
         if self.global_guide is not None:
             latent = self.global_guide.sample_latent(*args, **kwargs)
-            values = {s["name"]: v for s, v in self.global_guide._unpack_latent(latent)}
+            values = self.global_guide.latents.unpack(latent, particles=True)
         with plates[self.plate] as index:
             rows = self._drawn_rows(index, plates[self.plate].size, args, kwargs)
-            posterior = self._local_posterior(rows, index, latent, self.sites.trailing)
+            posterior = self._local_posterior(index, rows, latent, self.rows.trailing)
             name = f"_{self._pyro_name}_local"
             local = pyro.sample(name, posterior, infer={"is_auxiliary": True})
-        values |= self.sites.unpack(local)
-        return self._sample_sites(values, plates)
+        return values | self.rows.latents.unpack(local), plates
 
     def _drawn_rows(
         self, index: Tensor, size: int, args: tuple, kwargs: dict[str, Any]
     ) -> Tensor | None:
         if self.context is not None:
             return pick_rows(self.context.rows(args, kwargs), index, size)
-        if size != self.sites.size:
+        if size != self.rows.size:
             raise ValueError(
                 f"plate {self.plate!r} has {size} rows, and with context=None the guide learned "
-                f"those of {self.sites.size}: new rows need a context, such as "
+                f"those of {self.rows.size}: new rows need a context, such as "
                 "context='name of the argument with their data'"
             )
         return None
 
     def _local_posterior(
-        self, rows: Tensor | None, index: Tensor, latent: Tensor | None, trailing: int
+        self, index: Tensor, rows: Tensor | None, latent: Tensor | None, trailing: int
     ) -> dist.TransformedDistribution:
-        """q(z | rows, g) with batch shape (*g, B, 1, ..., 1), the ones as many as ``trailing``."""
-        flow, ones = self.local_flow, (1,) * trailing
-        like = flow.base.loc
-        index = index.to(like.device)
-        parts = []
-        if rows is not None:
-            parts.append(self._features(rows.to(like.device), like))
-        if self._conditioned and rows is None:
-            parts.append(self.embedding[index])
-        parts = [part.reshape(len(index), *ones, part.shape[-1]) for part in parts]
-        if self._conditioned:
-            # In the units of their own posterior: what the affine layer gets.
-            parts.append(self.global_guide.affine.inv(latent))
-        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        features = torch.cat([p.expand(*batch, p.shape[-1]) for p in parts], -1) if parts else None
-        index = index.reshape(-1, *ones)
-        return flow(features, index)
+        """q(z | rows, g), of batch shape (*g, B, 1, ..., 1)."""
+        like = self.local_flow.base.loc
+        features = None if rows is None else self.context(rows, like)
+        # In the units of their own posterior: what the affine layer gets.
+        shared = self.global_guide.affine.inv(latent) if self._conditioned else None
+        return self.local_flow(index.to(like.device), features, shared, trailing)
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
         if self.master is not None:
             return super()._create_plates(*args, **kwargs)
-        frames = self._prototype_frames.items()
-        plates = {n: pyro.plate(n, f.size, dim=f.dim) for n, f in frames if n != self.plate}
+        frames = self._prototype_frames
+        plates = {n: pyro.plate(n, f.size, dim=f.dim) for n, f in frames.items() if n != self.plate}
         draw = self._draw(args, kwargs)
-        plates[self.plate] = pyro.plate(self.plate, **draw._asdict(), dim=self.sites.dim)
+        plates[self.plate] = pyro.plate(self.plate, **draw, dim=frames[self.plate].dim)
         return plates
 
-    def _draw(self, args: tuple, kwargs: dict[str, Any]) -> Draw:
-        if self._plain_model is None:  # a copy that came without its model uses all rows
+    def _draw(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self._model is None:  # a copy that came without its model uses all rows
             known = self.context is None
-            size = self.sites.size if known else len(self.context.rows(args, kwargs))
-            return Draw(size, None, None)
-        nodes = self.prototype_trace.nodes
-        values = {name: nodes[name]["value"] for name in self.sites.global_names}
-        return draw_of(self._plain_model[0], self.plate, values, args, kwargs)
+            return {"size": self.rows.size if known else len(self.context.rows(args, kwargs))}
+        values = {site.name: site.value for site in self.latents}
+        return draw_of(self._model[1], self.plate, values, args, kwargs)
 
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior median of each latent, by site; see :meth:`quantiles`."""
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
-
-    @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Marginal posterior quantiles of each latent, from 10,000 draws with a fixed seed.
-
-        They are those of the single numbers on the support: medians of a simplex need not sum
-        to one.
-
-        Args:
-            quantiles: Q probabilities in [0, 1].
-            *args: the model's; all rows of the context are used, whatever the model draws. With
-                context=None they may be left out after the first call.
-            **kwargs: likewise.
-
-        Returns:
-            By site name, a tensor of shape (Q, *shape of the site), N rows for local ones.
-
-        Raises:
-            ValueError: quantiles that are no sequence of numbers in [0, 1].
-        """
-        self.setup(*args, **kwargs)
+    def _quantiles(self, levels: Sequence[float], *args: Any, **kwargs: Any) -> Values:
         rows = None if self.context is None else self.context.rows(args, kwargs)
-        size = self.sites.size if rows is None else len(rows)
-        like = self.local_flow.base.loc
-        with seeded(0):
-            latent, numbers = self._global_draws(), torch.arange(size, device=like.device)
-            parts = numbers.split(max(1, AT_ONCE // MARGINAL_DRAWS))
-            draws = (self._local_draws(rows, index, latent) for index in parts)
-            found = [{n: marginal_quantiles(v, quantiles) for n, v in d.items()} for d in draws]
-        result = {} if latent is None else self.global_guide.quantiles(quantiles)
-        return result | {name: torch.cat([f[name] for f in found], 1) for name in self.sites.names}
-
-    def _global_draws(self) -> Tensor | None:
-        if self.global_guide is None:
-            return None
-        return self.global_guide.get_posterior().sample((MARGINAL_DRAWS, 1))
-
-    def _local_draws(
-        self, rows: Tensor | None, index: Tensor, latent: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Draws of the rows by site, on the support, the draws first."""
-        picked = None if rows is None else rows[index.to(rows.device)]
-        q = self._local_posterior(picked, index, latent, trailing=0)
-        local = q.sample(() if self._conditioned else (MARGINAL_DRAWS,))
-        values = self.sites.unpack(self.sites.with_trailing_dims(local))
-        nodes = self.prototype_trace.nodes
-        return {name: bijection(nodes[name]["fn"].support)(v) for name, v in values.items()}
+        size = self.rows.size if rows is None else len(rows)
+        latent, found = None, []
+        if self.global_guide is not None:
+            latent = self.global_guide.get_posterior().sample((MARGINAL_DRAWS, 1))
+        numbers = torch.arange(size, device=self.local_flow.base.loc.device)
+        for index in numbers.split(max(1, AT_ONCE // MARGINAL_DRAWS)):
+            picked = None if rows is None else rows[index.to(rows.device)]
+            q = self._local_posterior(index, picked, latent, trailing=0)
+            local = q.sample(() if self._conditioned else (MARGINAL_DRAWS,))
+            local = local.unflatten(-1, (*(1,) * self.rows.trailing, -1))
+            draws, _ = self.rows.latents.constrain(local)
+            found.append(marginal_quantiles(draws, levels))
+        result = {} if latent is None else self.global_guide.quantiles(levels)
+        return result | {name: torch.cat([f[name] for f in found], 1) for name in found[0]}

@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
-from torch import Tensor
-from torch.distributions import Transform
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
 
-from pyroflow.checks import check_choice, check_positive
-from pyroflow.flows import AlongPath, Flow
-from pyroflow.guides.bases import base_of
-from pyroflow.guides.drop_in import DropIn
-from pyroflow.guides.given import Build, check_sizes, check_transforms, transforms_for
-from pyroflow.model.latents import started_anywhere, unconstrain
-from pyroflow.model.supports import bijection
-from pyroflow.seeds import seeded
+from pyroflow.checks import check_choice, check_count, check_positive
+from pyroflow.flows import AlongPath, Flow, StandardNormal
+from pyroflow.guides.base import MARGINAL_DRAWS, ModuleGuide, Values, marginal_quantiles
+from pyroflow.guides.refusals import checked_transforms, refuse_sizes
+from pyroflow.model.latents import Latents, Site, started_anywhere
 from pyroflow.transforms import Affine
 from pyroflow.transforms.affine import AffineKind
 
-MARGINAL_DRAWS = 10_000  # draws behind median and quantiles
+Build = Callable[[int], Transform | Iterable[Transform]]
 
 
-class AutoFlow(DropIn):
+class StandardStudentT(nn.Module):
+    """D independent Student-t variables with location 0 and scale 1, on their module's device.
+
+    Layers of tanh units leave the tails of their base as they are, so heavy-tailed posteriors
+    want a heavy-tailed base.
+
+    Args:
+        input_dim: D.
+        df: degrees of freedom; they are not trained.
+
+    Raises:
+        ValueError: If input_dim < 1, or df is no finite number above 0.
+
+    Example:
+        >>> StandardStudentT(3, df=10.0)().event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, input_dim: int, df: float) -> None:
+        super().__init__()
+        size = check_count("input_dim", input_dim, 1)
+        self.register_buffer("loc", torch.zeros(size))
+        self.register_buffer("df", torch.full((size,), float(check_positive("df", df))))
+
+    def forward(self) -> Distribution:
+        """The distribution, with event shape (D,)."""
+        return dist.StudentT(self.df, self.loc, torch.ones_like(self.loc)).to_event(1)
+
+
+class AutoFlow(ModuleGuide, AutoContinuous):
     """A flow of any transforms as guide for any Pyro model with continuous latents.
 
     All latents, mapped to the unconstrained space, form one vector z of D numbers with
@@ -62,11 +92,10 @@ class AutoFlow(DropIn):
             (:class:`~pyroflow.flows.AlongPath`), in any ELBO.
 
     Raises:
-        TypeError: ``transforms`` or an entry of another type.
-        ValueError: a conditional transform, an unknown ``affine``, init_scale or base_df not
-            positive; at the first call, a discrete latent (naming the site and the way out) or a
-            transform that does not fit D.
-        RuntimeError: at the first call, a model without latents.
+        TypeError: If ``transforms`` or an entry has another type.
+        ValueError: If a transform is conditional, ``affine`` is unknown, init_scale or base_df is
+            not positive; at the first call, as :meth:`setup` does.
+        RuntimeError: If the model has no latents, at the first call.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -78,6 +107,9 @@ class AutoFlow(DropIn):
         >>> guide()["scale"].shape, len(guide.get_transforms())
         (torch.Size([3]), 3)
     """
+
+    flow: Flow
+    _unpickled = ("_model", "_given")
 
     def __init__(
         self,
@@ -93,7 +125,9 @@ class AutoFlow(DropIn):
         check_choice("affine", affine, ("full", "diagonal", None))
         self.affine_kind, self.init_scale = affine, check_positive("init_scale", init_scale)
         self.base_df = None if base_df is None else float(check_positive("base_df", base_df))
-        self._given = (check_transforms(transforms),)  # in a tuple, so as not to be registered
+        is_build = callable(transforms) and not isinstance(transforms, Transform | nn.Module)
+        # In a tuple, so as not to be registered.
+        self._given = (transforms if is_build else checked_transforms(transforms),)
         super().__init__(model, init_loc_fn=started_anywhere(init_loc_fn))
 
     @property
@@ -101,25 +135,62 @@ class AutoFlow(DropIn):
         """The affine layer, if there is one."""
         return None if self.affine_kind is None else self.flow.parts[-1]
 
-    def _make_flow(self, init_loc: Tensor) -> Flow:
-        dim = len(init_loc)
+    def _make_parts(self, *args: Any, **kwargs: Any) -> None:
+        init_loc, dim = self._init_loc(), self.latent_dim
         with init_loc.device:  # whatever the default
-            base, transforms = base_of(dim, self.base_df), self._transforms(init_loc)
-        check_sizes(Flow(base, transforms).to(init_loc), dim)
+            base = StandardNormal(dim)
+            if self.base_df is not None:
+                base = StandardStudentT(dim, self.base_df)
+            transforms = self._transforms(init_loc)
+        refuse_sizes(Flow(base, transforms).to(init_loc), dim)
         if self.affine_kind is not None:
             options = {"init_loc": init_loc, "init_scale": self.init_scale}
             transforms.append(Affine(dim, self.affine_kind, **options))
         flow = Flow(base, transforms)
         for p in flow.parameters():  # of another stride Pyro's store would keep, and train, a copy
             p.data = p.data.contiguous()
-        return flow
+        self.flow = flow
 
     def _transforms(self, init_loc: Tensor) -> list[Transform]:
         """What lies between the base and the affine layer."""
-        return transforms_for(len(init_loc), self._given[0])
+        (given,) = self._given
+        return list(given) if isinstance(given, list) else checked_transforms(given(len(init_loc)))
 
-    def _start_state(self) -> dict[str, Any]:
-        return super()._start_state() | {"_given": self._given}
+    def set_latents(self, latents: Latents) -> None:
+        """As in any guide; ``NeuTraReparam`` takes the plates from one that was not called yet."""
+        super().set_latents(latents)
+        if self.master is None:
+            self._create_plates()
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
+        """As in Pyro, but unseen by the model, which would take the indices from them.
+
+        A model whose plate has grown would run on a part of its rows and say nothing.
+        """
+        with poutine.block(hide_fn=site_is_subsample):
+            return super()._create_plates(*args, **kwargs)
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
+        """As in Pyro, and for draws of shape (*B, D) too: (*B, *shape of the site)."""
+        values = self.latents.unpack(latent, particles=True)
+        return ((self.prototype_trace.nodes[name], value) for name, value in values.items())
+
+    def _draw_unconstrained(self, *args: Any, **kwargs: Any) -> tuple[Values, dict[str, Any]]:
+        latent = self.sample_latent(*args, **kwargs)
+        return self.latents.unpack(latent, particles=True), self._create_plates(*args, **kwargs)
+
+    def _quantiles(self, levels: Sequence[float], *args: Any, **kwargs: Any) -> Values:
+        draws, _ = self.latents.constrain(self.get_posterior().sample((MARGINAL_DRAWS,)))
+        return marginal_quantiles(draws, levels)
+
+    def check_model(self, model_trace: poutine.Trace) -> None:
+        """Compare a run of a model, not vectorised, with what the guide was set up with.
+
+        Raises:
+            ValueError: If a latent site is new, gone, of another shape or on another support, by
+                name.
+        """
+        self.latents.check(model_trace)
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """N(0, I), or independent Student-t variables, with event shape (D,)."""
@@ -155,8 +226,8 @@ class AutoFlow(DropIn):
             log q, shape (*B).
 
         Raises:
-            ValueError: a site that is missing or unknown, a shape that does not fit, a value that
-                is not inside its support; the message names the site.
+            ValueError: If a site is missing or unknown, a shape does not fit, or a value is not
+                inside its support; the message names the site.
 
         Example:
             >>> import pyro
@@ -167,56 +238,5 @@ class AutoFlow(DropIn):
             torch.Size([3])
         """
         flow = self.setup(*args, **kwargs).flow
-        latents, log_det = unconstrain(self._sites(), values, like=flow.base.loc)
-        return flow().log_prob(latents) - log_det
-
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior median of each latent, by site; see :meth:`quantiles`."""
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
-
-    @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Marginal posterior quantiles of each latent, from 10,000 draws with a fixed seed.
-
-        They are those of the single numbers on the support: medians of a simplex need not sum
-        to one.
-
-        Args:
-            quantiles: Q probabilities in [0, 1].
-            *args: the model's, used where the guide was never called.
-            **kwargs: likewise.
-
-        Returns:
-            By site name, a tensor of shape (Q, *shape of the site).
-
-        Raises:
-            ValueError: quantiles that are no sequence of numbers in [0, 1].
-        """
-        self.setup(*args, **kwargs)
-        with seeded(0):
-            latents = self.get_posterior().sample((MARGINAL_DRAWS,))
-        draws = self._constrained(latents)
-        return {name: marginal_quantiles(draw, quantiles) for name, draw in draws.items()}
-
-    def _constrained(self, latent: Tensor) -> dict[str, Tensor]:
-        return {
-            site["name"]: bijection(site["fn"].support)(value)
-            for site, value in self._unpack_latent(latent)
-        }
-
-
-def marginal_quantiles(draws: Tensor, quantiles: Sequence[float]) -> Tensor:
-    """The quantiles of each number over the first dimension of the draws, shape (Q, ...).
-
-    Raises:
-        ValueError: quantiles that are no sequence of numbers in [0, 1].
-    """
-    levels = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device)
-    if levels.dim() != 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
-        raise ValueError(
-            f"quantiles must be a sequence of numbers in [0, 1], such as [0.05, 0.95], got "
-            f"{quantiles}"
-        )
-    columns = draws.reshape(len(draws), -1).split(1000, 1)  # torch takes 16 million numbers at most
-    found = torch.cat([part.quantile(levels, 0) for part in columns], 1)
-    return found.reshape(len(levels), *draws.shape[1:])
+        z, log_det = self.latents.unconstrain(values, like=flow.base.loc)
+        return flow().log_prob(z) - log_det

@@ -27,10 +27,20 @@ Rotation = Orthogonal | Literal["random"]
 class _LayeredGuide(AutoFlow):
     """A guide with K layers of one kind, which start at the identity."""
 
-    def __init__(self, model: Callable, num_layers: Depth, **options: object) -> None:
+    def __init__(
+        self,
+        model: Callable,
+        num_layers: Depth = 16,
+        affine: AffineKind | None = "full",
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float = 0.1,
+        *,
+        base_df: float | None = None,
+    ) -> None:
         self.grows = num_layers == "auto"
         self.num_layers = FIRST_LAYERS if self.grows else check_count("num_layers", num_layers, 0)
-        super().__init__(model, (), **options)
+        options = {"init_loc_fn": init_loc_fn, "init_scale": init_scale, "base_df": base_df}
+        super().__init__(model, (), affine=affine, **options)
 
     @property
     def stack(self) -> Planar | Sylvester | None:
@@ -47,8 +57,8 @@ class _LayeredGuide(AutoFlow):
             num_layers: how many to add.
 
         Raises:
-            ValueError: num_layers < 1.
-            RuntimeError: a guide that is not set up.
+            ValueError: If num_layers < 1.
+            RuntimeError: If the guide is not set up.
         """
         check_count("num_layers", num_layers, 1)
         if self.prototype_trace is None:
@@ -91,10 +101,7 @@ class AutoPlanarFlow(_LayeredGuide):
         model: a Pyro model. Discrete latents must be enumerated or blocked.
         num_layers: K; "auto" starts with 4, and :func:`~pyroflow.fit_guide` adds more while the
             bound gains by them.
-        affine: as in :class:`AutoFlow`, like the arguments that follow.
-        init_loc_fn: start of each site.
-        init_scale: standard deviation of each unconstrained latent at the start.
-        base_df: degrees of freedom of a Student-t base.
+        affine: as in :class:`AutoFlow`, like init_loc_fn, init_scale and base_df.
 
     Attributes:
         num_layers: the present K.
@@ -102,8 +109,8 @@ class AutoPlanarFlow(_LayeredGuide):
         planar: after the first call, the :class:`~pyroflow.Planar` stack; None if K = 0.
 
     Raises:
-        ValueError: num_layers < 0, and what :class:`AutoFlow` refuses.
-        RuntimeError: at the first call, a model without latents.
+        ValueError: If num_layers < 0, and as :class:`AutoFlow` does.
+        RuntimeError: If the model has no latents, at the first call.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -116,25 +123,6 @@ class AutoPlanarFlow(_LayeredGuide):
         >>> guide.planar.w.shape
         torch.Size([6, 3])
     """
-
-    def __init__(
-        self,
-        model: Callable,
-        num_layers: Depth = 16,
-        affine: AffineKind | None = "full",
-        init_loc_fn: Callable = init_to_median,
-        init_scale: float = 0.1,
-        *,
-        base_df: float | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            num_layers,
-            affine=affine,
-            init_loc_fn=init_loc_fn,
-            init_scale=init_scale,
-            base_df=base_df,
-        )
 
     @property
     def planar(self) -> Planar | None:
@@ -160,13 +148,10 @@ class AutoSylvesterFlow(_LayeredGuide):
         model: a Pyro model. Discrete latents must be enumerated or blocked.
         num_units: M, from 1 to D; by default D, but no more than 32.
         num_layers: L; "auto" as in :class:`AutoPlanarFlow`.
-        affine: as in :class:`AutoFlow`, like the arguments that follow.
-        init_loc_fn: start of each site.
-        init_scale: standard deviation of each unconstrained latent at the start.
+        affine: as in :class:`AutoFlow`, like init_loc_fn, init_scale and base_df.
         orthogonal: how the M orthonormal directions of each layer are made, as in
             :class:`~pyroflow.Sylvester`; or "random": rotations that are drawn once and not
             trained, which costs less a step and takes more of them.
-        base_df: degrees of freedom of a Student-t base.
 
     Attributes:
         num_layers: the present L.
@@ -174,9 +159,9 @@ class AutoSylvesterFlow(_LayeredGuide):
         sylvester: after the first call, the :class:`~pyroflow.Sylvester` stack; None if L = 0.
 
     Raises:
-        ValueError: num_units < 1, num_layers < 0, an unknown ``orthogonal``, and what
-            :class:`AutoFlow` refuses; at the first call, num_units > D.
-        RuntimeError: at the first call, a model without latents.
+        ValueError: If num_units < 1, num_layers < 0 or ``orthogonal`` is unknown, and as
+            :class:`AutoFlow` does; at the first call, if num_units > D.
+        RuntimeError: If the model has no latents, at the first call.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -202,14 +187,7 @@ class AutoSylvesterFlow(_LayeredGuide):
         check_choice("orthogonal", orthogonal, ("random", *KINDS))
         self.num_units = None if num_units is None else check_count("num_units", num_units, 1)
         self.orthogonal = orthogonal
-        super().__init__(
-            model,
-            num_layers,
-            affine=affine,
-            init_loc_fn=init_loc_fn,
-            init_scale=init_scale,
-            base_df=base_df,
-        )
+        super().__init__(model, num_layers, affine, init_loc_fn, init_scale, base_df=base_df)
 
     @property
     def sylvester(self) -> Sylvester | None:

@@ -152,8 +152,8 @@ class BoundModel:
             name = self.subsampling[0]
             plate = self.model_trace.nodes[name]["fn"]
             raise ValueError(
-                f"the plate {name!r} takes {plate.subsample_size} of {plate.size} rows a run, so that "
-                "the model's log joint is an estimate and weights are noise: use the same "
+                f"the plate {name!r} takes {plate.subsample_size} of {plate.size} rows a run, so "
+                "that the model's log joint is an estimate and weights are noise: use the same "
                 "model, or arguments, with its plates in full, without subsample_size"
             )
 

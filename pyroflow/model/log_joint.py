@@ -16,7 +16,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES, PROBES, agree, differs, moves
 from pyroflow.model.records import Values
-from pyroflow.model.supports import bijection, remember
 from pyroflow.seeds import quick, seeded
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -97,17 +96,7 @@ class LogJoint:
 
     def _constrained(self, z: Tensor) -> tuple[Values, Tensor]:
         """The latents θ at z (S, D), by site (S, *shape), and log |det ∂θ/∂z|, shape (S,)."""
-        latents, log_dets, start = {}, [], 0
-        for name, site in self.guide.prototype_trace.iter_stochastic_nodes():
-            shape = self.guide._unconstrained_shapes[name]
-            part = z[:, start : start + shape.numel()].reshape(len(z), *shape)
-            start += shape.numel()
-            support = site["fn"].support
-            transform = bijection(support)
-            latents[name] = remember(transform(part), part, support)
-            log_det = transform.log_abs_det_jacobian(part, latents[name])
-            log_dets.append(log_det.reshape(len(z), -1).sum(1))
-        return latents, torch.stack(log_dets).sum(0)
+        return self.guide.latents.constrain(z)
 
     def _record(self) -> Gradient | None:
         """The graph of value and gradient at N points, if there is one that can be relied on."""

@@ -9,9 +9,10 @@ rounded into the open support.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import constraints
@@ -213,6 +214,35 @@ def concatenated(values: list[Tensor]) -> Tensor:
 
 def is_real(support: Constraint) -> bool:
     """Whether a support has no edges."""
+    return isinstance(base_of(support), type(constraints.real))
+
+
+def same_support(one: Constraint, other: Constraint) -> bool:
+    """Whether two supports are of one kind and have the same bounds, up to their rounding."""
+    pairs = zip_longest(_numbers(base_of(one)), _numbers(base_of(other)))
+    return _kind(one) == _kind(other) and all(
+        a is not None and b is not None and a.shape == b.shape and torch.allclose(a, b, 1e-6, 0.0)
+        for a, b in pairs
+    )
+
+
+def base_of(support: Constraint) -> Constraint:
+    """The support of the single numbers or vectors that an independent one repeats."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return isinstance(support, type(constraints.real))
+    return support
+
+
+def _numbers(held: Any) -> Iterator[Tensor]:
+    """The bounds of a support, and whatever else it says in numbers, in float64 on the CPU."""
+    if isinstance(held, Tensor | float | int):
+        yield torch.as_tensor(held, dtype=torch.float64, device="cpu")
+    parts = vars(held).values() if isinstance(held, Constraint) else held
+    if not isinstance(held, Tensor | str) and isinstance(parts, Collection):
+        for part in parts:
+            yield from _numbers(part)
+
+
+def _kind(support: Constraint) -> str:
+    """The type of a support, apart from its bounds and batches."""
+    return type(base_of(support)).__name__.strip("_").lower()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
-from pyroflow.saving.sites import Description, describe_sites, restore_sites
-from pyroflow.saving.table import build, describe, stored
+from pyroflow.model.latents import Latents
+from pyroflow.saving.table import Description, build, describe, stored
 from pyroflow.seeds import seeded
 
 # The constructor's arguments, and the guide's attributes that hold them.
@@ -69,7 +69,7 @@ def describe_guide(guide: AutoFlow) -> Description:
         "class": type(guide).__name__,
         "options": {name: getattr(guide, at) for name, at in options},
         "switches": {name: getattr(guide, name) for name in _SWITCHES if hasattr(guide, name)},
-        "sites": describe_sites(guide),
+        "sites": guide.latents.describe(describe),
         "flow": describe_flow(guide.flow),
     }
 
@@ -86,7 +86,8 @@ def restore_guide(description: Description, model: Callable | None) -> AutoFlow:
     layers = len(next(guide.flow.parts[0].parameters())) if options.get("num_layers") else 0
     if layers != options.get("num_layers", 0):
         raise ValueError(f"it claims {options['num_layers']} layers and holds {layers}")
-    restore_sites(guide, description["sites"], like=guide.flow.base.loc)
+    like = guide.flow.base.loc
+    guide.set_latents(Latents.restore(description["sites"], build, like))
     return guide
 
 

@@ -13,9 +13,8 @@ from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
-from pyroflow.model.latents import started_anywhere
-from pyroflow.saving.sites import Description, describe_sites
-from pyroflow.saving.table import build
+from pyroflow.model.latents import Latents, started_anywhere
+from pyroflow.saving.table import Description, build, describe
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
@@ -91,10 +90,11 @@ def _sites_of(model: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     probe = AutoContinuous(model, init_loc_fn=started_anywhere(init_to_median))
     with seeded(0), torch.no_grad():
         probe._setup_prototype(*args, **kwargs)
-    sites = [site for _, site in probe.prototype_trace.iter_stochastic_nodes()]
-    refuse_circular(sites)
-    refuse_moving_supports(model, sites, args, kwargs)
-    return {site["name"]: _comparable(site) for site in describe_sites(probe)}
+    latents = Latents.of(probe.prototype_trace)
+    refuse_circular(probe.prototype_trace)
+    refuse_moving_supports(model, latents, args, kwargs)
+    sites = latents.describe(describe)
+    return {site["name"]: _comparable(site) for site in sites}
 
 
 def _comparable(value: Any) -> Any:

@@ -20,8 +20,9 @@ from torch.distributions import transforms as torch_transforms
 
 from pyroflow import flows, transforms
 from pyroflow.flows import Flow
-from pyroflow.guides import bases
+from pyroflow.guides import autoflow
 
+Description = dict[str, Any]
 # How each argument is read from an object: by an attribute's name or by a function.
 Arguments = Mapping[str, str | Callable[[Any], Any]]
 
@@ -176,7 +177,7 @@ _RECIPES: dict[str, Recipe] = {
     **_recipes("pyroflow", flows, StandardNormal={"input_dim": lambda base: len(base.loc)}),
     **_recipes(
         "pyroflow",
-        bases,
+        autoflow,
         StandardStudentT={
             "input_dim": lambda base: len(base.loc),
             "df": lambda base: base.df[0].item(),

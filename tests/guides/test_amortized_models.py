@@ -168,7 +168,7 @@ def test_copies_pickles_and_state_dicts_say_the_same(context: str | None) -> Non
 def test_parameters_exist_after_setup_and_follow_dtype() -> None:
     guide = pf.AmortizedPlanarGuide(effects_model, "rows", None).setup(Y)
     names = {name.split(".")[0] for name, _ in guide.named_parameters()}
-    assert names == {"embedding", "global_guide", "local_flow"}
+    assert names == {"global_guide", "local_flow"}
     guide.float()
     assert guide(Y.float())["z"].dtype == torch.float32
 

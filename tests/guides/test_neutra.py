@@ -55,10 +55,10 @@ MODELS = [no_plate, one_plate, two_plates, plate_of_one]
 def by_hand(guide: pf.AutoFlow, base: Tensor) -> dict[str, Tensor]:
     """The sites at one draw of the base: its image, cut into pieces of the sites' sizes."""
     x, start, found = guide.get_transform()(base), 0, {}
-    for site in guide._sites():
-        shape = guide._unconstrained_shapes[site["name"]]
+    for site in guide.latents:
+        shape = site.unconstrained_shape
         piece = x[start : start + shape.numel()].reshape(shape)
-        found[site["name"]] = biject_to(site["fn"].support)(piece)
+        found[site.name] = biject_to(site.support)(piece)
         start += shape.numel()
     return found
 
@@ -81,19 +81,19 @@ def test_every_draw_is_mapped_as_one_alone(make: Callable, model: Callable, batc
     found = neutra.transform_sample(base)
     flat = base.reshape(-1, guide.latent_dim)
     rows = [by_hand(guide, row) for row in flat]
-    for site in guide._sites():
-        expected = torch.stack([row[site["name"]] for row in rows])
-        expected = expected.reshape(batch + site["value"].shape)
-        assert found[site["name"]].shape == expected.shape
-        assert torch.allclose(found[site["name"]], expected)
+    for site in guide.latents:
+        expected = torch.stack([row[site.name] for row in rows])
+        expected = expected.reshape(batch + site.value.shape)
+        assert found[site.name].shape == expected.shape
+        assert torch.allclose(found[site.name], expected)
     run = poutine.trace(poutine.condition(reparam, data={name: flat[-1]})).get_trace()
     run.compute_log_prob()
     log_density = 0.0
-    for site in guide._sites():
-        value = run.nodes[site["name"]]["value"]
-        assert torch.allclose(value, rows[-1][site["name"]])
-        log_density = log_density + run.nodes[site["name"]]["log_prob_sum"]
-    values = {site["name"]: run.nodes[site["name"]]["value"] for site in guide._sites()}
+    for site in guide.latents:
+        value = run.nodes[site.name]["value"]
+        assert torch.allclose(value, rows[-1][site.name])
+        log_density = log_density + run.nodes[site.name]["log_prob_sum"]
+    values = {site.name: run.nodes[site.name]["value"] for site in guide.latents}
     plain = poutine.trace(poutine.condition(model, data=values)).get_trace().log_prob_sum()
     log_base = guide.get_base_dist().log_prob(flat[-1])
     assert torch.allclose(log_density, plain - guide.log_prob(values) + log_base)

@@ -14,7 +14,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.guides import drop_in
+from pyroflow.guides import base
 
 
 def one(made: Callable) -> Callable:
@@ -287,5 +287,5 @@ def test_the_model_runs_once_more_only_where_there_are_bounds(
 
     found = number_after_set_up()
     assert len(called) == runs
-    monkeypatch.setattr(drop_in, "refuse_moving_supports", lambda *args: None)
+    monkeypatch.setattr(base, "refuse_moving_supports", lambda *args: None)
     assert found == number_after_set_up()

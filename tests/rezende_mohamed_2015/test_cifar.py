@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -127,12 +126,12 @@ def test_scales_are_bounded_and_keep_their_gradient() -> None:
 
 
 def write_cifar(folder: Path) -> Path:
-    """The six files of the python version, with 20 pictures in each."""
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    """The six files of the binary version, with 20 pictures in each."""
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
     for seed, name in enumerate(names):
         rows = (255 * leaves(20, seed)).round().to(torch.uint8).flatten(1)
-        batch = {b"data": rows.numpy(), b"labels": [seed] * 20}
-        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+        labels = torch.full((20, 1), seed, dtype=torch.uint8)
+        (folder / name).write_bytes(torch.cat([labels, rows], 1).numpy().tobytes())
     return folder
 
 
@@ -176,7 +175,7 @@ def test_a_rerun_trains_nothing_and_draws_again(
 
 
 def test_the_command_asks_for_data(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--data must name the folder of the python version"):
+    with pytest.raises(ValueError, match="--data must name the folder of the binary version"):
         quick(tmp_path, None)
     command = ["cifar", "--quick", "--out", str(tmp_path)]
     assert CliRunner().invoke(app, command).exit_code == 2

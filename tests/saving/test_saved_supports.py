@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyro
@@ -70,10 +71,10 @@ def test_each_support_comes_back(name: str, dtype: torch.dtype, tmp_path: Path) 
     there, here = (seeded_draw(each) for each in (guide, loaded))
     assert_same(there, here)
     assert {value.dtype for value in here.values()} == {dtype}
-    for site in guide._sites():
-        support = loaded.prototype_trace.nodes[site["name"]]["fn"].support
-        assert repr(support) == repr(site["fn"].support)
-        assert support.check(here[site["name"]]).all()
+    for site in guide.latents:
+        support = loaded.latents.sites[site.name].support
+        assert repr(support) == repr(site.support)
+        assert support.check(here[site.name]).all()
     assert torch.equal(guide.log_prob(there), loaded.log_prob(here))
 
 
@@ -91,6 +92,6 @@ class Odd(type(constraints.real)):
 
 def test_an_unknown_support_is_refused_by_site(tmp_path: Path) -> None:
     guide = made(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), ())
-    guide.prototype_trace.nodes["x"]["fn"] = dist.ImproperUniform(Odd(), (), ())
+    guide.latents.sites["x"] = replace(guide.latents.sites["x"], support=Odd())
     with pytest.raises(TypeError, match=r"Odd, the support of site 'x', .*state_dict"):
         pf.save(guide, tmp_path / "guide.pt")

@@ -18,7 +18,7 @@ from torch.distributions import transforms as torch_transforms
 
 import pyroflow as pf
 from pyroflow.flows import StandardNormal
-from pyroflow.guides.bases import StandardStudentT
+from pyroflow.guides.autoflow import StandardStudentT
 from tests.cases import CASES, Source, scatter, wild
 
 

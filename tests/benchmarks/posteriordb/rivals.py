@@ -39,9 +39,7 @@ PROBE = 10  # steps by which the number of steps in the given time is estimated
 def svi(posterior: Posterior, guide: Callable, steps: int) -> Iterator[float]:
     """Pyro's SVI with vectorised particles, as its tutorials say; yield the loss of each step."""
     nesting = BoundModel(posterior.model, guide, posterior.args).max_plate_nesting
-    elbo = Trace_ELBO(
-        num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=nesting
-    )
+    elbo = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=nesting)
     optimizer = ClippedAdam({"lr": LR, "lrd": DECAY ** (1 / steps)})
     steps_of = SVI(posterior.model, guide, optimizer, elbo)
     while True:

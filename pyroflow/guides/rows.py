@@ -1,0 +1,276 @@
+"""The rows of a plate: their latents, their data, which are drawn, and the flow of one row."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Size, Tensor, nn
+
+from pyroflow.model.latents import Latents
+from pyroflow.model.sites import LatentSite
+from pyroflow.model.supports import bijection
+
+Context = Callable[..., Any] | str | Sequence[str]
+
+
+@dataclass
+class Rows:
+    """The latents that each row of a plate has of its own, D unconstrained numbers a row.
+
+    Attributes:
+        latents: the table of one row's.
+        init_loc: the mean over rows of the unconstrained start values, shape (D,).
+        trailing: how many batch dimensions stand right of the plate's.
+        size: N, the rows of the plate in full.
+    """
+
+    latents: Latents
+    init_loc: Tensor
+    trailing: int
+    size: int
+
+    @classmethod
+    def of(cls, latents: Latents, plate: str) -> Rows:
+        """Those of a plate, by its name.
+
+        Raises:
+            RuntimeError: If there are no latents.
+            ValueError: If none is in the plate, or one is that cannot be treated (naming it).
+        """
+        frames = {frame.name: frame for site in latents for frame in site.plates}
+        if not latents.sites:
+            raise RuntimeError("AmortizedPlanarGuide found no latent variables; use an empty guide")
+        if plate not in frames:
+            listed = ", ".join(sorted(map(repr, frames))) or "none; use AutoPlanarFlow"
+            raise ValueError(
+                f"plate must name a plate that holds latents, got {plate!r}; those of the model "
+                f"are in: {listed}"
+            )
+        frame, starts, sites = frames[plate], {}, []
+        for site in latents:
+            if plate in [frame.name for frame in site.plates]:
+                start = starts[site.name] = _row_starts(site, plate, frame.dim)
+                of_row = {"batch_shape": Size(), "unconstrained_shape": start.shape[1:]}
+                sites.append(replace(site, **of_row, plates=()))
+        table = Latents(sites)
+        init_loc = table.pack(starts).mean(0)
+        return cls(table, init_loc, -frame.dim - 1, frame.full_size or frame.size)
+
+
+def _row_starts(site: LatentSite, plate: str, dim: int) -> Tensor:
+    """The unconstrained start values of a local site, shape (B, *event)."""
+    others = [frame.name for frame in site.plates if frame.name != plate]
+    if others:
+        raise ValueError(
+            f"site {site.name!r} lies in plate {others[0]!r} as well as in {plate!r}: nested "
+            f"plates are not supported; in place of plate {others[0]!r} make its dimension one of "
+            "the site's event, with .expand([...]).to_event(1)"
+        )
+    transform, batch = bijection(site.support), site.batch_shape
+    start = transform.inv(site.value)
+    start = start.reshape(batch[dim], *start.shape[len(batch) :])
+    one = start[:1].reshape(*(1,) * len(batch), *start.shape[1:])
+    if transform(one).shape[: len(batch)] != (1,) * len(batch):
+        raise ValueError(
+            f"site {site.name!r} has a support that differs between rows, which a guide cannot "
+            "know of rows that were not drawn: sample it on a fixed support and move it in the "
+            "model"
+        )
+    return start
+
+
+class RowContext(nn.Module):
+    """The data of the rows of a plate, out of a model's arguments, and features of them.
+
+    Args:
+        given: names of the model's arguments, or a function of all of them. The first
+            dimension of what they hold counts the rows.
+        model: the model that has the arguments.
+        encoder: turns the rows' data (B, ...) into features (B, C). Without it they are flattened
+            and brought to mean 0 and sd 1.
+
+    Raises:
+        TypeError: If ``given`` is neither names nor a function.
+        ValueError: If a name is no argument of the model.
+
+    Example:
+        >>> def model(x, y=None): ...
+        >>> RowContext(["x", "y"], model).rows((torch.zeros(5, 3), torch.ones(5)), {}).shape
+        torch.Size([5, 4])
+    """
+
+    def __init__(self, given: Context, model: Callable, encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        names = [given] if isinstance(given, str) else given
+        several = isinstance(names, Sequence) and len(names) > 0
+        if not callable(given) and not (several and all(isinstance(n, str) for n in names)):
+            raise TypeError(
+                "context must be the name of one of the model's arguments, several names, a "
+                f"function of the arguments, or None, got {given!r}"
+            )
+        self.encoder = encoder
+        self.function = (given,) if callable(given) else ()  # a module is not to be registered
+        self.positions = {} if callable(given) else _positions(model, names)
+
+    def rows(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """All rows that the arguments hold, shape (M, ...); several are joined to (M, C).
+
+        Raises:
+            ValueError: If an argument is missing or has no rows, or several differ in length.
+        """
+        for function in self.function:
+            return _with_rows("context(...)", function(*args, **kwargs))
+        found = {
+            name: _with_rows(repr(name), _argument(name, position, args, kwargs))
+            for name, position in self.positions.items()
+        }
+        if len(found) == 1:
+            return next(iter(found.values()))
+        if len({len(value) for value in found.values()}) > 1:
+            lengths = ", ".join(f"{name!r}: {len(value)}" for name, value in found.items())
+            raise ValueError(f"context must have as many rows in each argument, got {lengths}")
+        return torch.cat([value.reshape(len(value), -1) for value in found.values()], -1)
+
+    @torch.no_grad()
+    def prepare(self, rows: Tensor, like: Tensor) -> int:
+        """Set what standardises the rows' data, from those of a first call; return C."""
+        if rows.is_floating_point() and not rows.isfinite().all():
+            raise ValueError("context must be finite, got NaN or inf in the rows' data")
+        if self.encoder is None:
+            flat = rows.to(like).reshape(len(rows), -1)
+            scale = flat.std(0, unbiased=False)
+            self.register_buffer("loc", flat.mean(0))
+            self.register_buffer("scale", torch.where(scale > 0, scale, 1.0))
+        features = self(rows, like)
+        if features.dim() != 2 or len(features) != len(rows):
+            raise ValueError(
+                f"encoder must return one feature vector a row, shape ({len(rows)}, C), got shape "
+                f"{tuple(features.shape)}"
+            )
+        return features.shape[-1]
+
+    def forward(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The features of rows, shape (B, C), with the dtype and device of ``like``."""
+        if self.encoder is not None:
+            return self.encoder(rows.to(like if rows.is_floating_point() else like.device))
+        flat = rows.to(like).reshape(len(rows), -1)
+        if flat.shape[-1] != len(self.loc):
+            raise ValueError(
+                f"context must have {len(self.loc)} numbers a row, as in the first call, got rows "
+                f"of shape {tuple(rows.shape[1:])}"
+            )
+        return (flat - self.loc) / self.scale
+
+
+def _positions(model: Callable, names: Sequence[str]) -> dict[str, int | None]:
+    """Where the named arguments stand in the model's list of positional ones, if they do."""
+    target = model.forward if isinstance(model, nn.Module) else model
+    parameters = list(inspect.signature(target).parameters.values())
+    keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    placed = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for name in names:
+        if name not in known and not keywords:
+            listed = ", ".join(map(repr, known)) or "none"
+            raise ValueError(
+                f"context must name arguments of the model, got {name!r}; it has {listed}"
+            )
+    return {name: placed.index(name) if name in placed else None for name in names}
+
+
+def _argument(name: str, position: int | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+    given = position is not None and position < len(args)
+    value = args[position] if given else kwargs.get(name)
+    if value is None:
+        raise ValueError(
+            f"context needs the model's argument {name!r}, which this call does not give: the "
+            "guide reads the rows' data from it, so pass it to the guide as well"
+        )
+    return value
+
+
+def _with_rows(label: str, value: Any) -> Tensor:
+    try:
+        value = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"context: {label} must be a tensor or array, got {type(value).__name__}"
+        ) from error
+    if value.dim() == 0:
+        raise ValueError(f"context: {label} must have rows, got a single number")
+    return value
+
+
+def pick_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """The rows at the indices that a plate of N drew, out of all rows or of just those.
+
+    Raises:
+        ValueError: If there are neither N rows nor as many as were drawn.
+
+    Example:
+        >>> data = torch.arange(4.0)
+        >>> pick_rows(data, torch.tensor([2, 0]), 4), pick_rows(data[:2], torch.tensor([2, 0]), 4)
+        (tensor([2., 0.]), tensor([0., 1.]))
+    """
+    if len(rows) == size:
+        return rows.index_select(0, index.to(rows.device))
+    if len(rows) == len(index):
+        return rows
+    drawn = "" if len(index) == size else f", or the {len(index)} drawn ones"
+    raise ValueError(
+        f"context must have all {size} rows of the plate{drawn}, got {len(rows)} rows: its "
+        "first dimension must count the plate's rows"
+    )
+
+
+class _PlateOpened(Exception):  # noqa: N818, not an error
+    """Ends a run of the model."""
+
+
+class _StopAtPlate(Messenger):
+    """Ends a model's run where it opens the plate; latents before it have stored values."""
+
+    def __init__(self, plate: str, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.plate, self.values, self.draw = plate, values, None
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if name == self.plate and isinstance(fn, _Subsample):
+            self.draw = {"size": fn.size, "subsample_size": fn.subsample_size}
+            self.draw["subsample"] = msg["value"]
+            raise _PlateOpened
+        if name in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[name], True
+
+
+@torch.no_grad()
+def draw_of(
+    model: Callable, plate: str, values: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """How a model's plate draws its rows: the sizes and indices that ``pyro.plate`` takes.
+
+    Only the model knows the size that new data give its plate, and the indices that it may
+    pick itself (``subsample=``), which a guide that drew its own would override. It runs up to
+    there, with the ``values`` of its latents, so that none has to be drawn.
+
+    Raises:
+        ValueError: If the run opens no such plate, or one without a size.
+    """
+    stop = _StopAtPlate(plate, values)
+    try:
+        with poutine.block(), stop:
+            model(*args, **kwargs)
+    except _PlateOpened:
+        return stop.draw
+    raise ValueError(
+        f"plate {plate!r} was not opened with a size in this run of the model: the guide needs "
+        f"pyro.plate({plate!r}, size) in every run"
+    )

@@ -1,0 +1,175 @@
+"""One latent site of a model, and the distribution that a guide samples there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro.distributions as dist
+from pyro.distributions.util import sum_rightmost
+from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Size, Tensor
+from torch.distributions import register_kl
+from torch.distributions.constraints import Constraint
+
+from pyroflow.model.supports import Preimage, bijection, remember
+
+Description = dict[str, Any]
+Move = Callable[[Tensor], Tensor]
+
+NO_SHAPE = Size()
+WIDEST_PLATE = 10**8  # rows that a plate may subsample, all of which Pyro shuffles at each call
+
+
+class Point(dist.Delta):
+    """A draw of the guide at its site, with the log Jacobian of the map to the support.
+
+    Pyro's Kullback-Leibler divergence of a ``Delta`` leaves its ``log_density`` out, so that
+    ``TraceMeanField_ELBO`` would lose the Jacobian of every constrained site. And its draws
+    remember the latents that they come from, for priors to be scored there.
+    """
+
+    def __init__(
+        self, v: Tensor, log_density: Tensor | float, event_dim: int, origin: Preimage
+    ) -> None:
+        super().__init__(v, log_density=log_density, event_dim=event_dim)
+        self.origin = origin
+
+    def expand(self, batch_shape: Size, _instance: object = None) -> Point:
+        """The same point in a larger batch."""
+        latent, support = self.origin
+        event = latent.shape[len(self.batch_shape) :]
+        new = super().expand(batch_shape, _instance=Point.__new__(Point))
+        new.origin = Preimage(latent.expand(new.batch_shape + event), support)
+        return new
+
+    def rsample(self, sample_shape: Size = NO_SHAPE) -> Tensor:
+        """The point, which remembers its latents."""
+        value = super().rsample(sample_shape)
+        return value if sample_shape else remember(value, *self.origin)
+
+
+@register_kl(Point, dist.Distribution)
+def _kl_point(p: Point, q: dist.Distribution) -> Tensor:
+    return p.log_density - q.log_prob(p.v)
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """A latent site without its prior, which may hold data or a graph.
+
+    Attributes:
+        batch_shape, event_shape: of its values.
+        unconstrained_shape: of what the bijection of its support maps to them.
+        plates: Pyro's frames.
+        value: where it starts, on its support.
+    """
+
+    name: str
+    support: Constraint
+    batch_shape: Size
+    event_shape: Size
+    unconstrained_shape: Size
+    plates: tuple[CondIndepStackFrame, ...]
+    value: Tensor
+
+    @classmethod
+    def of(cls, site: dict[str, Any]) -> LatentSite:
+        """The site of a trace; raises ``ValueError`` by name if it is discrete."""
+        fn, value, plates = site["fn"], site["value"].detach(), tuple(site["cond_indep_stack"])
+        with helpful_support_errors(site):
+            support = _mapped(fn.support, Tensor.detach)
+            shape = bijection(support).inv(value).shape
+        return cls(site["name"], support, fn.batch_shape, fn.event_shape, shape, plates, value)
+
+    def node(self) -> dict[str, Any]:
+        """The site as a node of a trace, with an improper prior."""
+        fn = dist.ImproperUniform(self.support, self.batch_shape, self.event_shape)
+        node = {"type": "sample", "name": self.name, "fn": fn, "value": self.value}
+        node |= {"is_observed": False, "cond_indep_stack": self.plates, "scale": 1.0, "mask": None}
+        return node | {"args": (), "kwargs": {}, "infer": {}}
+
+    def to(self, move: Move) -> LatentSite:
+        """The site with ``move`` applied to its tensors, such as the bounds of an interval."""
+        return replace(self, support=_mapped(self.support, move), value=move(self.value))
+
+    def point(self, latent: Tensor, masked: bool) -> Point:
+        """The distribution of a draw at its latents; masked: no density is asked for."""
+        transform, log_density = bijection(self.support), 0.0
+        value, event_dim = transform(latent), len(self.event_shape)
+        if not masked:
+            log_det = transform.log_abs_det_jacobian(latent, value)
+            log_density = -sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
+        return Point(value, log_density, event_dim, Preimage(latent, self.support))
+
+    def unconstrain(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents at a value, and log |det ∂value/∂latents| for each event of the support."""
+        transform = bijection(self.support)
+        if self.support.check(value).all():
+            latent = transform.inv(value)
+            if latent.isfinite().all():
+                return latent, transform.log_abs_det_jacobian(latent, value)
+        raise ValueError(
+            f"values expects site {self.name!r} strictly inside its support, {self.support}, got "
+            "a value outside or on its boundary: there the guide has no density"
+        )
+
+    def describe(self, describe: Callable[[Constraint], Any]) -> Description:
+        """The site as plain data; ``describe`` does that for a support, or raises ``TypeError``."""
+        try:
+            support = describe(self.support)
+        except TypeError as error:
+            raise type(error)(f"{error}, the support of site {self.name!r}") from error
+        return {
+            "name": self.name,
+            "batch_shape": list(self.batch_shape),
+            "event_shape": list(self.event_shape),
+            "unconstrained_shape": list(self.unconstrained_shape),
+            "support": support,
+            "plates": [_described(frame) for frame in self.plates],
+        }
+
+    @classmethod
+    def restore(
+        cls, site: dict[str, Any], build: Callable[[Any], Constraint], like: Tensor
+    ) -> LatentSite:
+        """What :meth:`describe` gave; the value is any one inside the support."""
+        name, support = site["name"], build(site["support"])
+        batch, event, shape = (
+            Size(site[f"{of}_shape"]) for of in ("batch", "event", "unconstrained")
+        )
+        value = bijection(support)(like.new_zeros(shape))
+        if value.shape != batch + event:
+            raise ValueError(f"site {name!r} has values of another shape, {list(value.shape)}")
+        plates = tuple(CondIndepStackFrame(counter=0, **plate) for plate in site["plates"])
+        for frame in plates:
+            if frame.size != batch[frame.dim] or (frame.full_size or 0) > WIDEST_PLATE:
+                raise ValueError(f"site {name!r} does not fit its plate {frame.name!r}")
+        return cls(name, support, batch, event, shape, plates, value)
+
+
+def _described(frame: CondIndepStackFrame) -> Description:
+    full_size = None if frame.full_size is None else int(frame.full_size)
+    return {
+        "name": frame.name,
+        "dim": frame.dim,
+        "size": int(frame.size),
+        "full_size": full_size,
+    }
+
+
+def _mapped(held: Any, move: Move) -> Any:
+    """What is held, with ``move`` applied to its tensors; the same object if it has none."""
+    if isinstance(held, Tensor):
+        return move(held)
+    if isinstance(held, list | tuple):
+        return type(held)(_mapped(part, move) for part in held)
+    if isinstance(held, Constraint):
+        parts = {name: _mapped(part, move) for name, part in vars(held).items()}
+        if any(part is not vars(held)[name] for name, part in parts.items()):
+            held = copy.copy(held)
+            vars(held).update(parts)
+    return held
