@@ -57,6 +57,11 @@ class Draws:
                 "mend the model there, or fit the guide first if its draws are far off"
             )
 
+    def take(self, index: Tensor) -> Draws:
+        """The draws at these places, as copies."""
+        sites = {name: values[index.to(values.device)] for name, values in self.sites.items()}
+        return Draws(sites, self.log_p[index], self.log_q[index])
+
     def __len__(self) -> int:
         return len(self.log_p)
 

@@ -20,7 +20,9 @@ from pyroflow.targets import (
 )
 
 
-def labelled(x: Tensor, y: Tensor, parts: dict[str, Any], *more: Tensor, **rest: Any) -> None:
+def model_with_labels(
+    x: Tensor, y: Tensor, parts: dict[str, Any], *more: Tensor, **rest: Any
+) -> None:
     weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
     pyro.deterministic("centred", weights - weights.mean())
     with pyro.plate("groups", 4, dim=-2), pyro.plate("rows", 5, dim=-1):
@@ -42,7 +44,9 @@ def label_arguments() -> tuple[tuple, dict[str, Any]]:
 
 def test_names_of_plates_event_dims_and_arguments() -> None:
     args, kwargs = label_arguments()
-    idata = pf.to_arviz(labelled, AutoNormal(labelled), args, kwargs, num_samples=20)
+    idata = pf.to_arviz(
+        model_with_labels, AutoNormal(model_with_labels), args, kwargs, num_samples=20
+    )
     dims = {name: array.dims[2:] for name, array in variables(idata, "posterior").items()}
     assert dims == {
         "weights": ("weights_dim_0",),
@@ -70,8 +74,8 @@ def test_names_of_plates_event_dims_and_arguments() -> None:
 def test_own_names_and_labels() -> None:
     args, kwargs = label_arguments()
     idata = pf.to_arviz(
-        labelled,
-        AutoNormal(labelled),
+        model_with_labels,
+        AutoNormal(model_with_labels),
         args,
         kwargs,
         num_samples=10,
