@@ -22,8 +22,6 @@ from pyroflow.model.records import Values, is_factor
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
-PARTICLES = 32  # of the default fit, which is done many times
-
 # The names of sites whose values become data, each with the model's argument that takes them too.
 Sites = dict[str, str | None]
 
@@ -101,7 +99,7 @@ def calibrate(
     check_count("num_samples", num_samples, 1)
     check_count("steps", steps, 1)
     check_fraction("level", level)
-    fit = fit or partial(fit_guide, steps=steps, num_particles=PARTICLES, progress=False)
+    fit = fit or partial(fit_guide, steps=steps, num_particles=32, progress=False)
     args, kwargs = tuple(args), dict(kwargs or {})
     with seeded(seed):  # by itself, as this run of the model is no simulation
         sites = _sites_to_simulate(BoundModel(model, None, args, kwargs), data)
