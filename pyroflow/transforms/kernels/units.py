@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from pyroflow.checks import check_choice, check_fraction
 from pyroflow.transforms.kernels.root import monotone_root
 
-LINEAR = 40  # torch's softplus switches to v already at 20, where float64 still sees a difference
+# ln(1 + eᵛ). Torch's switches to v already at 20, where float64 still sees a difference.
+softplus = partial(F.softplus, threshold=40)
 
 Nonlinearity = Literal["tanh", "leaky_relu"]
 
@@ -28,11 +30,6 @@ class Units(NamedTuple):
     b: Tensor
     s: Tensor | None
     size: int = 1
-
-
-def softplus(v: Tensor) -> Tensor:
-    """ln(1 + eᵛ), exact in float64 too."""
-    return F.softplus(v, threshold=LINEAR)
 
 
 def constrain(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,43 +54,6 @@ def constrain(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     u_hat = u + (softplus(-v) - 1) / torch.maximum(norm2, floor) * w
     s = share * softplus(v) + (1 - share) * (1 + v)
     return u_hat, s.clamp(min=tiny)
-
-
-class Rows(NamedTuple):
-    """û and s of :func:`constrain`, and what its gradients need; recorded in no graph."""
-
-    u_hat: Tensor
-    s: Tensor
-    norm2: Tensor
-    v: Tensor
-    coefficient: Tensor
-
-
-def constrain_rows(w: Tensor, u: Tensor) -> Rows | None:
-    """:func:`constrain` in few operations; None where a norm is below its floor.
-
-    Whether one is cannot be seen on another device without waiting for it: None there as well.
-    """
-    if w.device.type != "cpu" or not w.numel():
-        return None
-    norm2, v = (w * w).sum(-1, keepdim=True), (w * u).sum(-1, keepdim=True)
-    if not norm2.min().item() > math.sqrt(torch.finfo(w.dtype).tiny):
-        return None
-    s = F.softplus(v, threshold=LINEAR).clamp_(min=torch.finfo(w.dtype).tiny)
-    coefficient = torch.sub(s, v).sub_(1).div_(norm2)
-    return Rows(torch.addcmul(u, coefficient, w), s, norm2, v, coefficient)
-
-
-def row_gradients(
-    w: Tensor, u: Tensor, rows: Rows, grad_w: Tensor, grad_u_hat: Tensor, grad_s: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The gradients in w and u, given those of w (overwritten), û and s."""
-    share = (grad_u_hat * w).sum(-1, keepdim=True).div_(rows.norm2)
-    grad_v = share if grad_s is None else grad_s.add_(share)
-    grad_v = torch.mul(grad_v, rows.v.sigmoid()).sub_(share)
-    grad_w.addcmul_(grad_u_hat, rows.coefficient).addcmul_(grad_v, u)
-    grad_w.addcmul_(share.mul_(rows.coefficient), w, value=-2)
-    return grad_w, torch.addcmul(grad_u_hat, grad_v, w)
 
 
 def sech2(a: Tensor) -> Tensor:
