@@ -14,31 +14,13 @@ from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.checks import check_choice, check_count
-from pyroflow.transforms import (
-    Affine,
-    Bijection,
-    Conditional,
-    ConditionalAffine,
-    ConditionalPlanar,
-    ConditionalRadial,
-    ConditionalSylvester,
-    Planar,
-    Radial,
-    Sylvester,
-)
+from pyroflow.transforms import Affine, Bijection, ConditionalAffine, Planar, Radial, Sylvester
+from pyroflow.transforms.conditional import Conditional, ConditionalLayers
 
 Direction = Literal["auto", "base_to_data", "data_to_base"]
 AnyTransform = Transform | ConditionalTransform
 
-# What starts as the identity and may run either way.
-_LAYERS = (
-    Planar,
-    ConditionalPlanar,
-    Radial,
-    ConditionalRadial,
-    Sylvester,
-    ConditionalSylvester,
-)
+_LAYERS = (Planar, Radial, Sylvester, ConditionalLayers)  # start as the identity, run either way
 _AFFINE = (Affine, ConditionalAffine)
 
 
@@ -91,6 +73,7 @@ class Flow(nn.Module):
             first fit needs it, until then "data_to_base". None leaves each as it is given.
 
     Attributes:
+        steps: each transform, from base to data, and whether the flow runs its inverse.
         fitted: whether the flow has been fitted: it is then never initialized again.
 
     Raises:
@@ -123,27 +106,22 @@ class Flow(nn.Module):
         self.base = base
         # Torch's inverse loses its transform when it is copied, so the transform itself is
         # kept, and whether to turn it round.
-        self._steps = [
+        self.steps = tuple(
             (t.inv, True) if isinstance(t, _InverseTransform) else (t, False)
             for given in transforms
             for t in _flatten(given)
-        ]
-        self.parts = nn.ModuleList(m for t, _ in self._steps for m in _modules_within(t))
-        self._others = [t for t, _ in self._steps if not isinstance(t, Bijection | Conditional)]
+        )
+        self.parts = nn.ModuleList(m for t, _ in self.steps for m in _modules_within(t))
+        self._others = [t for t, _ in self.steps if not isinstance(t, Bijection | Conditional)]
         self._undecided = direction == "auto"
         self.fitted = False
         if direction is not None:
-            self._turn([t for t, _ in self._steps], direction != "base_to_data")
-
-    @property
-    def steps(self) -> tuple[tuple[AnyTransform, bool], ...]:
-        """Each transform, from base to data, and whether the flow runs its inverse."""
-        return tuple(self._steps)
+            self._turn([t for t, _ in self.steps], direction != "base_to_data")
 
     @property
     def conditional(self) -> bool:
         """Whether the flow needs a context."""
-        return any(isinstance(t, ConditionalTransform) for t, _ in self._steps)
+        return any(isinstance(t, ConditionalTransform) for t, _ in self.steps)
 
     @property
     def input_dim(self) -> int:
@@ -167,21 +145,21 @@ class Flow(nn.Module):
 
     def transforms(self, context: Tensor | None = None) -> list[Transform]:
         """The transforms from base to data, conditioned on the context."""
-        conditioned = [
-            (t.condition(context) if isinstance(t, ConditionalTransform) else t, inverted)
-            for t, inverted in self._steps
-        ]
-        return [t.inv if inverted else t for t, inverted in conditioned]
+        found = []
+        for t, inverted in self.steps:
+            t = t.condition(context) if isinstance(t, ConditionalTransform) else t
+            found.append(t.inv if inverted else t)
+        return found
 
     @torch.no_grad()
     def initialize(self, data: Tensor | None = None) -> None:
-        """Prepare a flow for its first fit; one that was fitted or trained by hand stays as it is.
+        """Prepare a flow for its first fit; what was fitted, trained, loaded or moved stays.
 
         Layers that are the identity are drawn anew, unless they are frozen, so that a fit is
         reproducible from its own seed. Where their direction is open, they take the one that is
         in closed form for what the fit does most: scoring, where there are data, else sampling.
         Given data, an outermost affine layer is set to their mean and covariance if all of
-        pyroflow's layers are the identity. What has moved was trained, loaded or given: it stays.
+        pyroflow's layers are the identity.
 
         Args:
             data: shape (N, D), for a fit to data.
@@ -191,9 +169,9 @@ class Flow(nn.Module):
         """
         if self.fitted:
             return
-        ours = [t for t, _ in self._steps if isinstance(t, (*_LAYERS, *_AFFINE))]
+        ours = [t for t, _ in self.steps if isinstance(t, (*_LAYERS, *_AFFINE))]
         still = [t for t in ours if _is_identity(t, self.input_dim)]
-        last, inverted = self._steps[-1] if self._steps else (None, False)
+        last, inverted = self.steps[-1] if self.steps else (None, False)
         outermost = isinstance(last, _AFFINE) and not inverted
         if data is not None and outermost and len(still) == len(ours):
             last.standardize(data)
@@ -206,13 +184,13 @@ class Flow(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must hold beside tensors: the directions, and whether fitted."""
-        inverted = [inverted for _, inverted in self._steps]
+        inverted = [inverted for _, inverted in self.steps]
         return {"inverted": inverted, "undecided": self._undecided, "fitted": self.fitted}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`get_extra_state` gave."""
-        transforms = [t for t, _ in self._steps]
-        self._steps = list(zip(transforms, state["inverted"], strict=True))
+        transforms = [t for t, _ in self.steps]
+        self.steps = tuple(zip(transforms, state["inverted"], strict=True))
         self._undecided, self.fitted = state["undecided"], state["fitted"]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -225,13 +203,13 @@ class Flow(nn.Module):
     def _turn(self, transforms: Sequence[AnyTransform], inverted: bool) -> None:
         """Set the direction of the layers among some of the transforms."""
         turned = {id(t) for t in transforms if isinstance(t, _LAYERS)}
-        self._steps = [(t, inverted if id(t) in turned else was) for t, was in self._steps]
+        self.steps = tuple((t, inverted if id(t) in turned else was) for t, was in self.steps)
 
 
 def _is_identity(t: AnyTransform, input_dim: int) -> bool:
     """Whether a layer is the identity for every context, but for the rounding of float32."""
-    like, fixed = next(t.parameters()), {"generator": torch.Generator("cpu").manual_seed(0)}
-    fixed["device"] = "cpu"
+    like, generator = next(t.parameters()), torch.Generator("cpu").manual_seed(0)
+    fixed = {"generator": generator, "device": "cpu"}
     x = torch.randn(16, input_dim, **fixed).to(like)
     if isinstance(t, ConditionalTransform):
         t = t.condition(torch.randn(16, t.nn.context_dim, **fixed).to(like))

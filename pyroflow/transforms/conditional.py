@@ -23,13 +23,8 @@ from pyroflow.transforms.sylvester import Sylvester
 class Hypernet(nn.Module):
     """Parameters as a function of a context: start values plus a dense network's output.
 
-    The network's last layer starts at zero. The start values are shared with the
-    unconditional transform that owns them, and trained as well.
-
-    Args:
-        context_dim: C.
-        hidden_dims: sizes of the hidden layers; () for a single linear map.
-        shapes: the shapes of the parameters.
+    The network's last layer starts at zero. The start values, of the given shapes, belong to the
+    unconditional transform, and are trained as well.
     """
 
     def __init__(
@@ -125,8 +120,8 @@ class Conditional(ConditionalTransformModule):
         return self.start.at(*self.nn(context, self.start.trained()))
 
 
-class _ConditionalLayers(Conditional):
-    """Layers that start as the identity."""
+class ConditionalLayers(Conditional):
+    """Layers, which start as the identity."""
 
     def reset_parameters(self) -> None:
         """Draw the start values anew, and make every context's map the identity again."""
@@ -134,7 +129,7 @@ class _ConditionalLayers(Conditional):
         self.nn.reset_output()
 
 
-class ConditionalPlanar(_ConditionalLayers):
+class ConditionalPlanar(ConditionalLayers):
     """Planar layers whose parameters depend on a context: see :class:`Conditional`.
 
     Their further arguments are those of :class:`Planar`: ``num_layers``, ``nonlinearity`` and
@@ -154,7 +149,7 @@ class ConditionalPlanar(_ConditionalLayers):
     family = Planar
 
 
-class ConditionalRadial(_ConditionalLayers):
+class ConditionalRadial(ConditionalLayers):
     """Radial layers whose parameters depend on a context: see :class:`Conditional`.
 
     Their further argument is that of :class:`Radial`: ``num_layers``.
@@ -170,7 +165,7 @@ class ConditionalRadial(_ConditionalLayers):
     family = Radial
 
 
-class ConditionalSylvester(_ConditionalLayers):
+class ConditionalSylvester(ConditionalLayers):
     """Sylvester layers whose parameters depend on a context: see :class:`Conditional`.
 
     Their further arguments are those of :class:`Sylvester`: ``num_units``, ``num_layers`` and

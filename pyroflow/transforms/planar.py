@@ -8,9 +8,9 @@ import torch
 from pyro.distributions.torch_transform import TransformModule
 from torch import nn
 
-from pyroflow.checks import check_count
+from pyroflow.checks import check_choice, check_count
 from pyroflow.transforms.kernels.autograd import Stack
-from pyroflow.transforms.kernels.units import Nonlinearity, activation_named
+from pyroflow.transforms.kernels.units import TANH, LeakyReLU, Nonlinearity
 
 IDENTITY_SLOPE = math.log(math.e - 1)  # wᵀu at which m(wᵀu) = 0, so that û = 0
 INIT_SLOPE = 3.0  # ‖w‖ at the start, about: hyperplanes with bends as sharp as data need
@@ -65,8 +65,9 @@ class Planar(Stack, TransformModule):
     ) -> None:
         check_count("input_dim", input_dim, 1)
         check_count("num_layers", num_layers, 0)
+        check_choice("nonlinearity", nonlinearity, ("tanh", "leaky_relu"))
         Stack.__init__(self)
-        self.activation = activation_named(nonlinearity, negative_slope)
+        self.activation = TANH if nonlinearity == "tanh" else LeakyReLU(negative_slope)
         self.w = nn.Parameter(torch.empty(num_layers, input_dim))
         self.u = nn.Parameter(torch.empty(num_layers, input_dim))
         self.b = nn.Parameter(torch.empty(num_layers))

@@ -59,16 +59,8 @@ def evaluate_stack(
 ) -> tuple[Tensor, Intermediates]:
     """Evaluate y = x + Ûᵀ h(a) at z = x, or solve it for x at z = y; differentiable to any order.
 
-    Args:
-        z: shape (*B, D).
-        units: W, Û (*P, K, D), b (*P, K), s (*P, K, 1), with P broadcastable to B; or u in
-            place of Û, and s None.
-        inverse: whether z is y.
-        cached: the pair, where it is known: nothing is solved.
-        activation: what bends a unit; the kernels know tanh.
-
-    Returns:
-        The image, shape (*B, D), and its intermediates.
+    z has shape (*B, D), W and Û (*P, K, D), b (*P, K) and s (*P, K, 1), with P broadcastable to B.
+    Where the pair is ``cached`` nothing is solved. The kernels know tanh alone.
     """
     kernels = _kernels_for(z, units) if isinstance(activation, Tanh) and _plain(z) else None
     if kernels is None:
