@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -29,18 +31,18 @@ def demo(
 
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"--out must be a folder, {out} is a file")
-    settings = stages.Settings(out=out, seed=seed, quick=quick)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise typer.BadParameter(f"--out cannot be made: {error}") from None
-    try:
-        report = stages.run(settings)
-    except KeyboardInterrupt:
-        finished = json.loads((out / "report.json").read_text())
-        typer.echo("\n" + stages.table(finished))
-        names = ", ".join(finished["stages"]) or "nothing yet"
+    with suppress(KeyboardInterrupt):  # what is finished is in the report
+        stages.run(stages.Settings(out=out, seed=seed, quick=quick))
+    report = json.loads((out / "report.json").read_text())
+    # As wide as the table, which a narrower terminal wraps and a file has in full.
+    typer.echo()
+    Console(width=120).print(stages.table(report))
+    if not report["complete"]:
+        names = ", ".join(report["stages"]) or "nothing yet"
         typer.echo(f"interrupted; finished and kept in {out}: {names}")
-        raise typer.Exit(130) from None
-    typer.echo("\n" + stages.table(report))
+        raise typer.Exit(130)
     typer.echo(f"figures and report.json are in {out}")

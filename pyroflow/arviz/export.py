@@ -134,22 +134,18 @@ def to_arviz(
 
 
 def _container(tables: dict[str, Dataset]) -> InferenceData | DataTree:
-    if _arviz_generation() == 0:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.x announces 1.x
-            from arviz import InferenceData
-        return InferenceData(**tables)
-    from xarray import DataTree
-
-    return DataTree.from_dict(tables)
-
-
-def _arviz_generation() -> int:
-    """The first number of ArviZ's version; where only its newer parts are installed, 1."""
     try:
-        return int(version("arviz").split(".")[0])
-    except PackageNotFoundError:
-        return 1
+        old = version("arviz").startswith("0.")
+    except PackageNotFoundError:  # only the parts of ArviZ 1.x are installed
+        old = False
+    if not old:
+        from xarray import DataTree
+
+        return DataTree.from_dict(tables)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.x announces 1.x
+        from arviz import InferenceData
+    return InferenceData(**tables)
 
 
 def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:
@@ -201,14 +197,15 @@ def _tried(runs: Runs, latents: dict[str, Tensor], size: int, groups: str) -> Si
         ahead = Runs(runs.model, runs.args, runs.kwargs, runs.plates, predict=True)
         return ahead.evaluate(latents, size)
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        warnings.warn(f"{groups} left out, as the model cannot be sampled: {error!r}", stacklevel=4)
+        warnings.warn(f"{groups} left out, as the model cannot be sampled: {error!r}", stacklevel=5)
         return {}
 
 
 def _predicted(new: BoundModel, draws: Draws) -> dict[str, Group]:
     """The groups for new arguments."""
-    for name in draws.sites.keys() & new.model_trace.nodes.keys():
-        fitted, shape = draws.sites[name].shape[1:], new.model_trace.nodes[name]["fn"].shape()
+    records = new.model_trace.nodes
+    for name in (name for name in draws.sites if name in records):
+        fitted, shape = draws.sites[name].shape[1:], records[name]["fn"].shape()
         if fitted != shape:
             raise ValueError(
                 f"the latent site {name!r} has shape {tuple(fitted)} in the fit and {tuple(shape)} "

@@ -32,14 +32,14 @@ def drawn_sites(sites: Sites, names: Iterable[str]) -> Group:
     """The draws of the sites of these names, as far as they are there."""
     found = {name: sites[name] for name in names if name in sites}
     return {
-        name: (_value_dims(site.record, site.values.shape[1:]), as_array(site.values))
+        name: (_dims(site.record, site.values.shape[1:]), as_array(site.values))
         for name, site in found.items()
     }
 
 
 def log_likelihood(site: SiteRuns) -> Variable:
     """The log density of a site's data, by draw."""
-    return _dims(site.record, site.log_prob.shape[1:], 0), as_array(site.log_prob)
+    return _dims(site.record, site.log_prob.shape[1:], event_dim=0), as_array(site.log_prob)
 
 
 def observed_values(record: Record) -> Variable:
@@ -47,33 +47,24 @@ def observed_values(record: Record) -> Variable:
     value = record["value"]
     event = value.shape[value.ndim - record["fn"].event_dim :]
     value = value.expand(record["log_prob"].shape + event)
-    return _value_dims(record, value.shape), as_array(value)
+    return _dims(record, value.shape), as_array(value)
 
 
-def _value_dims(record: Record, shape: Sequence[int]) -> list[str]:
-    """Names of the dimensions of a site's value, of which the last are the event's."""
-    event_dim = record["fn"].event_dim
-    if is_deterministic(record) and event_dim == len(shape):
-        # pyro.deterministic calls all dimensions the event's, those of plates too, unless told
-        outermost = min((f.dim for f in record["cond_indep_stack"] if f.vectorized), default=0)
-        event_dim = max(len(shape) + outermost, 0)
-    return _dims(record, shape, event_dim)
-
-
-def _dims(record: Record, shape: Sequence[int], event_dim: int) -> list[str]:
+def _dims(record: Record, shape: Sequence[int], event_dim: int | None = None) -> list[str]:
     """Names of dimensions: the site's plates, its ``event_dims``, or ``{site}_dim_0`` and so on."""
     plates = {frame.dim: frame for frame in record["cond_indep_stack"] if frame.vectorized}
-    batch, number = len(shape) - event_dim, count()
-    events = record["infer"].get("event_dims", ())
+    if event_dim is None:
+        event_dim = record["fn"].event_dim
+        if is_deterministic(record) and event_dim == len(shape):
+            # pyro.deterministic calls all dimensions the event's, those of plates too, unless told
+            event_dim = max(len(shape) + min(plates, default=0), 0)
+    events, number = dict(enumerate(record["infer"].get("event_dims", ()))), count()
     dims = []
-    for axis, size in enumerate(shape):
-        frame = plates.get(axis - batch)
-        if frame is not None and frame.size == size:
-            dims.append(frame.name)
-        elif 0 <= axis - batch < len(events):
-            dims.append(events[axis - batch])
+    for place, size in enumerate(shape, start=event_dim - len(shape)):  # below 0 in the batch
+        if place in plates and plates[place].size == size:
+            dims.append(plates[place].name)
         else:
-            dims.append(f"{record['name']}_dim_{next(number)}")
+            dims.append(events.get(place) or f"{record['name']}_dim_{next(number)}")
     return dims
 
 
@@ -119,17 +110,19 @@ def datasets(
         for group, variables in groups.items()
     }
     sizes = {
-        name: {d: n for dims, v in group.values() for d, n in zip(dims, v.shape, strict=True)}
-        for name, group in named.items()
+        group: {
+            d: n for names, v in variables.values() for d, n in zip(names, v.shape, strict=True)
+        }
+        for group, variables in named.items()
     }
-    ahead = [name for name in groups if name.startswith("predictions")]
+    ahead = {group: size for group, size in sizes.items() if group.startswith("predictions")}
     _check_known("coords", coords, sizes.values())
-    _check_known("predictions_coords", predictions_coords, [sizes[name] for name in ahead])
+    _check_known("predictions_coords", predictions_coords, ahead.values())
     labels = dict.fromkeys(groups, coords)
-    for name in ahead:
-        fitting = {d: given for d, given in coords.items() if len(given) == sizes[name].get(d)}
-        labels[name] = fitting | dict(predictions_coords)
-    return {name: _dataset(named[name], sizes[name], labels[name]) for name in groups}
+    for group, size in ahead.items():
+        fitting = {dim: given for dim, given in coords.items() if len(given) == size.get(dim)}
+        labels[group] = {**fitting, **predictions_coords}
+    return {group: _dataset(named[group], sizes[group], labels[group]) for group in groups}
 
 
 def _check_known(argument: str, given: Mapping, groups: Iterable[Mapping]) -> None:
@@ -148,6 +141,10 @@ def _named(group: str, name: str, variable: Variable, dims: Dims) -> Variable:
     if len(names) != len(own):
         raise ValueError(f"dims[{name!r}] must name {len(own)} dimensions, like {own}; got {names}")
     return (names, values) if group in DATA else (SAMPLE + names, values[None])
+
+
+def _sizes(group: Group) -> dict[str, int]:
+    return {d: n for dims, v in group.values() for d, n in zip(dims, v.shape, strict=True)}
 
 
 def _dataset(group: Group, sizes: Mapping[str, int], coords: Coords) -> Dataset:

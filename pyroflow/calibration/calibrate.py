@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.calibration.result import Calibration, summarise
@@ -19,13 +18,14 @@ from pyroflow.checks import check_count, check_fraction
 from pyroflow.inference.guide import fit_guide
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
-from pyroflow.model.records import is_deterministic, is_factor
+from pyroflow.model.records import Values, is_factor
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
 PARTICLES = 32  # of the default fit, which is done many times
 
-Fitter = Callable[[Callable, Callable, tuple, dict[str, Any]], Any]
+# The names of sites whose values become data, each with the model's argument that takes them too.
+Sites = dict[str, str | None]
 
 
 @one_at_a_time
@@ -38,7 +38,7 @@ def calibrate(
     data: Mapping[str, str] | Iterable[str] | None = None,
     num_simulations: int = 100,
     num_samples: int = 1000,
-    fit: Fitter | None = None,
+    fit: Callable[[Callable, Callable, tuple, dict[str, Any]], Any] | None = None,
     steps: int = 500,
     level: float = 0.05,
     seed: int | None = None,
@@ -53,8 +53,8 @@ def calibrate(
     (the two samples depend on each other, so that the tables of the two-sample test are not).
     The spread of p about ½ tells guides that are too narrow or too wide.
 
-    Against :func:`~pyroflow.diagnose` it takes M fits and speaks of the average over the prior
-    and not of the data at hand, but of each latent by itself, and it sees modes that were missed.
+    Unlike :func:`~pyroflow.diagnose` it takes M fits and speaks of the average over the prior, not
+    of the data at hand, but of each latent by itself, and it sees modes that were missed.
 
     Args:
         model: A Pyro model; its data are simulated at the observed sites.
@@ -87,70 +87,55 @@ def calibrate(
         2018, https://arxiv.org/abs/1802.02538, section 4 and algorithm 2.
 
     Example:
-        >>> from functools import partial
         >>> import pyro, pyro.distributions as dist, pyroflow as pf
         >>> def model(y):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("rows", len(y)):
         ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
-        >>> guide = partial(pf.AutoPlanarFlow, num_layers=0)
         >>> options = {"num_simulations": 3, "steps": 5, "seed": 0, "progress": False}
-        >>> pf.calibrate(model, guide, (torch.zeros(4),), **options).probabilities["loc"].shape
+        >>> result = pf.calibrate(model, pf.AutoPlanarFlow, (torch.zeros(4),), **options)
+        >>> result.probabilities["loc"].shape
         torch.Size([3])
     """
     check_count("num_simulations", num_simulations, 2)
     check_count("num_samples", num_samples, 1)
     check_count("steps", steps, 1)
     check_fraction("level", level)
-
-    def default_fit(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-        options = {"steps": steps, "num_particles": PARTICLES, "progress": False}
-        fit_guide(model, guide, args, kwargs, **options)
-
+    fit = fit or partial(fit_guide, steps=steps, num_particles=PARTICLES, progress=False)
     args, kwargs = tuple(args), dict(kwargs or {})
     with seeded(seed):  # by itself, as this run of the model is no simulation
-        sites = _sites_to_simulate(_run(model, args, kwargs), data)
+        sites = _sites_to_simulate(BoundModel(model, None, args, kwargs), data)
     lifted = poutine.condition(model, data=dict.fromkeys(sites))
-    rows: list[dict[str, Tensor]] = []
+    rows = []
     with seeded(seed):
         for _ in tqdm(range(num_simulations), desc="calibrate", disable=not progress):
             # A store of its own, or each guide would go on from the parameters of the last.
             with pyro.get_param_store().scope():
-                truth = _run(lifted, args, kwargs)
+                with torch.no_grad(), poutine.block():
+                    truth = poutine.trace(lifted).get_trace(*args, **kwargs)
                 values = {name: truth.nodes[name]["value"] for name in sites}
                 observed = poutine.condition(model, data=values)
                 arguments = _with_data(model, args, kwargs, sites, values)
                 guide = make_guide(observed)
-                (fit or default_fit)(observed, guide, *arguments)
+                fit(observed, guide, *arguments)
                 draws = draw(BoundModel.for_weights(observed, guide, *arguments), num_samples).sites
             below = {n: (v < truth.nodes[n]["value"]).double().sum(0) for n, v in draws.items()}
             rows.append({n: (count + 0.5) / (num_samples + 1) for n, count in below.items()})
         return summarise({n: torch.stack([row[n] for row in rows]) for n in rows[0]}, level)
 
 
-def _run(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Trace:
-    met = []  # the sites so far, of which the last one is at fault
-    noted = poutine.infer_config(model, lambda site: met.append(site["name"]) or {})
-    with torch.no_grad(), poutine.block():
-        try:
-            return poutine.trace(noted).get_trace(*args, **kwargs)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"site {met[-1]!r} cannot be drawn from, as an improper prior cannot: give it a "
-                "distribution with a sampler"
-            ) from error
-
-
-def _sites_to_simulate(
-    trace: Trace, data: Mapping[str, str] | Iterable[str] | None
-) -> dict[str, str | None]:
-    """The sites whose values become data, each with the model's argument that takes them too."""
-    records = prune_subsample_sites(trace).nodes
+def _sites_to_simulate(bound: BoundModel, data: Mapping[str, str] | Iterable[str] | None) -> Sites:
+    """The sites to simulate; what has no sampler is refused."""
+    records = prune_subsample_sites(bound.model_trace).nodes
     sampled = {name: record for name, record in records.items() if record["type"] == "sample"}
-    if data is None:
-        data = [n for n, r in sampled.items() if r["is_observed"] and not is_deterministic(r)]
-    data = [data] if isinstance(data, str) else data
+    data = bound.observed if data is None else [data] if isinstance(data, str) else data
     sites = dict(data) if isinstance(data, Mapping) else dict.fromkeys(data)
+    factors = [name for name, record in sampled.items() if is_factor(record)]
+    if factors:
+        raise ValueError(
+            f"site {factors[0]!r} is a pyro.factor, which no data can be drawn from: write it as "
+            "an observed sample site"
+        )
     if not sites:
         raise ValueError(
             "data: the model observes nothing when it is called with these arguments: name the "
@@ -159,21 +144,19 @@ def _sites_to_simulate(
     for name in sites:
         if name not in sampled:
             raise ValueError(f"data must name sample sites out of {list(sampled)}, got {name!r}")
-    for name, record in sampled.items():
-        if is_factor(record):
+    for name in [*bound.latents, *sites]:
+        try:
+            sampled[name]["fn"]()
+        except NotImplementedError as error:
             raise ValueError(
-                f"site {name!r} is a pyro.factor, which no data can be drawn from: write it as an "
-                "observed sample site"
-            )
+                f"site {name!r} cannot be drawn from, as an improper prior cannot: give it a "
+                "distribution with a sampler"
+            ) from error
     return sites
 
 
 def _with_data(
-    model: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    sites: dict[str, str | None],
-    values: dict[str, Tensor],
+    model: Callable, args: tuple, kwargs: dict[str, Any], sites: Sites, values: Values
 ) -> tuple[tuple, dict[str, Any]]:
     """The arguments, with the simulated data in those that take them."""
     named = {site: argument for site, argument in sites.items() if argument is not None}

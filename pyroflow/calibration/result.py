@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyroflow.checks import check_count
+from pyroflow.model.records import Values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,13 +91,8 @@ class Calibration:
     __repr__ = __str__
 
 
-def summarise(probabilities: dict[str, Tensor], level: float) -> Calibration:
-    """The tests of every scalar, and what they say of each site.
-
-    Args:
-        probabilities: By site, shape (M, *shape of the site).
-        level: False alarm rate of all verdicts together.
-    """
+def summarise(probabilities: Values, level: float) -> Calibration:
+    """The tests of every scalar, and what they say of each site."""
     tests = {name: symmetry_test(p) for name, p in probabilities.items()}
     symmetry = {name: p_value for name, (_, p_value) in tests.items()}
     dispersion = {name: dispersion_test(p) for name, p in probabilities.items()}
@@ -110,11 +106,7 @@ def summarise(probabilities: dict[str, Tensor], level: float) -> Calibration:
 
 
 def symmetry_test(probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether p and 1 − p are distributed alike: KS statistic and p-value of each scalar.
-
-    Args:
-        probabilities: Shape (M, *shape).
-    """
+    """Whether p and 1 − p are distributed alike: KS statistic and p-value of each scalar."""
     # Signs and ranks of p − ½ are all that the distance between the two functions depends on.
     flat = probabilities.reshape(len(probabilities), -1) - 0.5
     num = len(flat)
