@@ -93,7 +93,7 @@ class AdditiveCoupling(Bijection, TransformModule):
         return x, x
 
     def _invert(
-        self, y: Tensor, parameters: tuple[Tensor, ...], cached: tuple[Tensor, Any] | None
+        self, y: Tensor, parameters: tuple[Tensor, ...], cached: Any
     ) -> tuple[Tensor, Tensor]:
         sizes = self._sizes()
         for *network, Q in reversed(self._layers(parameters)):

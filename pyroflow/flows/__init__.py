@@ -1,8 +1,8 @@
 """Flows: a base distribution and transforms as one trainable module."""
 
-from pyroflow.flows.distribution import AlongPath, FlowDistribution, log_prob_at_fixed
 from pyroflow.flows.families import planar_flow, radial_flow, sylvester_flow
-from pyroflow.flows.flow import Direction, Flow, StandardNormal, draw_from
+from pyroflow.flows.flow import Direction, Flow, FlowDistribution, StandardNormal
+from pyroflow.flows.path import AlongPath, draw_from, log_prob_at_fixed
 
 __all__ = [
     "AlongPath",

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from pyro.distributions.conditional import ConditionalTransform
-from torch.distributions import Transform
+from torch import nn
 
 from pyroflow.checks import check_choice
 from pyroflow.flows.flow import Direction, Flow, StandardNormal
 from pyroflow.transforms import (
-    Affine,
+    Conditional,
     ConditionalAffine,
     ConditionalPlanar,
     ConditionalRadial,
     ConditionalSylvester,
-    Planar,
-    Radial,
-    Sylvester,
 )
 from pyroflow.transforms.affine import AffineKind
 from pyroflow.transforms.kernels.units import Nonlinearity
@@ -44,11 +40,11 @@ def planar_flow(
         input_dim: D.
         num_layers: K; 0 leaves a Gaussian.
         context_dim: C, for parameters that are a network's output at a context (*B, C).
-        direction: which way the planar layers run in closed form. "base_to_data" (as in the
-            paper) samples without a root search and solves K scalar equations to score
-            data; "data_to_base" scores in closed form and solves them to sample. "auto" takes
-            what the first fit does most: "data_to_base" for :func:`~pyroflow.fit_density`,
-            "base_to_data" for :func:`~pyroflow.fit_energy`; until then "data_to_base".
+        direction: which way the layers run in closed form. "base_to_data" (as in the paper)
+            samples without a root search and solves K scalar equations to score data;
+            "data_to_base" scores in closed form and solves them to sample. "auto" takes what the
+            first fit does most: "data_to_base" for :func:`~pyroflow.fit_density`, "base_to_data"
+            for :func:`~pyroflow.fit_energy`; until then "data_to_base".
         affine: "full" (lower-triangular scale), "diagonal", or None for no affine layer.
         hidden_dims: sizes of the context network's hidden layers; () for a linear map.
         nonlinearity: "tanh" or "leaky_relu", as in :class:`~pyroflow.Planar`.
@@ -58,7 +54,7 @@ def planar_flow(
         The flow; ``flow()``, or ``flow(context)``, is a distribution over (*, D).
 
     Raises:
-        ValueError: input_dim < 1, num_layers < 0, context_dim < 1, or an unknown option.
+        ValueError: If a size is out of range or an option unknown.
 
     Example:
         >>> import torch
@@ -69,7 +65,7 @@ def planar_flow(
     """
     bend = {"nonlinearity": nonlinearity, "negative_slope": negative_slope}
     shared = (input_dim, context_dim, direction, affine, hidden_dims)
-    return _layered_flow(Planar, ConditionalPlanar, *shared, num_layers=num_layers, **bend)
+    return _layered_flow(ConditionalPlanar, *shared, num_layers=num_layers, **bend)
 
 
 def radial_flow(
@@ -83,28 +79,17 @@ def radial_flow(
 ) -> Flow:
     """A radial flow: standard normal base, K radial layers, an affine layer.
 
-    It starts as the affine layer alone, as every radial layer starts at the identity.
-
-    Args:
-        input_dim: D.
-        num_layers: K; 0 leaves a Gaussian.
-        context_dim: as in :func:`planar_flow`.
-        direction: as in :func:`planar_flow`; both ways are in closed form.
-        affine: as in :func:`planar_flow`.
-        hidden_dims: as in :func:`planar_flow`.
-
-    Raises:
-        ValueError: input_dim < 1, num_layers < 0, context_dim < 1, or an unknown option.
+    Arguments and errors are those of :func:`planar_flow`; radial layers run both ways in closed
+    form.
 
     Example:
         >>> import torch
         >>> from pyroflow import radial_flow
-        >>> flow = radial_flow(2, num_layers=8)
-        >>> flow().log_prob(torch.zeros(7, 2)).shape
+        >>> radial_flow(2, num_layers=8)().log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])
     """
     shared = (input_dim, context_dim, direction, affine, hidden_dims)
-    return _layered_flow(Radial, ConditionalRadial, *shared, num_layers=num_layers)
+    return _layered_flow(ConditionalRadial, *shared, num_layers=num_layers)
 
 
 def sylvester_flow(
@@ -120,36 +105,23 @@ def sylvester_flow(
 ) -> Flow:
     """A Sylvester flow: standard normal base, L Sylvester layers of M units, an affine layer.
 
-    It starts as the affine layer alone, as every Sylvester layer starts at the identity.
-
-    Args:
-        input_dim: D.
-        num_units: M, from 1 to D.
-        num_layers: L; 0 leaves a Gaussian.
-        orthogonal: "householder", "qr" or "triangular", as in :class:`~pyroflow.Sylvester`.
-        context_dim: as in :func:`planar_flow`.
-        direction: as in :func:`planar_flow`.
-        affine: as in :func:`planar_flow`.
-        hidden_dims: as in :func:`planar_flow`.
-
-    Raises:
-        ValueError: a size out of range, or an unknown option.
+    ``num_units`` is M, from 1 to D, and ``orthogonal`` says how Q is made: see
+    :class:`~pyroflow.Sylvester`. The other arguments and the errors are those of
+    :func:`planar_flow`.
 
     Example:
         >>> import torch
         >>> from pyroflow import sylvester_flow
-        >>> flow = sylvester_flow(5, num_units=3, num_layers=2)
-        >>> flow().log_prob(torch.zeros(7, 5)).shape
+        >>> sylvester_flow(5, num_units=3, num_layers=2)().log_prob(torch.zeros(7, 5)).shape
         torch.Size([7])
     """
     sizes = {"num_units": num_units, "num_layers": num_layers, "orthogonal": orthogonal}
     shared = (input_dim, context_dim, direction, affine, hidden_dims)
-    return _layered_flow(Sylvester, ConditionalSylvester, *shared, **sizes)
+    return _layered_flow(ConditionalSylvester, *shared, **sizes)
 
 
 def _layered_flow(
-    layers: Callable[..., Transform],
-    conditional_layers: Callable[..., ConditionalTransform],
+    layers: type[Conditional],
     input_dim: int,
     context_dim: int | None,
     direction: Direction,
@@ -157,16 +129,14 @@ def _layered_flow(
     hidden_dims: Sequence[int],
     **options: Any,
 ) -> Flow:
-    """Standard normal base, layers of one family made with ``options``, an affine layer."""
     check_choice("direction", direction, ("auto", "base_to_data", "data_to_base"))
     check_choice("affine", affine, ("full", "diagonal", None))
-    base = StandardNormal(input_dim)
-    if context_dim is None:
-        parts = [layers(input_dim, **options)]
-        parts += [] if affine is None else [Affine(input_dim, affine)]
-    else:
-        sizes = (input_dim, context_dim)
-        parts = [conditional_layers(*sizes, **options, hidden_dims=hidden_dims)]
-        if affine is not None:
-            parts.append(ConditionalAffine(*sizes, affine, hidden_dims=hidden_dims))
-    return Flow(base, parts, direction=direction)
+
+    def make(conditional: type[Conditional], **options: Any) -> nn.Module:
+        if context_dim is None:
+            return conditional.family(input_dim, **options)
+        return conditional(input_dim, context_dim, hidden_dims=hidden_dims, **options)
+
+    parts = [make(layers, **options)]
+    parts += [] if affine is None else [make(ConditionalAffine, kind=affine)]
+    return Flow(StandardNormal(input_dim), parts, direction=direction)

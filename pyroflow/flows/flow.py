@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.conditional import ConditionalTransform
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.checks import check_choice, check_count
-from pyroflow.flows.distribution import FlowDistribution
-from pyroflow.flows.others import clear_caches, modules_within
-from pyroflow.seeds import drawing
-from pyroflow.transforms import (
-    Affine,
-    Bijection,
-    Conditional,
-    ConditionalAffine,
-    ConditionalPlanar,
-    ConditionalRadial,
-    ConditionalSylvester,
-    Planar,
-    Radial,
-    Sylvester,
-)
+from pyroflow.transforms import Affine, Bijection, ConditionalAffine, Planar, Radial, Sylvester
+from pyroflow.transforms.conditional import Conditional, ConditionalLayers
 
 Direction = Literal["auto", "base_to_data", "data_to_base"]
+AnyTransform = Transform | ConditionalTransform
 
-# What starts as the identity and may run either way.
-_LAYERS = (
-    Planar,
-    ConditionalPlanar,
-    Radial,
-    ConditionalRadial,
-    Sylvester,
-    ConditionalSylvester,
-)
-
+_LAYERS = (Planar, Radial, Sylvester, ConditionalLayers)  # start as the identity, run either way
 _AFFINE = (Affine, ConditionalAffine)
-
-# What keeps no cache that outlives a change of the parameters.
-_OURS = (Bijection, Conditional)
 
 
 class StandardNormal(nn.Module):
@@ -57,6 +34,29 @@ class StandardNormal(nn.Module):
     def forward(self) -> Distribution:
         """The distribution, with event shape (D,)."""
         return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
+
+
+class FlowDistribution(dist.TransformedDistribution):
+    """A ``TransformedDistribution`` whose ``log_prob`` reads each transform's parameters once."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density at value (*, D)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        total, event_dim = 0.0, len(self.event_shape)
+        for t in reversed(self.transforms):
+            if isinstance(t, Bijection):
+                value, log_det = t.inverse_and_log_det(value)
+            elif isinstance(t, _InverseTransform) and isinstance(t.inv, Bijection):
+                value, log_det = t.inv.forward_and_log_det(value)
+                log_det = -log_det
+            else:
+                y, value = value, t.inv(value)
+                log_det = t.log_abs_det_jacobian(value, y)
+            event_dim += t.domain.event_dim - t.codomain.event_dim
+            total = total - sum_rightmost(log_det, event_dim - t.domain.event_dim)
+        base = self.base_dist
+        return total + sum_rightmost(base.log_prob(value), event_dim - len(base.event_shape))
 
 
 class Flow(nn.Module):
@@ -73,6 +73,7 @@ class Flow(nn.Module):
             first fit needs it, until then "data_to_base". None leaves each as it is given.
 
     Attributes:
+        steps: each transform, from base to data, and whether the flow runs its inverse.
         fitted: whether the flow has been fitted: it is then never initialized again.
 
     Raises:
@@ -92,46 +93,40 @@ class Flow(nn.Module):
     def __init__(
         self,
         base: Distribution | nn.Module,
-        transforms: Sequence[Transform | ConditionalTransform],
+        transforms: Sequence[AnyTransform],
         direction: Direction | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(transforms, Transform | ConditionalTransform):
+        if isinstance(transforms, AnyTransform):
             raise TypeError("transforms must be a sequence, got a single transform: write [t]")
         for t in transforms:
-            if not isinstance(t, Transform | ConditionalTransform):
+            if not isinstance(t, AnyTransform):
                 raise TypeError(f"transforms must hold transforms, got {type(t).__name__}")
         check_choice("direction", direction, ("auto", "base_to_data", "data_to_base", None))
         self.base = base
         # Torch's inverse loses its transform when it is copied, so the transform itself is
         # kept, and whether to turn it round.
-        self._steps = [
+        self.steps = tuple(
             (t.inv, True) if isinstance(t, _InverseTransform) else (t, False)
             for given in transforms
             for t in _flatten(given)
-        ]
-        self.parts = nn.ModuleList(m for t, _ in self._steps for m in modules_within(t))
-        self._others = [t for t, _ in self._steps if not isinstance(t, _OURS)]
+        )
+        self.parts = nn.ModuleList(m for t, _ in self.steps for m in _modules_within(t))
+        self._others = [t for t, _ in self.steps if not isinstance(t, Bijection | Conditional)]
         self._undecided = direction == "auto"
         self.fitted = False
         if direction is not None:
-            self._turn([t for t, _ in self._steps], direction != "base_to_data")
-
-    @property
-    def steps(self) -> tuple[tuple[Transform | ConditionalTransform, bool], ...]:
-        """Each transform, from base to data, and whether the flow runs its inverse."""
-        return tuple(self._steps)
+            self._turn([t for t, _ in self.steps], direction != "base_to_data")
 
     @property
     def conditional(self) -> bool:
         """Whether the flow needs a context."""
-        return any(isinstance(t, ConditionalTransform) for t, _ in self._steps)
+        return any(isinstance(t, ConditionalTransform) for t, _ in self.steps)
 
     @property
     def input_dim(self) -> int:
         """D, the event size."""
-        base = self.base() if isinstance(self.base, nn.Module) else self.base
-        return base.event_shape[-1]
+        return self._base().event_shape[-1]
 
     def forward(self, context: Tensor | None = None) -> dist.TransformedDistribution:
         """The flow as a Pyro distribution.
@@ -144,27 +139,27 @@ class Flow(nn.Module):
             raise ValueError("this flow is conditional: call it with a context, flow(context)")
         if context is not None and not self.conditional:
             raise ValueError("this flow has no conditional transform: call it without a context")
-        base = self.base() if isinstance(self.base, nn.Module) else self.base
-        clear_caches(self._others)
+        base = self._base()
+        _clear_caches(self._others)
         return FlowDistribution(base, self.transforms(context))
 
     def transforms(self, context: Tensor | None = None) -> list[Transform]:
         """The transforms from base to data, conditioned on the context."""
-        conditioned = [
-            (t.condition(context) if isinstance(t, ConditionalTransform) else t, inverted)
-            for t, inverted in self._steps
-        ]
-        return [t.inv if inverted else t for t, inverted in conditioned]
+        found = []
+        for t, inverted in self.steps:
+            t = t.condition(context) if isinstance(t, ConditionalTransform) else t
+            found.append(t.inv if inverted else t)
+        return found
 
     @torch.no_grad()
     def initialize(self, data: Tensor | None = None) -> None:
-        """Prepare a flow for its first fit; one that was fitted or trained by hand stays as it is.
+        """Prepare a flow for its first fit; what was fitted, trained, loaded or moved stays.
 
         Layers that are the identity are drawn anew, unless they are frozen, so that a fit is
         reproducible from its own seed. Where their direction is open, they take the one that is
         in closed form for what the fit does most: scoring, where there are data, else sampling.
         Given data, an outermost affine layer is set to their mean and covariance if all of
-        pyroflow's layers are the identity. What has moved was trained, loaded or given: it stays.
+        pyroflow's layers are the identity.
 
         Args:
             data: shape (N, D), for a fit to data.
@@ -174,9 +169,9 @@ class Flow(nn.Module):
         """
         if self.fitted:
             return
-        ours = [t for t, _ in self._steps if isinstance(t, (*_LAYERS, *_AFFINE))]
+        ours = [t for t, _ in self.steps if isinstance(t, (*_LAYERS, *_AFFINE))]
         still = [t for t in ours if _is_identity(t, self.input_dim)]
-        last, inverted = self._steps[-1] if self._steps else (None, False)
+        last, inverted = self.steps[-1] if self.steps else (None, False)
         outermost = isinstance(last, _AFFINE) and not inverted
         if data is not None and outermost and len(still) == len(ours):
             last.standardize(data)
@@ -187,51 +182,79 @@ class Flow(nn.Module):
             self._turn(still, data is not None)
         self._undecided, self.fitted = False, True
 
-    def _turn(self, transforms: Sequence[Transform | ConditionalTransform], inverted: bool) -> None:
-        """Set the direction of the layers among some of the transforms."""
-        turned = {id(t) for t in transforms if isinstance(t, _LAYERS)}
-        self._steps = [(t, inverted if id(t) in turned else was) for t, was in self._steps]
-
-    def __getstate__(self) -> dict[str, Any]:
-        clear_caches(self._others)
-        return self.__dict__.copy()
-
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict must hold beside tensors: the directions, and whether fitted."""
-        return {
-            "inverted": [inverted for _, inverted in self._steps],
-            "undecided": self._undecided,
-            "fitted": self.fitted,
-        }
+        inverted = [inverted for _, inverted in self.steps]
+        return {"inverted": inverted, "undecided": self._undecided, "fitted": self.fitted}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`get_extra_state` gave."""
-        transforms = [t for t, _ in self._steps]
-        self._steps = list(zip(transforms, state["inverted"], strict=True))
+        transforms = [t for t, _ in self.steps]
+        self.steps = tuple(zip(transforms, state["inverted"], strict=True))
         self._undecided, self.fitted = state["undecided"], state["fitted"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        _clear_caches(self._others)
+        return self.__dict__.copy()
 
-def draw_from(q: dist.TransformedDistribution, shape: Sequence[int] = ()) -> Tensor:
-    """``q.rsample(shape)``, between draws but for those of the base."""
-    with drawing():
-        x = q.base_dist.rsample(shape)
-    for t in q.transforms:
-        x = t(x)
-    return x
+    def _base(self) -> Distribution:
+        return self.base() if isinstance(self.base, nn.Module) else self.base
+
+    def _turn(self, transforms: Sequence[AnyTransform], inverted: bool) -> None:
+        """Set the direction of the layers among some of the transforms."""
+        turned = {id(t) for t in transforms if isinstance(t, _LAYERS)}
+        self.steps = tuple((t, inverted if id(t) in turned else was) for t, was in self.steps)
 
 
-def _flatten(t: Transform | ConditionalTransform) -> list[Transform | ConditionalTransform]:
+def _is_identity(t: AnyTransform, input_dim: int) -> bool:
+    """Whether a layer is the identity for every context, but for the rounding of float32."""
+    like, generator = next(t.parameters()), torch.Generator("cpu").manual_seed(0)
+    fixed = {"generator": generator, "device": "cpu"}
+    x = torch.randn(16, input_dim, **fixed).to(like)
+    if isinstance(t, ConditionalTransform):
+        t = t.condition(torch.randn(16, t.nn.context_dim, **fixed).to(like))
+    return torch.allclose(t(x), x, rtol=0, atol=1e-5)
+
+
+def _flatten(t: AnyTransform) -> list[AnyTransform]:
     """The parts of a composed transform: torch's composition would hide their parameters."""
     if isinstance(t, ComposeTransform):
         return [part for nested in t.parts for part in _flatten(nested)]
     return [t]
 
 
-def _is_identity(t: Transform | ConditionalTransform, input_dim: int) -> bool:
-    """Whether a layer is the identity for every context, but for the rounding of float32."""
-    like, fixed = next(t.parameters()), {"generator": torch.Generator("cpu").manual_seed(0)}
-    fixed["device"] = "cpu"
-    x = torch.randn(16, input_dim, **fixed).to(like)
-    if isinstance(t, ConditionalTransform):
-        t = t.condition(torch.randn(16, t.nn.context_dim, **fixed).to(like))
-    return torch.allclose(t(x), x, rtol=0, atol=1e-5)
+def _modules_within(t: AnyTransform) -> list[nn.Module]:
+    """The transform if it is a module, else the modules that it holds, outermost first.
+
+    Torch's ``IndependentTransform`` and the like are no modules: parameters of what they hold
+    would neither be trained nor saved.
+    """
+    return [t] if isinstance(t, nn.Module) else [m for u in _held(t) for m in _modules_within(u)]
+
+
+def _clear_caches(others: Iterable[AnyTransform]) -> None:
+    """Empty the caches of transforms and of those within, where they are not pyroflow's.
+
+    Such a cache outlives an optimiser step (pyro issue #2564): the same tensor would get its old
+    value, or a graph that is gone. And tensors with a graph can neither be copied nor pickled.
+    """
+    for t in others:
+        if isinstance(t, Bijection):
+            continue
+        if isinstance(t, Transform):
+            t.clear_cache()
+        for name, value in list(vars(t).items()):
+            if name.startswith("_cache") and isinstance(value, Tensor):
+                setattr(t, name, None)
+        _clear_caches(_held(t))
+
+
+def _held(t: AnyTransform) -> Iterator[Transform]:
+    if isinstance(t, _InverseTransform):
+        yield t.inv
+        return
+    values = [value for name, value in vars(t).items() if name != "_inv"]
+    values += t.children() if isinstance(t, nn.Module) else []
+    for value in values:
+        members = value if isinstance(value, list | tuple) else [value]
+        yield from (inner for inner in members if isinstance(inner, Transform))

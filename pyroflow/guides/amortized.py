@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -14,147 +13,14 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor, nn
 
 from pyroflow.checks import check_choice, check_count, check_positive
-from pyroflow.flows import StandardNormal
 from pyroflow.guides.base import MARGINAL_DRAWS, ModuleGuide, Values, marginal_quantiles
 from pyroflow.guides.layered import AutoPlanarFlow
-from pyroflow.guides.rows import Context, RowContext, Rows, draw_of, pick_rows
+from pyroflow.guides.local_flow import LocalFlow, check_sizes
+from pyroflow.guides.rows import Context, RowContext, Rows, draw_of
 from pyroflow.model.latents import Latents, started_anywhere
-from pyroflow.transforms import Affine, Planar
 from pyroflow.transforms.affine import AffineKind
 
-EMBEDDING = 8  # numbers learned of each row, where its flow also depends on the globals
 AT_ONCE = 100_000  # draws times rows that quantiles hold in memory
-
-# How fast the planar parameters learn, beside location and scale. As fast, they would take part
-# in the long way from the start to the posterior, and keep what they bent on it.
-GAIN = 0.05
-
-
-class LocalFlow(nn.Module):
-    """q(z | row): standard normal base, K planar layers, an affine layer; base to latents.
-
-    The parameters are start values that the rows share, plus what a network and a linear map of
-    the features add, plus what a table has for the row. Network, map and table start at zero, so
-    the flow starts as one Gaussian for all rows. The linear map goes to the location: where the
-    posterior mean is linear in the features, as in Gaussian models, it is found exactly.
-
-    References:
-        Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015,
-        https://arxiv.org/abs/1505.05770, section 4.2: the flow's parameters as the output of
-        an inference network.
-
-    Args:
-        init_loc: the location at the start, shape (D,); its dtype and device are the flow's.
-        num_layers: K; 0 leaves a Gaussian.
-        features: C, numbers that are known of each row.
-        shared: G, numbers that all rows depend on.
-        rows: N, rows whose parameters are learned in a table; 0 for no table.
-        affine: "full" or "diagonal".
-        init_scale: standard deviation of each latent at the start.
-        hidden_dims: sizes of the network's hidden layers.
-
-    Raises:
-        ValueError: If a size is out of range, ``affine`` unknown, or init_scale not positive.
-
-    Example:
-        >>> import torch
-        >>> flow = LocalFlow(torch.zeros(2), 4, features=3)
-        >>> flow(torch.arange(7), torch.randn(7, 3)).sample().shape
-        torch.Size([7, 2])
-    """
-
-    def __init__(
-        self,
-        init_loc: Tensor,
-        num_layers: int,
-        *,
-        features: int = 0,
-        shared: int = 0,
-        rows: int = 0,
-        affine: AffineKind = "full",
-        init_scale: float = 0.1,
-        hidden_dims: Sequence[int] = (64, 64),
-    ) -> None:
-        super().__init__()
-        D, embedded = len(init_loc), EMBEDDING if rows and shared else 0
-        self.embedding = nn.Parameter(torch.randn(rows, embedded)) if embedded else None
-        self.base = StandardNormal(D)
-        planar = Planar(D, num_layers)
-        self._planar = (planar,)  # within a tuple, so that it is neither trained nor saved
-        for name in ("w", "u", "b"):  # where every row starts; not trained
-            self.register_buffer(name, getattr(planar, name).detach())
-        self.affine = Affine(D, affine, init_loc=init_loc, init_scale=init_scale)
-        shapes, known = [t.shape for t in self._start()], features + embedded + shared
-        outputs = sum(shape.numel() for shape in shapes)
-        self.net = _network([known, *hidden_dims, outputs]) if known else None
-        self.linear = _network([known, D]) if known else None
-        tables = [torch.zeros(rows, *shape) for shape in shapes] if rows else []
-        self.tables = nn.ParameterList(nn.Parameter(t) for t in tables)
-        self.to(init_loc)
-
-    def forward(
-        self,
-        index: Tensor,
-        features: Tensor | None = None,
-        shared: Tensor | None = None,
-        trailing: int = 0,
-    ) -> dist.TransformedDistribution:
-        """The distribution over the latents of B rows, batch shape (*S, B, 1, ..., 1).
-
-        Args:
-            index: their numbers in the table, shape (B,).
-            features: shape (B, C).
-            shared: shape (*S, 1, ..., 1, G).
-            trailing: how many ones stand at the end of the batch shape.
-        """
-        ones = (1,) * trailing
-        known = [features] if self.embedding is None else [self.embedding[index]]
-        known = [t.reshape(len(index), *ones, t.shape[-1]) for t in known if t is not None]
-        known += [] if shared is None else [shared]
-        start = self._start()
-        added = [torch.zeros_like(value) for value in start]
-        if known:
-            batch = torch.broadcast_shapes(*(t.shape[:-1] for t in known))
-            inputs = torch.cat([t.expand(*batch, t.shape[-1]) for t in known], -1)
-            pieces = self.net(inputs).split([value.numel() for value in start], -1)
-            added = [p.reshape(batch + v.shape) for p, v in zip(pieces, start, strict=True)]
-            added[3] = added[3] + self.linear(inputs)  # the affine layer's offset
-        if len(self.tables):
-            index = index.reshape(-1, *ones)
-            added = [a + table[index] for a, table in zip(added, self.tables, strict=True)]
-        gains = (GAIN, GAIN, GAIN, 1.0, 1.0, 1.0)
-        values = [v + gain * a for v, a, gain in zip(start, added, gains, strict=False)]
-        planar = self._planar[0].at(*values[:3])
-        return dist.TransformedDistribution(self.base(), [planar, self.affine.at(*values[3:])])
-
-    def _start(self) -> list[Tensor]:
-        return [self.w, self.u, self.b, *self.affine.trained()]
-
-
-class _EvenLinear(nn.Linear):
-    """A linear layer whose output moves as far in one step of Adam as one of its weights does.
-
-    Adam moves all weights of a sum by the learning rate at once. Weights that are held F
-    times too large and divided by their number F make the sum move by that rate on
-    average, so one rate suits networks of any width and the flow's parameters beside them.
-    """
-
-    def __init__(self, in_features: int, out_features: int, *, zero: bool) -> None:
-        super().__init__(in_features, out_features)
-        with torch.no_grad():
-            self.weight *= 0.0 if zero else in_features
-            self.bias *= not zero
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight / self.in_features, self.bias)
-
-
-def _network(sizes: Sequence[int]) -> nn.Sequential:
-    """Layers with SiLU between them, the last of which starts at zero."""
-    layers: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        layers += [_EvenLinear(before, after, zero=len(layers) == 2 * len(sizes) - 4), nn.SiLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 class AmortizedPlanarGuide(ModuleGuide):
@@ -162,13 +28,10 @@ class AmortizedPlanarGuide(ModuleGuide):
 
     q(g) Π_n q(z_n | x_n, g): the global latents g have one joint planar flow, as in
     :class:`~pyroflow.AutoPlanarFlow`; the latents z_n of row n have a flow whose parameters an
-    inference network reads from the row's data x_n and from g (:class:`LocalFlow`). Rows are
-    those that the model draws, by itself or with indices of its own (``subsample=``); the plate
-    scales both sides of the bound, so it is unbiased for that of all rows. New rows need no
-    fit: call the guide with their data.
-
-    See Also:
-        :class:`~pyroflow.AutoPlanarFlow`, where no plate with latents is subsampled.
+    inference network reads from the row's data x_n and from g. Rows are those that the model
+    draws, by itself or with indices of its own (``subsample=``); the plate scales both sides of
+    the bound, so it is unbiased for that of all rows. New rows need no fit: call the guide with
+    their data. Quantiles are those of all rows.
 
     References:
         Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015,
@@ -178,34 +41,30 @@ class AmortizedPlanarGuide(ModuleGuide):
         model: a Pyro model. Discrete latents must be enumerated or blocked.
         plate: the name of the plate whose rows have latents of their own.
         context: the rows' data: the name of the model's argument that holds them, several
-            names, or a function of all arguments. Their first dimension counts the rows: all N of
-            them, of which those that the plate draws are picked, or just the B drawn ones, in
-            their order. With None the parameters of each row are learned in a table: no data
-            needed, no new rows.
+            names, or a function of all arguments. Their first dimension counts the rows: all N,
+            or just the B drawn ones, in their order. With None the parameters of each row are
+            learned in a table: no data needed, no new rows.
         num_layers: K, planar layers of the rows' flow; 0 leaves Gaussians.
         global_layers: planar layers of the flow over the global latents.
         affine: "full" (lower-triangular scale) or "diagonal", for both flows.
         hidden_dims: sizes of the inference network's hidden layers.
         encoder: a module that turns the rows' data (B, ...) into features (B, C) for that
-            network, such as a convolutional one. Without it they are flattened and brought to
-            mean 0 and sd 1, as the first call has them.
+            network. Without it they are flattened and standardised, as the first call has them.
         condition_on_globals: whether the rows' flow depends on the global latents.
-        init_loc_fn: start of each site, one of Pyro's ``init_to_…`` functions; all rows start at
-            their mean.
+        init_loc_fn: as in :class:`~pyroflow.AutoFlow`; all rows start at their mean.
         init_scale: standard deviation of each unconstrained latent at the start.
 
     Attributes:
         global_guide: after the first call, the guide of the globals; None if there are none.
-        local_flow: after the first call, the :class:`LocalFlow`.
+        local_flow: after the first call, the flow of the rows.
 
     Raises:
-        TypeError: plate or context of another type.
-        ValueError: an option out of range, a context that the model has no argument for; at the
-            first call, a plate without latents (listing those with), a latent that also lies in
-            another plate or in another subsampled one, one that is discrete or whose
-            support differs between rows; at any call, a context with another number of rows, or
-            that is not given.
-        RuntimeError: at the first call, a model without latents.
+        TypeError: If plate or context has another type.
+        ValueError: If an option is out of range or the model has no such argument; at the first
+            call, if the plate holds no latents, or a latent is discrete, in two plates, in another
+            one that subsamples, or on a support that differs between rows; at any call, if the
+            context is not given or has another number of rows.
+        RuntimeError: If the model has no latents, at the first call.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -240,10 +99,6 @@ class AmortizedPlanarGuide(ModuleGuide):
         if encoder is not None and context is None:
             raise ValueError("encoder needs the rows' data, got context=None: name the context")
         check_choice("affine", affine, ("full", "diagonal"))
-        if not isinstance(hidden_dims, Sequence) or isinstance(hidden_dims, str):
-            raise ValueError(
-                f"hidden_dims must be a sequence such as (64, 64), got {hidden_dims!r}"
-            )
         super().__init__(InitMessenger(started_anywhere(init_loc_fn))(model))
         self._model += (model,)  # the second one draws no start values
         self.plate = plate
@@ -251,7 +106,7 @@ class AmortizedPlanarGuide(ModuleGuide):
         self.condition_on_globals = condition_on_globals
         self._both = {"affine": affine, "init_scale": check_positive("init_scale", init_scale)}
         self._local = {"num_layers": check_count("num_layers", num_layers, 0)}
-        self._local["hidden_dims"] = [check_count("hidden_dims", n, 1) for n in hidden_dims]
+        self._local["hidden_dims"] = check_sizes("hidden_dims", hidden_dims)
         self._global = {"num_layers": check_count("global_layers", global_layers, 0)}
         self._global["init_loc_fn"] = init_loc_fn
         self.global_guide = None
@@ -267,6 +122,7 @@ class AmortizedPlanarGuide(ModuleGuide):
             model = poutine.block(self._model[1], hide=names)
             guide = AutoPlanarFlow(model, **self._global, **self._both)
             self.global_guide = guide.setup(*args, **kwargs)
+        self._conditioned = self.condition_on_globals and self.global_guide is not None
         known = {"shared": self.global_guide.latent_dim if self._conditioned else 0}
         if self.context is None:
             known["rows"] = self.rows.size
@@ -275,34 +131,21 @@ class AmortizedPlanarGuide(ModuleGuide):
         with init_loc.device:
             self.local_flow = LocalFlow(init_loc, **known, **self._local, **self._both)
 
-    @property
-    def _conditioned(self) -> bool:
-        return self.condition_on_globals and self.global_guide is not None
-
     def _draw_unconstrained(self, *args: Any, **kwargs: Any) -> tuple[Values, dict[str, Any]]:
         plates, latent, values = self._create_plates(*args, **kwargs), None, {}
         if self.global_guide is not None:
             latent = self.global_guide.sample_latent(*args, **kwargs)
             values = self.global_guide.latents.unpack(latent, particles=True)
         with plates[self.plate] as index:
-            rows = self._drawn_rows(index, plates[self.plate].size, args, kwargs)
+            rows, size = None, plates[self.plate].size
+            if self.context is None:
+                self.rows.check_size(size, self.plate)
+            else:
+                rows = self.context.drawn(index, size, args, kwargs)
             posterior = self._local_posterior(index, rows, latent, self.rows.trailing)
             name = f"_{self._pyro_name}_local"
             local = pyro.sample(name, posterior, infer={"is_auxiliary": True})
         return values | self.rows.latents.unpack(local), plates
-
-    def _drawn_rows(
-        self, index: Tensor, size: int, args: tuple, kwargs: dict[str, Any]
-    ) -> Tensor | None:
-        if self.context is not None:
-            return pick_rows(self.context.rows(args, kwargs), index, size)
-        if size != self.rows.size:
-            raise ValueError(
-                f"plate {self.plate!r} has {size} rows, and with context=None the guide learned "
-                f"those of {self.rows.size}: new rows need a context, such as "
-                "context='name of the argument with their data'"
-            )
-        return None
 
     def _local_posterior(
         self, index: Tensor, rows: Tensor | None, latent: Tensor | None, trailing: int
@@ -317,26 +160,23 @@ class AmortizedPlanarGuide(ModuleGuide):
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
         if self.master is not None:
             return super()._create_plates(*args, **kwargs)
-        frames = self._prototype_frames
+        frames, draw = self._prototype_frames, {"size": self._num_rows(args, kwargs)}
         plates = {n: pyro.plate(n, f.size, dim=f.dim) for n, f in frames.items() if n != self.plate}
-        draw = self._draw(args, kwargs)
+        if self._model is not None:  # else a copy that came without its model, which uses all rows
+            values = {site.name: site.value for site in self.latents}
+            draw = draw_of(self._model[1], self.plate, values, args, kwargs)
         plates[self.plate] = pyro.plate(self.plate, **draw, dim=frames[self.plate].dim)
         return plates
 
-    def _draw(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if self._model is None:  # a copy that came without its model uses all rows
-            known = self.context is None
-            return {"size": self.rows.size if known else len(self.context.rows(args, kwargs))}
-        values = {site.name: site.value for site in self.latents}
-        return draw_of(self._model[1], self.plate, values, args, kwargs)
+    def _num_rows(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        return self.rows.size if self.context is None else len(self.context.rows(args, kwargs))
 
     def _quantiles(self, levels: Sequence[float], *args: Any, **kwargs: Any) -> Values:
         rows = None if self.context is None else self.context.rows(args, kwargs)
-        size = self.rows.size if rows is None else len(rows)
         latent, found = None, []
         if self.global_guide is not None:
             latent = self.global_guide.get_posterior().sample((MARGINAL_DRAWS, 1))
-        numbers = torch.arange(size, device=self.local_flow.base.loc.device)
+        numbers = torch.arange(self._num_rows(args, kwargs), device=self.local_flow.base.loc.device)
         for index in numbers.split(max(1, AT_ONCE // MARGINAL_DRAWS)):
             picked = None if rows is None else rows[index.to(rows.device)]
             q = self._local_posterior(index, picked, latent, trailing=0)

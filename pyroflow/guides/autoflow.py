@@ -55,7 +55,80 @@ class StandardStudentT(nn.Module):
         return dist.StudentT(self.df, self.loc, torch.ones_like(self.loc)).to_event(1)
 
 
-class AutoFlow(ModuleGuide, AutoContinuous):
+class FlowGuide(ModuleGuide, AutoContinuous):
+    """A guide whose distribution over the unconstrained latents is a :class:`~pyroflow.Flow`."""
+
+    flow: Flow
+
+    def set_latents(self, latents: Latents) -> None:
+        """As in any guide; ``NeuTraReparam`` takes the plates from one that was not called yet."""
+        super().set_latents(latents)
+        if self.master is None:
+            self._create_plates()
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
+        """As in Pyro, but unseen by the model, which would take the indices from them.
+
+        A model whose plate has grown would run on a part of its rows and say nothing.
+        """
+        with poutine.block(hide_fn=site_is_subsample):
+            return super()._create_plates(*args, **kwargs)
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
+        """As in Pyro, and for draws of shape (*B, D) too: (*B, *shape of the site)."""
+        values = self.latents.unpack(latent, particles=True)
+        return ((self.prototype_trace.nodes[name], value) for name, value in values.items())
+
+    def _draw_unconstrained(self, *args: Any, **kwargs: Any) -> tuple[Values, dict[str, Any]]:
+        latent = self.sample_latent(*args, **kwargs)
+        return self.latents.unpack(latent, particles=True), self._create_plates(*args, **kwargs)
+
+    def _quantiles(self, levels: Sequence[float], *args: Any, **kwargs: Any) -> Values:
+        draws, _ = self.latents.constrain(self.get_posterior().sample((MARGINAL_DRAWS,)))
+        return marginal_quantiles(draws, levels)
+
+    def check_model(self, model_trace: poutine.Trace) -> None:
+        """Compare a run of a model, not vectorised, with what the guide was set up with.
+
+        Raises:
+            ValueError: If a latent site is new, gone, of another shape or on another support, by
+                name.
+        """
+        self.latents.check(model_trace)
+
+    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Log density of the guide at points on the supports of the model's sites.
+
+        It is the density with respect to the measures that Pyro's own distributions have on these
+        supports, so it can be set beside the log joint of a model.
+
+        Args:
+            values: by name, for every site of the guide, shape (*B, *shape of the site). Draws of
+                the guide, or of Pyro's ``Predictive``, can be given as they are.
+            *args: the model's, used where the guide was never called.
+            **kwargs: likewise.
+
+        Returns:
+            log q, shape (*B).
+
+        Raises:
+            ValueError: If a site is missing or unknown, a shape does not fit, or a value is not
+                inside its support; the message names the site.
+
+        Example:
+            >>> import pyro
+            >>> def model():
+            ...     return pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+            >>> guide = AutoFlow(model, [])
+            >>> guide.log_prob({"scale": torch.tensor([0.5, 1.0, 2.0])}).shape
+            torch.Size([3])
+        """
+        flow = self.setup(*args, **kwargs).flow
+        z, log_det = self.latents.unconstrain(values, like=flow.base.loc)
+        return flow().log_prob(z) - log_det
+
+
+class AutoFlow(FlowGuide):
     """A flow of any transforms as guide for any Pyro model with continuous latents.
 
     All latents, mapped to the unconstrained space, form one vector z of D numbers with
@@ -108,7 +181,6 @@ class AutoFlow(ModuleGuide, AutoContinuous):
         (torch.Size([3]), 3)
     """
 
-    flow: Flow
     _unpickled = ("_model", "_given")
 
     def __init__(
@@ -156,42 +228,6 @@ class AutoFlow(ModuleGuide, AutoContinuous):
         (given,) = self._given
         return list(given) if isinstance(given, list) else checked_transforms(given(len(init_loc)))
 
-    def set_latents(self, latents: Latents) -> None:
-        """As in any guide; ``NeuTraReparam`` takes the plates from one that was not called yet."""
-        super().set_latents(latents)
-        if self.master is None:
-            self._create_plates()
-
-    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
-        """As in Pyro, but unseen by the model, which would take the indices from them.
-
-        A model whose plate has grown would run on a part of its rows and say nothing.
-        """
-        with poutine.block(hide_fn=site_is_subsample):
-            return super()._create_plates(*args, **kwargs)
-
-    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
-        """As in Pyro, and for draws of shape (*B, D) too: (*B, *shape of the site)."""
-        values = self.latents.unpack(latent, particles=True)
-        return ((self.prototype_trace.nodes[name], value) for name, value in values.items())
-
-    def _draw_unconstrained(self, *args: Any, **kwargs: Any) -> tuple[Values, dict[str, Any]]:
-        latent = self.sample_latent(*args, **kwargs)
-        return self.latents.unpack(latent, particles=True), self._create_plates(*args, **kwargs)
-
-    def _quantiles(self, levels: Sequence[float], *args: Any, **kwargs: Any) -> Values:
-        draws, _ = self.latents.constrain(self.get_posterior().sample((MARGINAL_DRAWS,)))
-        return marginal_quantiles(draws, levels)
-
-    def check_model(self, model_trace: poutine.Trace) -> None:
-        """Compare a run of a model, not vectorised, with what the guide was set up with.
-
-        Raises:
-            ValueError: If a latent site is new, gone, of another shape or on another support, by
-                name.
-        """
-        self.latents.check(model_trace)
-
     def get_base_dist(self) -> dist.TorchDistribution:
         """N(0, I), or independent Student-t variables, with event shape (D,)."""
         return self.flow.base()
@@ -209,34 +245,3 @@ class AutoFlow(ModuleGuide, AutoContinuous):
         # A list, not a composed transform: torch's would run the stack again to score a sample.
         q = self.flow()
         return AlongPath(q.base_dist, q.transforms) if self.path_derivative else q
-
-    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Log density of the guide at points on the supports of the model's sites.
-
-        It is the density with respect to the measures that Pyro's own distributions have on these
-        supports, so it can be set beside the log joint of a model.
-
-        Args:
-            values: by name, for every site of the guide, shape (*B, *shape of the site). Draws of
-                the guide, or of Pyro's ``Predictive``, can be given as they are.
-            *args: the model's, used where the guide was never called.
-            **kwargs: likewise.
-
-        Returns:
-            log q, shape (*B).
-
-        Raises:
-            ValueError: If a site is missing or unknown, a shape does not fit, or a value is not
-                inside its support; the message names the site.
-
-        Example:
-            >>> import pyro
-            >>> def model():
-            ...     return pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-            >>> guide = AutoFlow(model, [])
-            >>> guide.log_prob({"scale": torch.tensor([0.5, 1.0, 2.0])}).shape
-            torch.Size([3])
-        """
-        flow = self.setup(*args, **kwargs).flow
-        z, log_det = self.latents.unconstrain(values, like=flow.base.loc)
-        return flow().log_prob(z) - log_det

@@ -37,37 +37,25 @@ class ModuleGuide(AutoGuide):
     """A guide that makes its parts in one run of the model.
 
     Beyond Pyro's guides it keeps its model when it is copied, owns its names in Pyro's parameter
-    store, and moves the bounds of supports with its parameters.
+    store, and moves the bounds of supports with its parameters. A subclass implements
+    ``_make_parts`` (the parameters), ``_draw_unconstrained`` (samples auxiliary sites, and returns
+    unconstrained values by site, and the plates by name) and ``_quantiles``, all of the model's
+    arguments.
 
     Attributes:
         latents: after the first call, the table of the model's latents.
-        plate: the plate whose rows have latents of their own, which may subsample; None for none.
+        plate: the plate whose rows have latents of their own, which may subsample.
     """
 
     latents: Latents
     plate: str | None = None
-    _unpickled: tuple[str, ...] = ("_model",)  # attributes that only set-up or training need
-
-    def _make_parts(self, *args: Any, **kwargs: Any) -> None:
-        """Make the parameters, for the model's arguments."""
-        raise NotImplementedError
-
-    def _draw_unconstrained(self, *args: Any, **kwargs: Any) -> tuple[Values, dict[str, Any]]:
-        """Sample the auxiliary sites: unconstrained values by site, and the plates by name."""
-        raise NotImplementedError
-
-    def _quantiles(self, levels: Sequence[float], *args: Any, **kwargs: Any) -> Values:
-        raise NotImplementedError
+    _unpickled: tuple[str, ...] = ("_model",)
 
     def setup(self, *args: Any, **kwargs: Any) -> ModuleGuide:
         """Run the model to see its latents, and make the parameters; later calls do nothing.
 
         It runs once, and once more where a support has bounds, to see whether they move. The
-        first call of the guide does the same.
-
-        Args:
-            *args: the model's.
-            **kwargs: the model's.
+        first call of the guide does the same, with the model's arguments too.
 
         Returns:
             The guide itself.
@@ -109,7 +97,7 @@ class ModuleGuide(AutoGuide):
         refuse_moving_supports(self.model, self.latents, args, kwargs)
 
     def set_latents(self, latents: Latents) -> None:
-        """Keep what is known of the latents, in the attributes that Pyro reads too."""
+        """Keep the table of latents, and what Pyro reads of it."""
         self.latents, self.prototype_trace = latents, latents.trace()
         self._cond_indep_stacks = {site.name: site.plates for site in latents}
         self._unconstrained_shapes = {site.name: site.unconstrained_shape for site in latents}
@@ -142,8 +130,7 @@ class ModuleGuide(AutoGuide):
 
         Args:
             quantiles: Q probabilities in [0, 1].
-            *args: the model's, used where the guide was never called, or reads its rows' data
-                from them: all rows then, whatever the model draws.
+            *args: the model's, used where the guide was never called or reads data from them.
             **kwargs: likewise.
 
         Returns:
@@ -209,8 +196,7 @@ def marginal_quantiles(draws: Values, quantiles: Sequence[float]) -> Values:
     return found
 
 
-# By guide, what it has put into Pyro's parameter store. Kept beside the guide: no copy or pickle
-# shall have it.
+# By guide, what it has put into Pyro's parameter store. No copy or pickle of it shall have this.
 _STORED: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[Tensor]]]
 _STORED = weakref.WeakKeyDictionary()
 

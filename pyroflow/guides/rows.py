@@ -1,4 +1,4 @@
-"""The rows of a plate: their latents, their data, which are drawn, and the flow of one row."""
+"""The rows of a plate: their latents, their data, and which of them are drawn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Size, Tensor, nn
 
@@ -63,6 +64,15 @@ class Rows:
         init_loc = table.pack(starts).mean(0)
         return cls(table, init_loc, -frame.dim - 1, frame.full_size or frame.size)
 
+    def check_size(self, size: int, plate: str) -> None:
+        """Raise ``ValueError`` for a plate of other rows than those that were learned."""
+        if size != self.size:
+            raise ValueError(
+                f"plate {plate!r} has {size} rows, and with context=None the guide learned those "
+                f"of {self.size}: new rows need a context, such as context='name of the argument "
+                "with their data'"
+            )
+
 
 def _row_starts(site: LatentSite, plate: str, dim: int) -> Tensor:
     """The unconstrained start values of a local site, shape (B, *event)."""
@@ -86,7 +96,7 @@ def _row_starts(site: LatentSite, plate: str, dim: int) -> Tensor:
     return start
 
 
-class RowContext(nn.Module):
+class RowContext(PyroModule):
     """The data of the rows of a plate, out of a model's arguments, and features of them.
 
     Args:
@@ -95,10 +105,6 @@ class RowContext(nn.Module):
         model: the model that has the arguments.
         encoder: turns the rows' data (B, ...) into features (B, C). Without it they are flattened
             and brought to mean 0 and sd 1.
-
-    Raises:
-        TypeError: If ``given`` is neither names nor a function.
-        ValueError: If a name is no argument of the model.
 
     Example:
         >>> def model(x, y=None): ...
@@ -128,8 +134,8 @@ class RowContext(nn.Module):
         for function in self.function:
             return _with_rows("context(...)", function(*args, **kwargs))
         found = {
-            name: _with_rows(repr(name), _argument(name, position, args, kwargs))
-            for name, position in self.positions.items()
+            name: _with_rows(repr(name), _argument(name, at, args, kwargs))
+            for name, at in self.positions.items()
         }
         if len(found) == 1:
             return next(iter(found.values()))
@@ -137,6 +143,23 @@ class RowContext(nn.Module):
             lengths = ", ".join(f"{name!r}: {len(value)}" for name, value in found.items())
             raise ValueError(f"context must have as many rows in each argument, got {lengths}")
         return torch.cat([value.reshape(len(value), -1) for value in found.values()], -1)
+
+    def drawn(self, index: Tensor, size: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The rows at the indices that a plate of N drew, out of all N or of just those.
+
+        Raises:
+            ValueError: If the arguments hold neither N rows nor as many as were drawn.
+        """
+        rows = self.rows(args, kwargs)
+        if len(rows) == size:
+            return rows.index_select(0, index.to(rows.device))
+        if len(rows) == len(index):
+            return rows
+        drawn = "" if len(index) == size else f", or the {len(index)} drawn ones"
+        raise ValueError(
+            f"context must have all {size} rows of the plate{drawn}, got {len(rows)} rows: its "
+            "first dimension must count the plate's rows"
+        )
 
     @torch.no_grad()
     def prepare(self, rows: Tensor, like: Tensor) -> int:
@@ -208,49 +231,6 @@ def _with_rows(label: str, value: Any) -> Tensor:
     return value
 
 
-def pick_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    """The rows at the indices that a plate of N drew, out of all rows or of just those.
-
-    Raises:
-        ValueError: If there are neither N rows nor as many as were drawn.
-
-    Example:
-        >>> data = torch.arange(4.0)
-        >>> pick_rows(data, torch.tensor([2, 0]), 4), pick_rows(data[:2], torch.tensor([2, 0]), 4)
-        (tensor([2., 0.]), tensor([0., 1.]))
-    """
-    if len(rows) == size:
-        return rows.index_select(0, index.to(rows.device))
-    if len(rows) == len(index):
-        return rows
-    drawn = "" if len(index) == size else f", or the {len(index)} drawn ones"
-    raise ValueError(
-        f"context must have all {size} rows of the plate{drawn}, got {len(rows)} rows: its "
-        "first dimension must count the plate's rows"
-    )
-
-
-class _PlateOpened(Exception):  # noqa: N818, not an error
-    """Ends a run of the model."""
-
-
-class _StopAtPlate(Messenger):
-    """Ends a model's run where it opens the plate; latents before it have stored values."""
-
-    def __init__(self, plate: str, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.plate, self.values, self.draw = plate, values, None
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        name, fn = msg["name"], msg["fn"]
-        if name == self.plate and isinstance(fn, _Subsample):
-            self.draw = {"size": fn.size, "subsample_size": fn.subsample_size}
-            self.draw["subsample"] = msg["value"]
-            raise _PlateOpened
-        if name in self.values and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.values[name], True
-
-
 @torch.no_grad()
 def draw_of(
     model: Callable, plate: str, values: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]
@@ -264,12 +244,16 @@ def draw_of(
     Raises:
         ValueError: If the run opens no such plate, or one without a size.
     """
-    stop = _StopAtPlate(plate, values)
+    given = poutine.condition(model, data=values)
+    until = poutine.escape(
+        given, lambda site: site["name"] == plate and isinstance(site["fn"], _Subsample)
+    )
     try:
-        with poutine.block(), stop:
-            model(*args, **kwargs)
-    except _PlateOpened:
-        return stop.draw
+        with poutine.block():
+            until(*args, **kwargs)
+    except NonlocalExit as stopped:
+        fn, index = stopped.site["fn"], stopped.site["value"]
+        return {"size": fn.size, "subsample_size": fn.subsample_size, "subsample": index}
     raise ValueError(
         f"plate {plate!r} was not opened with a size in this run of the model: the guide needs "
         f"pyro.plate({plate!r}, size) in every run"

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from pyroflow.io import packed, read_data, write_whole
 from pyroflow.seeds import generator_states, restore_generators
 
@@ -31,6 +29,8 @@ def held(path: str | Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
+    from filelock import FileLock, Timeout
+
     name = Path(f"{os.path.realpath(path)}.lock.partial")
     lock = FileLock(name, timeout=0)
     try:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
-from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
 from pyroflow.model.sites import Description, LatentSite
@@ -49,7 +49,11 @@ class Latents:
         """A trace of the sites alone, for Pyro's guides."""
         trace = Trace()
         for site in self:
-            trace.add_node(site.name, **site.node())
+            fn = dist.ImproperUniform(site.support, site.batch_shape, site.event_shape)
+            node = {"type": "sample", "name": site.name, "fn": fn, "value": site.value}
+            node |= {"is_observed": False, "cond_indep_stack": site.plates}
+            node |= {"args": (), "kwargs": {}, "infer": {}, "scale": 1.0, "mask": None}
+            trace.add_node(site.name, **node)
         return trace
 
     def pack(self, latents: Values) -> Tensor:
@@ -100,34 +104,12 @@ class Latents:
         _check_names(list(self.sites), values)
         options = {"dtype": like.dtype, "device": like.device}
         found = {name: torch.as_tensor(values[name], **options) for name in self.sites}
-        batch, latents, log_dets = self._common_batch(found), {}, []
+        batch, latents, log_dets = _common_batch(self, found), {}, []
         for site in self:
             value = found[site.name].reshape(batch + site.value.shape)
             latents[site.name], log_det = site.unconstrain(value)
             log_dets.append(log_det)
         return self.pack(latents), _summed(log_dets, len(batch))
-
-    def _common_batch(self, values: Values) -> Size:
-        """The batch shape B that the values have before the shape of their site."""
-        batches = {}
-        for site in self:
-            shape, own = values[site.name].shape, site.value.shape
-            cut = len(shape) - len(own)
-            if cut < 0 or shape[cut:] != own:
-                raise ValueError(
-                    f"values expects site {site.name!r} with shape (*B, *{tuple(own)}), "
-                    f"got {tuple(shape)}"
-                )
-            batches[site.name] = shape[:cut]
-        shortest = min(batches, key=lambda name: len(batches[name]))
-        common = batches[shortest]
-        for name, batch in batches.items():
-            if batch[: len(common)] != common or batch[len(common) :].numel() != 1:
-                raise ValueError(
-                    f"values expects one batch shape B for all sites, got {tuple(common)} at "
-                    f"{shortest!r} and {tuple(batch)} at {name!r}"
-                )
-        return common
 
     def check(self, trace: Trace) -> None:
         """Compare them with the continuous latents of a later run of the model.
@@ -145,7 +127,7 @@ class Latents:
                     "time"
                 )
 
-    def _difference(self, name: str, now: Mapping[str, Distribution]) -> str | None:
+    def _difference(self, name: str, now: Mapping[str, dist.Distribution]) -> str | None:
         if name not in self.sites:
             return (
                 f"the model samples site {name!r}, which was not there when the guide was set up "
@@ -174,16 +156,15 @@ class Latents:
     def restore(
         cls, sites: list[Description], build: Callable[[Any], Constraint], like: Tensor
     ) -> Latents:
-        """What :meth:`describe` gave. ``build`` makes a support of its plain data.
+        """What :meth:`describe` gave, and a file that may be damaged.
 
         Args:
-            sites: of a file, which may be damaged.
-            build: the inverse of the ``describe`` that was used.
+            sites: the plain data.
+            build: makes a support of its plain data.
             like: has the dtype and device of z, and its D.
 
         Raises:
-            ValueError: If shapes and plates do not fit these numbers, which a guide would else
-                make room for when it is called.
+            ValueError: If shapes and plates do not fit D: a guide would make room for them.
         """
         claimed = sum(math.prod(site["unconstrained_shape"]) for site in sites)
         if claimed != len(like):
@@ -208,19 +189,38 @@ def _check_names(names: list[str], values: Values) -> None:
         )
 
 
+def _common_batch(sites: Iterable[LatentSite], values: Values) -> Size:
+    """The batch shape B that the values have before the shape of their site."""
+    batches = {}
+    for site in sites:
+        shape, own = values[site.name].shape, site.value.shape
+        cut = len(shape) - len(own)
+        if cut < 0 or shape[cut:] != own:
+            raise ValueError(
+                f"values expects site {site.name!r} with shape (*B, *{tuple(own)}), "
+                f"got {tuple(shape)}"
+            )
+        batches[site.name] = shape[:cut]
+    shortest = min(batches, key=lambda name: len(batches[name]))
+    common = batches[shortest]
+    for name, batch in batches.items():
+        if batch[: len(common)] != common or batch[len(common) :].numel() != 1:
+            raise ValueError(
+                f"values expects one batch shape B for all sites, got {tuple(common)} at "
+                f"{shortest!r} and {tuple(batch)} at {name!r}"
+            )
+    return common
+
+
 def _is_continuous_latent(site: Site) -> bool:
     latent = site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
     return latent and not site["fn"].support.is_discrete
 
 
 def started_anywhere(init_loc_fn: Callable) -> Callable:
-    """The init function; and where it asks a sampler that there is not, a start of its own.
+    """The init function; near the middle of the unconstrained space where it fails.
 
-    An improper prior has none, or a distribution of the user's: these start near the middle of
-    the unconstrained space.
-
-    Args:
-        init_loc_fn: one of Pyro's ``init_to_…`` functions, or of that kind.
+    It asks for a sampler, which an improper prior does not have, nor some of the user's own.
     """
 
     def start(site: Site) -> Tensor:

@@ -27,8 +27,8 @@ WIDEST_PLATE = 10**8  # rows that a plate may subsample, all of which Pyro shuff
 class Point(dist.Delta):
     """A draw of the guide at its site, with the log Jacobian of the map to the support.
 
-    Pyro's Kullback-Leibler divergence of a ``Delta`` leaves its ``log_density`` out, so that
-    ``TraceMeanField_ELBO`` would lose the Jacobian of every constrained site. And its draws
+    Unlike a ``Delta`` it keeps its ``log_density`` in Pyro's Kullback-Leibler divergence, where
+    ``TraceMeanField_ELBO`` would lose the Jacobian of every constrained site, and its draws
     remember the latents that they come from, for priors to be scored there.
     """
 
@@ -85,13 +85,6 @@ class LatentSite:
             shape = bijection(support).inv(value).shape
         return cls(site["name"], support, fn.batch_shape, fn.event_shape, shape, plates, value)
 
-    def node(self) -> dict[str, Any]:
-        """The site as a node of a trace, with an improper prior."""
-        fn = dist.ImproperUniform(self.support, self.batch_shape, self.event_shape)
-        node = {"type": "sample", "name": self.name, "fn": fn, "value": self.value}
-        node |= {"is_observed": False, "cond_indep_stack": self.plates, "scale": 1.0, "mask": None}
-        return node | {"args": (), "kwargs": {}, "infer": {}}
-
     def to(self, move: Move) -> LatentSite:
         """The site with ``move`` applied to its tensors, such as the bounds of an interval."""
         return replace(self, support=_mapped(self.support, move), value=move(self.value))
@@ -123,13 +116,22 @@ class LatentSite:
             support = describe(self.support)
         except TypeError as error:
             raise type(error)(f"{error}, the support of site {self.name!r}") from error
+        plates = [
+            {
+                "name": frame.name,
+                "dim": frame.dim,
+                "size": int(frame.size),
+                "full_size": frame.full_size and int(frame.full_size),
+            }
+            for frame in self.plates
+        ]
         return {
             "name": self.name,
             "batch_shape": list(self.batch_shape),
             "event_shape": list(self.event_shape),
             "unconstrained_shape": list(self.unconstrained_shape),
             "support": support,
-            "plates": [_described(frame) for frame in self.plates],
+            "plates": plates,
         }
 
     @classmethod
@@ -149,16 +151,6 @@ class LatentSite:
             if frame.size != batch[frame.dim] or (frame.full_size or 0) > WIDEST_PLATE:
                 raise ValueError(f"site {name!r} does not fit its plate {frame.name!r}")
         return cls(name, support, batch, event, shape, plates, value)
-
-
-def _described(frame: CondIndepStackFrame) -> Description:
-    full_size = None if frame.full_size is None else int(frame.full_size)
-    return {
-        "name": frame.name,
-        "dim": frame.dim,
-        "size": int(frame.size),
-        "full_size": full_size,
-    }
 
 
 def _mapped(held: Any, move: Move) -> Any:

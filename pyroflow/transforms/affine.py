@@ -10,16 +10,10 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
 from pyroflow.checks import check_choice, check_count, check_positive
-from pyroflow.transforms.bijection import Bijection
-from pyroflow.transforms.cache import Cached, Parameters, precisely
+from pyroflow.transforms.bijection import Bijection, Pair, Parameters, precisely
 from pyroflow.transforms.kernels.units import softplus
 
 AffineKind = Literal["full", "diagonal"]
-
-
-def inverse_softplus(scale: Tensor) -> Tensor:
-    """The v with softplus(v) = scale, for scale > 0, without overflow."""
-    return scale + torch.log(-torch.expm1(-scale))
 
 
 class Affine(Bijection, TransformModule):
@@ -38,7 +32,7 @@ class Affine(Bijection, TransformModule):
         init_scale: the diagonal of A at the start.
 
     Raises:
-        ValueError: input_dim < 1, an unknown kind, init_scale not positive.
+        ValueError: If input_dim < 1, the kind is unknown, or init_scale not positive.
 
     Example:
         >>> import torch
@@ -78,7 +72,7 @@ class Affine(Bijection, TransformModule):
         """Set location and scale to the mean and covariance of y, shape (N, D).
 
         Raises:
-            ValueError: a covariance that is singular, where L is to be a full triangle.
+            ValueError: If the covariance is singular, where L is to be a full triangle.
         """
         y = y.double()
         sd = y.std(0)
@@ -143,7 +137,9 @@ class Affine(Bijection, TransformModule):
         y = loc + (scale * z if self.diagonal else _times(scale, z))
         return y, self._spread(scale, inner, y)
 
-    def _invert(self, y: Tensor, parameters: Parameters, cached: Cached) -> tuple[Tensor, Tensor]:
+    def _invert(
+        self, y: Tensor, parameters: Parameters, cached: Pair | None
+    ) -> tuple[Tensor, Tensor]:
         loc, scale, inner = self._factors(parameters, y)
         x = (y - loc) / scale if self.diagonal else _solve_lower(scale, y - loc)
         if inner:
@@ -159,6 +155,11 @@ class Affine(Bijection, TransformModule):
         diagonal = scale if self.diagonal else scale.diagonal(dim1=-2, dim2=-1)
         diagonal = diagonal * inner[1] if inner else diagonal
         return diagonal.log().sum(-1).expand(image.shape[:-1])
+
+
+def inverse_softplus(scale: Tensor) -> Tensor:
+    """The v with softplus(v) = scale, for scale > 0, without overflow."""
+    return scale + torch.log(-torch.expm1(-scale))
 
 
 def _times(tril: Tensor, x: Tensor) -> Tensor:

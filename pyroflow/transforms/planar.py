@@ -6,19 +6,17 @@ import math
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
-from torch import Tensor, nn
+from torch import nn
 
-from pyroflow.checks import check_count
-from pyroflow.transforms.bijection import Bijection
-from pyroflow.transforms.cache import Cached, Parameters
-from pyroflow.transforms.kernels.autograd import Intermediates, evaluate_stack
-from pyroflow.transforms.kernels.units import Nonlinearity, Units, activation_named
+from pyroflow.checks import check_choice, check_count
+from pyroflow.transforms.kernels.autograd import Stack
+from pyroflow.transforms.kernels.units import TANH, LeakyReLU, Nonlinearity
 
 IDENTITY_SLOPE = math.log(math.e - 1)  # wᵀu at which m(wᵀu) = 0, so that û = 0
 INIT_SLOPE = 3.0  # ‖w‖ at the start, about: hyperplanes with bends as sharp as data need
 
 
-class Planar(Bijection, TransformModule):
+class Planar(Stack, TransformModule):
     """K planar layers y = x + û tanh(wᵀx + b), trainable, starting as the identity.
 
     Base to data: ``t(x) = y``. û is the paper's constrained u, so every parameter value is
@@ -44,19 +42,15 @@ class Planar(Bijection, TransformModule):
         b: shape (K,).
 
     Raises:
-        ValueError: input_dim < 1, num_layers < 0 or an unknown nonlinearity; at a call, an input
-            whose last dimension is not D or whose dtype is not that of the parameters.
+        ValueError: If a size is too small or the nonlinearity unknown; at a call, if an input's
+            last dimension is not D or its dtype not that of the parameters.
 
     Example:
         >>> import torch
         >>> from pyroflow import Planar
-        >>> t = Planar(2, num_layers=8)
-        >>> x = torch.randn(5, 2)
-        >>> y = t(x)
-        >>> torch.allclose(t.inv(y.clone()), x, atol=1e-5)
-        True
-        >>> t.log_abs_det_jacobian(x, y).shape
-        torch.Size([5])
+        >>> t, x = Planar(2, num_layers=8), torch.randn(5, 2)
+        >>> t.log_abs_det_jacobian(x, t(x)).shape, torch.allclose(t.inv(t(x).clone()), x, atol=1e-5)
+        (torch.Size([5]), True)
     """
 
     event_dims = {"w": 2, "u": 2, "b": 1}
@@ -71,8 +65,9 @@ class Planar(Bijection, TransformModule):
     ) -> None:
         check_count("input_dim", input_dim, 1)
         check_count("num_layers", num_layers, 0)
-        Bijection.__init__(self)
-        self.activation = activation_named(nonlinearity, negative_slope)
+        check_choice("nonlinearity", nonlinearity, ("tanh", "leaky_relu"))
+        Stack.__init__(self)
+        self.activation = TANH if nonlinearity == "tanh" else LeakyReLU(negative_slope)
         self.w = nn.Parameter(torch.empty(num_layers, input_dim))
         self.u = nn.Parameter(torch.empty(num_layers, input_dim))
         self.b = nn.Parameter(torch.empty(num_layers))
@@ -91,17 +86,3 @@ class Planar(Bijection, TransformModule):
         self.w *= norm.clamp(min=0.1 * INIT_SLOPE) / norm
         self.b.copy_((self.w * torch.randn_like(self.w)).sum(-1))
         self.u.copy_(IDENTITY_SLOPE * self.w / self.w.square().sum(-1, keepdim=True))
-
-    def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Intermediates]:
-        units = Units(*parameters, None)
-        return evaluate_stack(x, units, inverse=False, activation=self.activation)
-
-    def _invert(
-        self, y: Tensor, parameters: Parameters, cached: Cached
-    ) -> tuple[Tensor, Intermediates]:
-        units = Units(*parameters, None)
-        return evaluate_stack(y, units, inverse=True, cached=cached, activation=self.activation)
-
-    def _log_det(self, intermediates: Intermediates) -> Tensor:
-        """Σ_k ln(t² + s(1 − t²)), equation 13 as a sum of positives (t = tanh a)."""
-        return intermediates.log_det.clone()

@@ -10,34 +10,11 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
 from pyroflow.checks import check_count
-from pyroflow.transforms.bijection import Bijection
-from pyroflow.transforms.cache import Cached, Parameters
+from pyroflow.transforms.bijection import Bijection, Pair, Parameters, batch_shape
 from pyroflow.transforms.kernels.reference import pad
 from pyroflow.transforms.kernels.units import softplus
 
 INIT_WIDTH = 1.0  # α at the start: the reach of a layer, in standard deviations of the base
-
-
-def _nearest(dtype: torch.dtype) -> float:
-    """The shortest distance with a square: 1e-19 in float32, 1e-154 in float64."""
-    return math.sqrt(torch.finfo(dtype).tiny)  # a power of two, and so is its square
-
-
-def constrain(raw_alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """α > 0 and s = α + β̂ > 0, with β̂ = −α + ln(1 + e^β) (appendix A.2).
-
-    Both stay above 9e-13 in float32 and 7e-139 in float64, beside which a distance too short to
-    be squared does not count.
-
-    Args:
-        raw_alpha: any shape; α = ln(1 + e^raw_alpha).
-        beta: any shape.
-
-    Returns:
-        α and s, of the shapes of raw_alpha and beta.
-    """
-    least = _nearest(beta.dtype) / torch.finfo(beta.dtype).eps
-    return softplus(raw_alpha).clamp(min=least), softplus(beta).clamp(min=least)
 
 
 class _Intermediates(NamedTuple):
@@ -68,19 +45,15 @@ class Radial(Bijection, TransformModule):
         raw_alpha, beta: shape (K,).
 
     Raises:
-        ValueError: input_dim < 1 or num_layers < 0; at a call, an input whose last dimension is
-            not D or whose dtype is not that of the parameters.
+        ValueError: If a size is too small; at a call, if an input's last dimension is not D or
+            its dtype not that of the parameters.
 
     Example:
         >>> import torch
         >>> from pyroflow import Radial
-        >>> t = Radial(2, num_layers=8)
-        >>> x = torch.randn(5, 2)
-        >>> y = t(x)
-        >>> torch.allclose(t.inv(y.clone()), x, atol=1e-5)
-        True
-        >>> t.log_abs_det_jacobian(x, y).shape
-        torch.Size([5])
+        >>> t, x = Radial(2, num_layers=8), torch.randn(5, 2)
+        >>> t.log_abs_det_jacobian(x, t(x)).shape, torch.allclose(t.inv(t(x).clone()), x, atol=1e-5)
+        (torch.Size([5]), True)
     """
 
     event_dims = {"x0": 2, "raw_alpha": 1, "beta": 1}
@@ -102,8 +75,7 @@ class Radial(Bijection, TransformModule):
         self.beta.copy_(self.raw_alpha)
 
     def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, _Intermediates]:
-        x = self._columns(x, parameters)
-        x0, alpha, s = _aligned(parameters, x.dim() - 1)
+        x, x0, alpha, s = self._columns(x, parameters)
         distances = []
         for x0_k, alpha_k, beta_hat in zip(x0, alpha, s - alpha, strict=True):
             d = x - x0_k
@@ -113,10 +85,9 @@ class Radial(Bijection, TransformModule):
         return _rows(x), _Intermediates(_stack(distances, x), alpha, s, len(x))
 
     def _invert(
-        self, y: Tensor, parameters: Parameters, cached: Cached
+        self, y: Tensor, parameters: Parameters, cached: Pair | None
     ) -> tuple[Tensor, _Intermediates]:
-        y = self._columns(y, parameters)  # in closed form, so that what is cached saves nothing
-        x0, alpha, s = _aligned(parameters, y.dim() - 1)
+        y, x0, alpha, s = self._columns(y, parameters)  # closed form: what is cached saves nothing
         distances = []
         for x0_k, alpha_k, s_k in reversed(list(zip(x0, alpha, s, strict=True))):
             d = y - x0_k
@@ -135,22 +106,32 @@ class Radial(Bijection, TransformModule):
         g = (r + alpha * f) / (r + alpha)
         return ((D - 1) * f.log() + g.log()).sum(0)
 
-    def _columns(self, x: Tensor, parameters: Parameters) -> Tensor:
-        """A copy of x of the full batch shape, (D, *B): short sums are fast over the first axis."""
-        full = x.expand(*torch.broadcast_shapes(x.shape[:-1], self._batch(parameters)), x.shape[-1])
-        return full.movedim(-1, 0).clone(memory_format=torch.contiguous_format)
+    def _columns(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, ...]:
+        """A copy of x (D, *B), as short sums are fast over the first axis, and the parameters.
+
+        B is the full batch shape. x0 has shape (K, D, *P), α and s (K, *P), with P as long as B.
+        """
+        x0, raw_alpha, beta = parameters
+        batch = torch.broadcast_shapes(x.shape[:-1], batch_shape(parameters, self.event_dims))
+        columns = x.expand(*batch, x.shape[-1]).movedim(-1, 0)
+        alpha, s = (pad(t.movedim(-1, 0), len(batch), 1) for t in constrain(raw_alpha, beta))
+        x0 = pad(x0.movedim((-2, -1), (0, 1)), len(batch), 2)
+        return columns.clone(memory_format=torch.contiguous_format), x0, alpha, s
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.movedim(0, -1).contiguous()
+def constrain(raw_alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """α = ln(1 + e^raw_alpha) > 0 and s = α + β̂ = ln(1 + e^β) > 0 (appendix A.2).
+
+    Both stay above 9e-13 in float32 and 7e-139 in float64, beside which a distance too short to
+    be squared does not count.
+    """
+    least = _nearest(beta.dtype) / torch.finfo(beta.dtype).eps
+    return softplus(raw_alpha).clamp(min=least), softplus(beta).clamp(min=least)
 
 
-def _aligned(parameters: Parameters, batch_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x0, shape (K, D, *P), α and s, shape (K, *P), with P padded to batch_dim dimensions."""
-    x0, raw_alpha, beta = parameters
-    alpha, s = constrain(raw_alpha, beta)
-    x0 = x0.movedim((-2, -1), (0, 1))
-    return pad(x0, batch_dim, 2), *(pad(t.movedim(-1, 0), batch_dim, 1) for t in (alpha, s))
+def _nearest(dtype: torch.dtype) -> float:
+    """The shortest distance with a square: 1e-19 in float32, 1e-154 in float64."""
+    return math.sqrt(torch.finfo(dtype).tiny)  # a power of two, and so is its square
 
 
 def _length(d: Tensor) -> Tensor:
@@ -170,6 +151,10 @@ def _preimage(length: Tensor, alpha: Tensor, s: Tensor) -> Tensor:
     outside = q < 0
     larger = torch.where(outside, root - q, root + q) / 2
     return torch.where(outside, larger, product / larger)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.movedim(0, -1).contiguous()
 
 
 def _stack(distances: list[Tensor], like: Tensor) -> Tensor:

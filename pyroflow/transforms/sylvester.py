@@ -10,14 +10,111 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
 from pyroflow.checks import check_choice, check_count
-from pyroflow.transforms.bijection import Bijection
-from pyroflow.transforms.cache import Cached, Parameters
-from pyroflow.transforms.kernels.autograd import Intermediates, evaluate_stack
+from pyroflow.transforms.bijection import Parameters
+from pyroflow.transforms.kernels.autograd import Stack
 from pyroflow.transforms.kernels.units import Units, softplus
 from pyroflow.transforms.planar import INIT_SLOPE
 
 Orthogonal = Literal["householder", "qr", "triangular"]
 KINDS = ("householder", "qr", "triangular")
+
+
+class Sylvester(Stack, TransformModule):
+    """L Sylvester layers y = x + Q R tanh(R̃ Qᵀ x + b), trainable, starting as the identity.
+
+    Base to data: ``t(x) = y``. Q (D×M) has orthonormal columns, R and R̃ are upper triangular:
+    the M units of a layer act side by side, where M planar layers act in a row, and
+    det = Π_i (1 + tanh'(a_i) r_ii r̃_ii). A diagonal is bound only by r_ii r̃_ii > −1, which is
+    all that a bijection needs. The inverse is back-substitution with a scalar root for each
+    unit. Pyro's transform of this name has a wrong determinant and no inverse.
+
+    References:
+        van den Berg, Hasenclever, Tomczak and Welling, Sylvester normalizing flows for
+        variational inference, 2018, https://arxiv.org/abs/1803.05649, equations 13 and 14.
+
+    Args:
+        input_dim: D; inputs have shape (*B, D).
+        num_units: M, from 1 to D.
+        num_layers: L; 0 is the identity.
+        orthogonal: how Q is made: a product of M "householder" reflections; the orthogonal factor
+            of a "qr" decomposition; or "triangular", where Q is fixed, in turn the first columns
+            of the identity and the last ones in reverse. That is meant for M = D: where 2 M < D
+            the D − 2 M coordinates between stay as they are.
+
+    Attributes:
+        frame: what Q is made of, shape (L, M, D); a buffer where Q is fixed.
+        R, R_tilde: shape (L, M, M).
+        b: shape (L, M).
+
+    Raises:
+        ValueError: If a size is out of range or ``orthogonal`` unknown; at a call, if an input's
+            last dimension is not D or its dtype not that of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from pyroflow import Sylvester
+        >>> t, x = Sylvester(5, num_units=3, num_layers=2), torch.randn(7, 5)
+        >>> t.log_abs_det_jacobian(x, t(x)).shape, torch.allclose(t.inv(t(x).clone()), x, atol=1e-5)
+        (torch.Size([7]), True)
+    """
+
+    event_dims = {"frame": 3, "R": 3, "R_tilde": 3, "b": 2}
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_units: int,
+        num_layers: int = 1,
+        orthogonal: Orthogonal = "householder",
+    ) -> None:
+        D, M = check_count("input_dim", input_dim, 1), check_count("num_units", num_units, 1)
+        L = check_count("num_layers", num_layers, 0)
+        check_choice("orthogonal", orthogonal, KINDS)
+        if M > D:
+            raise ValueError(
+                f"num_units must be at most input_dim = {D}, as Q has orthonormal columns, got "
+                f"{M}: use more layers instead"
+            )
+        Stack.__init__(self)
+        self.orthogonal = orthogonal
+        if orthogonal == "triangular":
+            self.fixed = ("frame",)
+            turns = torch.stack([torch.eye(M, D), torch.eye(M, D).flip(1)])
+            self.register_buffer("frame", turns[torch.arange(L) % 2])
+        else:
+            self.frame = nn.Parameter(torch.empty(L, M, D))
+        self.R = nn.Parameter(torch.empty(L, M, M))
+        self.R_tilde = nn.Parameter(torch.empty(L, M, M))
+        self.b = nn.Parameter(torch.empty(L, M))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw Q and hyperplanes that cross a standard normal, and set R so that it is bound to 0.
+
+        p softplus(β (r + 1/p)) = β, where p is the diagonal of R̃ and β = 1 + p.
+        """
+        if self.orthogonal != "triangular":
+            self.frame.normal_()
+        M = self.b.shape[-1]
+        self.R_tilde.normal_(std=INIT_SLOPE / math.sqrt(2 * M)).triu_(1)
+        p = INIT_SLOPE / math.sqrt(2)
+        self.R_tilde.diagonal(dim1=-2, dim2=-1).fill_(p)
+        self.b.normal_().mul_(self.R_tilde.square().sum(-1).sqrt())
+        self.R.zero_().diagonal(dim1=-2, dim2=-1).fill_(
+            math.log(math.expm1(1 + 1 / p)) / (1 + p) - 1 / p
+        )
+
+    def _units(self, parameters: Parameters) -> Units:
+        """The layers as planar units: W = R̃ Qᵀ and Û = (Q R)ᵀ, so that G = R̃ R is triangular."""
+        frame, R, R_tilde, b = parameters
+        M, D = frame.shape[-2:]
+        bound, s = bind_diagonal(*(t.diagonal(dim1=-2, dim2=-1) for t in (R, R_tilde)))
+        Q_T = orthonormal(frame, self.orthogonal)
+        W = R_tilde.triu() @ Q_T
+        U = (R.triu(1) + bound.diag_embed()).mT @ Q_T
+        W, U, s = (t.flatten(-3, -2) for t in (W, U, s.unsqueeze(-1)))
+        return Units(W, U, b.flatten(-2), s, max(M, 1))
 
 
 def orthonormal(frame: Tensor, orthogonal: Orthogonal) -> Tensor:
@@ -61,117 +158,3 @@ def bind_diagonal(r: Tensor, r_tilde: Tensor) -> tuple[Tensor, Tensor]:
     s = torch.where(above, 1 + r * r_tilde + p * tail, near).clamp(min=torch.finfo(r.dtype).tiny)
     sign = r_tilde.sign()
     return torch.where(above, r + sign * tail, sign * (tail - 1 / p)), s
-
-
-class Sylvester(Bijection, TransformModule):
-    """L Sylvester layers y = x + Q R tanh(R̃ Qᵀ x + b), trainable, starting as the identity.
-
-    Base to data: ``t(x) = y``. Q (D×M) has orthonormal columns, R and R̃ are upper triangular:
-    the M units of a layer act side by side, where M planar layers act in a row, and
-    det = Π_i (1 + tanh'(a_i) r_ii r̃_ii). A diagonal is bound only by r_ii r̃_ii > −1, which is
-    all that a bijection needs. The inverse is back-substitution with a scalar root for each
-    unit. Pyro's transform of this name has a wrong determinant and no inverse.
-
-    References:
-        van den Berg, Hasenclever, Tomczak and Welling, Sylvester normalizing flows for
-        variational inference, 2018, https://arxiv.org/abs/1803.05649, equations 13 and 14.
-
-    Args:
-        input_dim: D; inputs have shape (*B, D).
-        num_units: M, from 1 to D.
-        num_layers: L; 0 is the identity.
-        orthogonal: how Q is made: a product of M "householder" reflections; the orthogonal factor
-            of a "qr" decomposition; or "triangular", where Q is fixed, in turn the first columns
-            of the identity and the last ones in reverse. That is meant for M = D: where 2 M < D
-            the D − 2 M coordinates between stay as they are.
-
-    Attributes:
-        frame: what Q is made of, shape (L, M, D); a buffer where Q is fixed.
-        R, R_tilde: shape (L, M, M).
-        b: shape (L, M).
-
-    Raises:
-        ValueError: input_dim < 1, num_units < 1 or > input_dim, num_layers < 0, an unknown
-            ``orthogonal``; at a call, an input whose last dimension is not D or whose dtype is
-            not that of the parameters.
-
-    Example:
-        >>> import torch
-        >>> from pyroflow import Sylvester
-        >>> t = Sylvester(5, num_units=3, num_layers=2)
-        >>> x = torch.randn(7, 5)
-        >>> y = t(x)
-        >>> torch.allclose(t.inv(y.clone()), x, atol=1e-5)
-        True
-        >>> t.log_abs_det_jacobian(x, y).shape
-        torch.Size([7])
-    """
-
-    event_dims = {"frame": 3, "R": 3, "R_tilde": 3, "b": 2}
-
-    def __init__(
-        self,
-        input_dim: int,
-        num_units: int,
-        num_layers: int = 1,
-        orthogonal: Orthogonal = "householder",
-    ) -> None:
-        D, M = check_count("input_dim", input_dim, 1), check_count("num_units", num_units, 1)
-        L = check_count("num_layers", num_layers, 0)
-        check_choice("orthogonal", orthogonal, KINDS)
-        if M > D:
-            raise ValueError(
-                f"num_units must be at most input_dim = {D}, as Q has orthonormal columns, got "
-                f"{M}: use more layers instead"
-            )
-        Bijection.__init__(self)
-        self.orthogonal = orthogonal
-        if orthogonal == "triangular":
-            self.fixed = ("frame",)
-            turns = torch.stack([torch.eye(M, D), torch.eye(M, D).flip(1)])
-            self.register_buffer("frame", turns[torch.arange(L) % 2])
-        else:
-            self.frame = nn.Parameter(torch.empty(L, M, D))
-        self.R = nn.Parameter(torch.empty(L, M, M))
-        self.R_tilde = nn.Parameter(torch.empty(L, M, M))
-        self.b = nn.Parameter(torch.empty(L, M))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw Q and hyperplanes that cross a standard normal, and set R so that it is bound to 0.
-
-        p softplus(β (r + 1/p)) = β, where p is the diagonal of R̃ and β = 1 + p.
-        """
-        if self.orthogonal != "triangular":
-            self.frame.normal_()
-        M = self.b.shape[-1]
-        self.R_tilde.normal_(std=INIT_SLOPE / math.sqrt(2 * M)).triu_(1)
-        p = INIT_SLOPE / math.sqrt(2)
-        self.R_tilde.diagonal(dim1=-2, dim2=-1).fill_(p)
-        self.b.normal_().mul_(self.R_tilde.square().sum(-1).sqrt())
-        self.R.zero_().diagonal(dim1=-2, dim2=-1).fill_(
-            math.log(math.expm1(1 + 1 / p)) / (1 + p) - 1 / p
-        )
-
-    def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Intermediates]:
-        return evaluate_stack(x, self._units(*parameters), inverse=False)
-
-    def _invert(
-        self, y: Tensor, parameters: Parameters, cached: Cached
-    ) -> tuple[Tensor, Intermediates]:
-        return evaluate_stack(y, self._units(*parameters), inverse=True, cached=cached)
-
-    def _log_det(self, intermediates: Intermediates) -> Tensor:
-        """Σ_i ln(1 + tanh'(a_i) r_ii r̃_ii), equation 14 of the paper, as a sum of positives."""
-        return intermediates.log_det.clone()
-
-    def _units(self, frame: Tensor, R: Tensor, R_tilde: Tensor, b: Tensor) -> Units:
-        """The layers as planar units: W = R̃ Qᵀ and Û = (Q R)ᵀ, so that G = R̃ R is triangular."""
-        M, D = frame.shape[-2:]
-        bound, s = bind_diagonal(*(t.diagonal(dim1=-2, dim2=-1) for t in (R, R_tilde)))
-        Q_T = orthonormal(frame, self.orthogonal)
-        W = R_tilde.triu() @ Q_T
-        U = (R.triu(1) + bound.diag_embed()).mT @ Q_T
-        W, U, s = (t.flatten(-3, -2) for t in (W, U, s.unsqueeze(-1)))
-        return Units(W, U, b.flatten(-2), s, max(M, 1))

@@ -19,7 +19,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from pyroflow import ConditionalPlanar, Flow, Planar, Radial, planar_flow, radial_flow
 from pyroflow.flows import StandardNormal
-from pyroflow.transforms import Affine, Bijection, ConditionalRadial
+from pyroflow.transforms import Affine, ConditionalRadial
 
 MAKERS = pytest.mark.parametrize("make", [planar_flow, radial_flow])
 DIRECTIONS = pytest.mark.parametrize("direction", ["base_to_data", "data_to_base"])
@@ -270,23 +270,6 @@ def test_scores_and_gradients_are_those_of_torchs_distribution(seed: int) -> Non
     parameters = [p for p in flow.parameters() if p.requires_grad]
     results = [torch.autograd.grad(q.log_prob(y).sum(), parameters) for q in (flow(), plain)]
     assert all(torch.allclose(p, q, rtol=1e-11, atol=1e-11) for p, q in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("direction", ["base_to_data", "data_to_base"])
-@pytest.mark.parametrize("make", [planar_flow, radial_flow])
-def test_a_score_reads_the_parameters_once(
-    make: Callable, direction: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flow, reads = wild(make(D, 3, direction=direction), 0.5), []
-    read = Bijection._map_parameters
-
-    def counted(self: Bijection) -> tuple:
-        reads.append(type(self).__name__)
-        return read(self)
-
-    monkeypatch.setattr(Bijection, "_map_parameters", counted)
-    flow().log_prob(torch.randn(5, D))
-    assert sorted(reads) == ["Affine", make.__name__.split("_")[0].title()]
 
 
 def test_a_flow_is_expanded_and_validates_like_any_distribution() -> None:

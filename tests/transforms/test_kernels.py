@@ -26,7 +26,7 @@ def planar_units(num_units: int, dim: int, sd: float) -> Units:
 def sylvester_units(num_units: int, dim: int, sd: float, size: int) -> Units:
     t = scatter(Sylvester(dim, size, num_units // size), sd)
     with torch.no_grad():
-        return t._units(*t._map_parameters())
+        return t._units(t._map_parameters())
 
 
 def general(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -231,7 +231,7 @@ def test_work_is_freed() -> None:
             pair = (t.inv(z), z) if step % 2 else (z, t(z))
             loss = sum(p.square().sum() for p in pair) - t.log_abs_det_jacobian(*pair).sum()
             loss.backward()
-            last = t._inverse_pair if step % 2 else t._forward_pair
+            last = t._cache.inverse if step % 2 else t._cache.forward
             works.append(weakref.ref(last.intermediates.done.h))
         del last
         del loss, pair, z
@@ -256,7 +256,7 @@ def test_float32_error_is_that_of_the_terms(dim: int, num_units: int) -> None:
     single = planar_at(*(p.float() for p in (w, u, b)))
     x = torch.randn(2000, dim).float()
     y = exact(x.double())
-    h = exact._forward_pair.intermediates.done.h
+    h = exact._cache.forward.intermediates.done.h
     u_hat = constrain(exact.w, exact.u)[0]
     terms = x.abs().double().amax(-1) + (h.abs() * u_hat.norm(dim=-1, keepdim=True)).sum(0)
     error = (single(x).double() - y).abs().amax(-1) / terms / torch.finfo(torch.float32).eps

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyroflow.transforms.kernels.root import monotone_root
+from pyroflow.transforms.kernels.units import monotone_root
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 N = 250_000

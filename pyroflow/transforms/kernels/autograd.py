@@ -1,8 +1,8 @@
-"""Stacks of units as differentiable functions: the fast kernels, and the general path."""
+"""Stacks of units as differentiable bijections: the fast kernels, and the general path."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -10,17 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from pyroflow.transforms.bijection import Bijection, Pair, Parameters
 from pyroflow.transforms.kernels import compiled, per_point, reference, shared
-from pyroflow.transforms.kernels.units import (
-    TANH,
-    Activation,
-    Rows,
-    Tanh,
-    Units,
-    constrain,
-    constrain_rows,
-    row_gradients,
-)
+from pyroflow.transforms.kernels.units import TANH, Activation, Tanh, Units, constrain, softplus
 
 Pass = shared.Pass | per_point.Pass
 
@@ -36,94 +28,69 @@ class Intermediates(NamedTuple):
     done: Pass | None = None
 
 
+class Stack(Bijection):
+    """A bijection made of layers of units: planar layers, and those that are written as such."""
+
+    activation: Activation = TANH
+
+    def _units(self, parameters: Parameters) -> Units:
+        """The units, (w, u, b) as they are in planar layers."""
+        return Units(*parameters, None)
+
+    def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Intermediates]:
+        return evaluate_stack(x, self._units(parameters), False, None, self.activation)
+
+    def _invert(
+        self, y: Tensor, parameters: Parameters, cached: Pair | None
+    ) -> tuple[Tensor, Intermediates]:
+        return evaluate_stack(y, self._units(parameters), True, cached, self.activation)
+
+    def _log_det(self, intermediates: Intermediates) -> Tensor:
+        """Σ_k ln(t² + s (1 − t²)), t = tanh a: the papers' determinants as sums of positives."""
+        return intermediates.log_det.clone()
+
+
 def evaluate_stack(
     z: Tensor,
     units: Units,
-    *,
     inverse: bool,
-    cached: tuple[Tensor, Intermediates] | None = None,
+    cached: Pair | None = None,
     activation: Activation = TANH,
 ) -> tuple[Tensor, Intermediates]:
     """Evaluate y = x + Ûᵀ h(a) at z = x, or solve it for x at z = y; differentiable to any order.
 
-    Args:
-        z: shape (*B, D).
-        units: W, Û (*P, K, D), b (*P, K), s (*P, K, 1), with P broadcastable to B; or u in
-            place of Û, and s None.
-        inverse: whether z is y.
-        cached: the image and its intermediates, where they were found before: nothing is solved.
-        activation: what bends a unit; the kernels know tanh.
-
-    Returns:
-        The image, shape (*B, D), and its intermediates.
+    z has shape (*B, D), W and Û (*P, K, D), b (*P, K) and s (*P, K, 1), with P broadcastable to B.
+    Where the pair is ``cached`` nothing is solved. The kernels know tanh alone.
     """
     kernels = _kernels_for(z, units) if isinstance(activation, Tanh) and _plain(z) else None
     if kernels is None:
-        a = cached and cached[1].a
+        a = cached and cached.intermediates.a
         image, log_det, a = reference.evaluate(z, units, inverse, a, activation)
         return image, Intermediates(log_det, a=a)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # neither records a Function
-        return _traced(z, units, inverse)
     if kernels is per_point:
-        units = _flattened(units)
-    rows = constrain_rows(units.W.detach(), units.U.detach()) if units.s is None else None
+        units = Units(*[t if t is None else t.flatten(0, units.W.dim() - 3) for t in units[:4]])
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # neither records a Function
+    fast = units.s is None and not tracing
+    rows = _constrain_rows(units.W.detach(), units.U.detach()) if fast else None
     if units.s is None and rows is None:
         u_hat, s = constrain(units.W, units.U)
         units = units._replace(U=u_hat, s=s)
     flat = z if z.dim() == 2 else z.reshape(-1, z.shape[-1])
-    found = cached and cached[1].done
-    if found is not None:
-        found = found._replace(image=cached[0].detach().reshape(flat.shape))
-    call = _Call(kernels, units.size, inverse, rows, found)
-    if torch.is_grad_enabled():
-        image, log_det = _Stack.apply(flat, *units[:4], call)
+    if tracing:
+        (image, log_det, *_), done = compiled.stack(flat, *units, inverse), None
     else:
-        image, log_det, *_ = call.run(flat, *units[:4])
-    done, call.done = call.done, None  # the graph keeps what it needs by itself
+        call, done = _Call(kernels, units.size, inverse, rows), cached and cached.intermediates.done
+        if done is None:
+            with torch.no_grad():
+                done = (kernels.inverse if inverse else kernels.forward)(flat, call.units(*units))
+        else:
+            done = done._replace(image=cached.x.detach().reshape(flat.shape))
+        image, log_det = done[:2]
+        if torch.is_grad_enabled():
+            image, log_det = _Pass.apply(flat, *units[:4], done, call)
     if flat is not z:
         image, log_det = image.reshape(z.shape), log_det.reshape(z.shape[:-1])
     return image, Intermediates(log_det, done=done)
-
-
-def _traced(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Intermediates]:
-    """The kernels as one operator for ``torch.compile``."""
-    W, U, b, s, size = units
-    if s is None:
-        U, s = constrain(W, U)
-    if W.dim() > 2:
-        W, U, b, s, _ = _flattened(Units(W, U, b, s))
-    flat = z.reshape(-1, z.shape[-1])
-    image, log_det, _, _ = compiled.stack(flat, W, U, b, s, size, inverse)
-    return image.reshape(z.shape), Intermediates(log_det.reshape(z.shape[:-1]))
-
-
-def differentiable_gradients(
-    function: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """The gradients of a function as functions of its inputs, for derivatives of any order.
-
-    It is evaluated anew at aliases of the inputs, so that no path that leads from one input to
-    another is followed.
-    """
-    with torch.enable_grad():
-        aliases = [t.view_as(t) for t in inputs]
-        outputs = function(*aliases)
-    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
-    wanted = [t for t in aliases if t.requires_grad]
-    found = torch.autograd.grad(
-        [out for out, _ in pairs],
-        wanted,
-        [grad for _, grad in pairs],
-        create_graph=True,
-        allow_unused=True,
-    )
-    results = iter(found)
-    return [next(results) if t.requires_grad else None for t in aliases]
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func is at work, which the kernels do not know."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def _kernels_for(z: Tensor, units: Units) -> ModuleType | None:
@@ -138,60 +105,82 @@ def _kernels_for(z: Tensor, units: Units) -> ModuleType | None:
     return per_point if fits and units.size == 1 else None
 
 
-def _flattened(units: Units) -> Units:
-    """The units with their batch dimensions made one."""
-    last = units.W.dim() - 3
-    parts = [None if t is None else t.flatten(0, last) for t in units[:4]]
-    return Units(*parts, units.size)
-
-
 def _plain(z: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
-    return z.dtype in (torch.float32, torch.float64) and not transformed()
+    return z.dtype in (torch.float32, torch.float64) and not _transformed()
 
 
-def _batched_by_autograd(grad: Tensor | None) -> bool:
-    """Whether ``is_grads_batched`` is at work, which has a mechanism of its own."""
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work, which the kernels do not know."""
+    return torch._C._are_functorch_transforms_active()
 
 
-class _Call:
-    """What a pass is to do, and what it found beside its results."""
+class _Rows(NamedTuple):
+    """û and s of planar units, and what their gradients need; recorded in no graph."""
 
-    def __init__(
-        self, kernels: ModuleType, size: int, inverse: bool, rows: Rows | None, cached: Pass | None
-    ) -> None:
-        self.kernels, self.size, self.inverse, self.rows = kernels, size, inverse, rows
-        self.done = cached
-
-    def units(self, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None) -> Units:
-        """The units with û in its place."""
-        rows = self.rows
-        return Units(
-            W, U if rows is None else rows.u_hat, b, s if rows is None else rows.s, self.size
-        )
-
-    def run(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None) -> Pass:
-        """What the kernels find, or an earlier pass has found."""
-        if self.done is None:
-            kernel = self.kernels.inverse if self.inverse else self.kernels.forward
-            self.done = kernel(z, self.units(W, U, b, s))
-        return self.done
-
-    def general(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None = None) -> tuple:
-        """The results in differentiable operations."""
-        return reference.evaluate(z, Units(W, U, b, s, self.size), self.inverse, None, TANH)[:2]
+    u_hat: Tensor
+    s: Tensor
+    norm2: Tensor
+    v: Tensor
+    coefficient: Tensor
 
 
-class _Stack(Function):
-    """The kernels as an autograd function; second derivatives take the general path."""
+def _constrain_rows(w: Tensor, u: Tensor) -> _Rows | None:
+    """:func:`~.units.constrain` in few operations; None where a norm is below its floor.
+
+    Whether one is cannot be seen on another device without waiting for it: None there as well.
+    """
+    if w.device.type != "cpu" or not w.numel():
+        return None
+    norm2, v = (w * w).sum(-1, keepdim=True), (w * u).sum(-1, keepdim=True)
+    if not norm2.min().item() > math.sqrt(torch.finfo(w.dtype).tiny):
+        return None
+    s = softplus(v).clamp_(min=torch.finfo(w.dtype).tiny)
+    coefficient = torch.sub(s, v).sub_(1).div_(norm2)
+    return _Rows(torch.addcmul(u, coefficient, w), s, norm2, v, coefficient)
+
+
+def _row_gradients(
+    w: Tensor, u: Tensor, rows: _Rows, grad_w: Tensor, grad_u_hat: Tensor, grad_s: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients in w and u, given those of w (overwritten), û and s."""
+    share = (grad_u_hat * w).sum(-1, keepdim=True).div_(rows.norm2)
+    grad_v = share if grad_s is None else grad_s.add_(share)
+    grad_v = torch.mul(grad_v, rows.v.sigmoid()).sub_(share)
+    grad_w.addcmul_(grad_u_hat, rows.coefficient).addcmul_(grad_v, u)
+    grad_w.addcmul_(share.mul_(rows.coefficient), w, value=-2)
+    return grad_w, torch.addcmul(grad_u_hat, grad_v, w)
+
+
+class _Call(NamedTuple):
+    """How a pass is run; ``rows`` where the units are planar ones, given by u."""
+
+    kernels: ModuleType
+    size: int
+    inverse: bool
+    rows: _Rows | None
+
+    def units(self, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None, *_: int) -> Units:
+        """The units as the kernels take them, with û and s in their places."""
+        U, s = (U, s) if self.rows is None else self.rows[:2]
+        return Units(W, U, b, s, self.size)
+
+
+class _Pass(Function):
+    """A pass of the kernels as an autograd function; second derivatives take the general path."""
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor | None, call: _Call
+        ctx: Any,
+        z: Tensor,
+        W: Tensor,
+        U: Tensor,
+        b: Tensor,
+        s: Tensor | None,
+        done: Pass,
+        call: _Call,
     ) -> tuple[Tensor, Tensor]:
-        done = call.run(z, W, U, b, s)
         image = done.image.detach()
         read = image if call.kernels is per_point else None  # then nobody may edit it
         ctx.save_for_backward(z, W, U, b, s, read, *done[2:])
@@ -200,28 +189,49 @@ class _Stack(Function):
         return image, done.log_det.detach()
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_image: Tensor | None, grad_log_det: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        z, *parameters, image = ctx.saved_tensors[:6]
-        call = ctx.call
-        batched = any(_batched_by_autograd(t) for t in (grad_image, grad_log_det))
-        if torch.is_grad_enabled() or transformed() or batched:
-            inputs = [t for t in (z, *parameters) if t is not None]
-            found = differentiable_gradients(call.general, inputs, (grad_image, grad_log_det))
-            return (*found, *[None] * (6 - len(found)))
-        units = call.units(*parameters)
-        W, U, _, _ = parameters
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        z, W, U, b, s, image, *rest = ctx.saved_tensors
+        call, (grad_image, grad_log_det) = ctx.call, grads
+        # is_grads_batched has a mechanism of its own, beside that of torch.func
+        batched = any(
+            t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in grads
+        )
+        if torch.is_grad_enabled() or _transformed() or batched:
+            return *_differentiable_gradients(call, (z, W, U, b, s), grads), None, None
         grad_z, grad_W, grad_U, grad_b, grad_s = call.kernels.gradients(
             z,
-            units,
-            call.kernels.Pass(image, grad_log_det, *ctx.saved_tensors[6:]),
+            call.units(W, U, b, s),
+            call.kernels.Pass(image, grad_log_det, *rest),
             torch.zeros_like(z) if grad_image is None else grad_image,
             grad_log_det,
             inverse=call.inverse,
             needs=(ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])),
         )
         if call.rows is not None and grad_W is not None:
-            grad_W, grad_U = row_gradients(W, U, call.rows, grad_W, grad_U, grad_s)
+            grad_W, grad_U = _row_gradients(W, U, call.rows, grad_W, grad_U, grad_s)
             grad_s = None
-        return grad_z, grad_W, grad_U, grad_b, grad_s, None
+        return grad_z, grad_W, grad_U, grad_b, grad_s, None, None
+
+
+def _differentiable_gradients(
+    call: _Call, inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """The gradients by the general path, as functions of the inputs.
+
+    It is evaluated at aliases of the inputs, so that no path from one input to another is followed.
+    """
+    with torch.enable_grad():
+        z, *parameters = aliases = [t if t is None else t.view_as(t) for t in inputs]
+        units = Units(*parameters, call.size)
+        image, log_det, _ = reference.evaluate(z, units, call.inverse, None, TANH)
+    outputs = [(out, g) for out, g in zip((image, log_det), grads, strict=True) if g is not None]
+    needed = [t is not None and t.requires_grad for t in aliases]
+    found = torch.autograd.grad(
+        [out for out, _ in outputs],
+        [t for t, need in zip(aliases, needed, strict=True) if need],
+        [grad for _, grad in outputs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    found = iter(found)
+    return [next(found) if need else None for need in needed]

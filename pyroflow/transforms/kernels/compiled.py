@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ def stack(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image (N, D), log-determinant (N), h and pq (K, N) of a pass at z, shape (N, D).
 
-    The parameters are those of :class:`~pyroflow.transforms.kernels.units.Units`, shared by all
-    points or one set a point.
+    The units are :class:`~.units.Units` that all points share, or one set a point.
     """
     kernels = shared if W.dim() == 2 else per_point
     done = (kernels.inverse if inverse else kernels.forward)(z, Units(W, U, b, s, size))
@@ -26,69 +26,41 @@ def stack(
 
 
 @stack.register_fake
-def _(
-    z: Tensor, W: Tensor, U: Tensor, b: Tensor, s: Tensor, size: int, inverse: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(z: Tensor, W: Tensor, *_: Any) -> tuple[Tensor, ...]:
     N, K = z.shape[0], W.shape[-2]
     return z.new_empty(z.shape), z.new_empty(N), z.new_empty(K, N), z.new_empty(K, N)
 
 
 @torch.library.custom_op("pyroflow::stack_gradients", mutates_args=())
 def stack_gradients(
-    z: Tensor,
-    W: Tensor,
-    U: Tensor,
-    b: Tensor,
-    s: Tensor,
-    image: Tensor,
-    h: Tensor,
-    pq: Tensor,
-    grad_image: Tensor,
-    grad_log_det: Tensor,
-    size: int,
-    inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients in z and in the parameters."""
+    inputs: Sequence[Tensor], found: Sequence[Tensor], size: int, inverse: bool
+) -> list[Tensor]:
+    """The gradients in z, W, Û, b and s, given a pass with its gradients as log-determinant."""
+    z, W, U, b, s = inputs
+    grad_image, image, grad_log_det, h, pq = found
     kernels = shared if W.dim() == 2 else per_point
     own = (W @ U.T,) if kernels is shared else ()
     done = kernels.Pass(image, grad_log_det, h, pq, *own)
-    units = Units(W, U, b, s, size)
-    grads = kernels.gradients(
-        z, units, done, grad_image, grad_log_det, inverse=inverse, needs=(True, True)
-    )
-    return tuple(t.contiguous() for t in grads)
+    units, options = Units(W, U, b, s, size), {"inverse": inverse, "needs": (True, True)}
+    grads = kernels.gradients(z, units, done, grad_image, grad_log_det, **options)
+    return [t.contiguous() for t in grads]
 
 
 @stack_gradients.register_fake
-def _(
-    z: Tensor,
-    W: Tensor,
-    U: Tensor,
-    b: Tensor,
-    s: Tensor,
-    image: Tensor,
-    h: Tensor,
-    pq: Tensor,
-    grad_image: Tensor,
-    grad_log_det: Tensor,
-    size: int,
-    inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(t.new_empty(t.shape) for t in (z, W, U, b, s))
+def _(inputs: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in inputs]
 
 
-def _remember(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.size, ctx.inverse = inputs
     image, _, h, pq = output
     ctx.save_for_backward(*tensors, image, h, pq)
-    ctx.set_materialize_grads(True)
 
 
 def _differentiate(ctx: Any, grad_image: Tensor, grad_log_det: Tensor, *_: Tensor) -> tuple:
-    grads = stack_gradients(
-        *ctx.saved_tensors, grad_image, grad_log_det.contiguous(), ctx.size, ctx.inverse
-    )
-    return (*grads, None, None)
+    *inputs, image, h, pq = ctx.saved_tensors
+    found = [grad_image, image, grad_log_det.contiguous(), h, pq]
+    return *stack_gradients(inputs, found, ctx.size, ctx.inverse), None, None
 
 
-stack.register_autograd(_differentiate, setup_context=_remember)
+stack.register_autograd(_differentiate, setup_context=_save)

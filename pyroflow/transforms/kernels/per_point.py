@@ -1,8 +1,8 @@
-"""The passes of :mod:`~pyroflow.transforms.kernels.shared` where every point has its own units.
+"""The passes of shared.py where every point has its own units, as in amortised inference.
 
-As in amortised inference: W and Û have shape (N, K, D). The product G = W Ûᵀ would then cost K
-numbers for each of the N·K·D that the units have, so the layers are applied one after the other;
-each parameter is read once, and each gradient written once. One unit a layer.
+W and Û have shape (N, K, D). The product G = W Ûᵀ would cost K numbers for each of the N·K·D that
+the units have, so the layers are applied one after the other; each parameter is read once, and
+each gradient written once. One unit a layer.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyroflow.transforms.kernels.root import monotone_root
-from pyroflow.transforms.kernels.units import Units
+from pyroflow.transforms.kernels.units import Units, monotone_root
 
 CACHED = 1 << 20  # numbers
 

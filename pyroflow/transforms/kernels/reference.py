@@ -1,18 +1,16 @@
-"""The triangular tanh system that planar stacks and Sylvester layers share.
+"""The general path: units of any activation, batch shape and order of derivatives.
 
 A stack of K planar layers reads its input through K numbers only. With a_k the
 pre-activation of layer k and h = tanh(a), both directions of the stack are one system
 
     a + N h + (s − 1) ∘ h = r,
 
-with N strictly triangular. Forward, N is lower triangular and s = 1: an explicit
-recursion. Inverse, N is upper triangular and each unknown is the root of a monotone
-scalar equation. The derivatives of the system are *linear* triangular systems, which torch
-differentiates to any order.
+with N strictly triangular. Forward, N is lower triangular and s = 1: an explicit recursion.
+Inverse, N is upper triangular and each unknown is the root of a monotone scalar equation. The
+derivatives of the system are *linear* triangular systems, which torch differentiates to any order.
 
-Another activation may take the place of tanh. Inside, the layer index comes first: r is
-(K, *B); N is (K, K), shared by a flat batch, or (K, K, *P) with P as long as B and
-broadcastable to it; s is (K, *P).
+Inside, the layer index comes first: r is (K, *B); N is (K, K), shared by a flat batch, or
+(K, K, *P) with P as long as B and broadcastable to it; s is (K, *P), or None for 1.
 """
 
 from __future__ import annotations
@@ -25,37 +23,43 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyroflow.transforms.kernels.units import TANH, Activation, Units, constrain
+from pyroflow.transforms.kernels.units import Activation, Units, constrain
 
 
 def evaluate(
     z: Tensor, units: Units, inverse: bool, a: Tensor | None, activation: Activation
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The stack in differentiable operations, with parameters of any batch shape."""
+    """Image, log-determinant and a at z, with parameters of any batch shape.
+
+    Where a, shape (K, *B), is already known, nothing is solved, and the results have the
+    gradients of the solution.
+    """
     W, U, b, s, size = units
     if s is None:
         U, s = constrain(W, U)
-    G = (W @ U.mT).movedim((-2, -1), (0, 1))
+    N = (W @ U.mT).movedim((-2, -1), (0, 1))
     s = s.squeeze(-1).movedim(-1, 0)
+    if not inverse:
+        N = -N
+        if size > 1:  # a unit sees the shifts of earlier layers
+            layer = torch.arange(len(N), device=N.device) // size
+            N = N * pad((layer.unsqueeze(1) > layer).to(N.dtype), N.dim() - 2, 2)
     r = _project(z, W, b)
-    if inverse:
-        a = solve_coupled_tanh(
-            r, G, s, upper=True, solution=None if a is None else a.detach(), activation=activation
-        )
-    else:
-        N = -G if size == 1 else -G * _earlier_layers(G, size)
-        a = solve_coupled_tanh(r, N, None, upper=False, activation=activation)
-    s = s.reshape(s.shape[:1] + (1,) * (a.dim() - s.dim()) + s.shape[1:])
+    shape, solution = r.shape, a if a is None else a.detach()
+    if N.dim() == 2:
+        r = r.reshape(len(r), math.prod(shape[1:]))
+        solution = None if a is None else solution.reshape(r.shape)
+    N, bend = N if N.dim() == 2 else pad(N, r.dim() - 1, 2), pad(s, r.dim() - 1, 1)
+    a = _System.apply(r, N, bend if inverse else None, inverse, solution, activation).reshape(shape)
     h = activation.value(a)
     image = _shift(z, U, -h if inverse else h)
-    return image, activation.det(a, s).log().sum(0), a
+    return image, activation.det(a, pad(s, a.dim() - 1, 1)).log().sum(0), a
 
 
-def _earlier_layers(G: Tensor, size: int) -> Tensor:
-    """1 where unit k lies in a later layer than unit j, shape (K, K, 1, ...)."""
-    layer = torch.arange(len(G), device=G.device) // size
-    mask = (layer.unsqueeze(1) > layer).to(G.dtype)
-    return mask.reshape(mask.shape + (1,) * (G.dim() - 2))
+def pad(t: Tensor, batch_dims: int, at: int) -> Tensor:
+    """Insert singleton batch dimensions after the first ``at``, for right-aligned broadcasting."""
+    missing = batch_dims - (t.dim() - at)
+    return t.reshape(t.shape[:at] + (1,) * missing + t.shape[at:])
 
 
 def _project(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -74,48 +78,11 @@ def _shift(x: Tensor, u_hat: Tensor, h: Tensor) -> Tensor:
     return x + (h.movedim(0, -1).unsqueeze(-2) @ u_hat).squeeze(-2)
 
 
-def solve_coupled_tanh(
-    r: Tensor,
-    N: Tensor,
-    s: Tensor | None,
-    *,
-    upper: bool,
-    solution: Tensor | None = None,
-    activation: Activation = TANH,
-) -> Tensor:
-    """Solve a + N tanh(a) + (s − 1) ∘ tanh(a) = r for a, differentiable to any order.
+class _System(Function):
+    """r ↦ a. The forward pass is the recursion, the backward pass its linearisation.
 
-    Args:
-        r: right-hand side, shape (K, *B).
-        N: coupling, shape (K, K), or (K, K, *P) with P broadcastable to B. Only its strict
-            upper (``upper=True``) or strict lower triangle is read.
-        s: one plus the diagonal of the coupling, shape (K,) or (K, *P); None for s = 1.
-        upper: which triangle couples the unknowns, and with it the order of the recursion.
-        solution: a, shape (K, *B), where it is already known: nothing is solved, and the
-            result has the gradients of the solution.
-        activation: what stands for tanh.
-
-    Returns:
-        a, shape (K, *B).
-
-    Example:
-        >>> import torch
-        >>> from pyroflow.transforms.kernels.reference import solve_coupled_tanh
-        >>> N, s = torch.randn(3, 3), torch.ones(3) * 2
-        >>> a = solve_coupled_tanh(torch.zeros(3, 5), N, s, upper=True)
-        >>> a.shape, bool((a == 0).all())
-        (torch.Size([3, 5]), True)
+    Only the strict triangle of N that ``upper`` names is read; ``solution`` is a, where known.
     """
-    shape, shared = r.shape, N.dim() == 2
-    if shared:
-        r = r.reshape(len(r), math.prod(shape[1:]))
-        solution = None if solution is None else solution.reshape(r.shape)
-    N, s = N if shared else pad(N, r.dim() - 1, 2), pad(s, r.dim() - 1, 1)
-    return _CoupledTanh.apply(r, N, s, upper, solution, activation).reshape(shape)
-
-
-class _CoupledTanh(Function):
-    """r ↦ a. The forward pass is the recursion, the backward pass its linearisation."""
 
     @staticmethod
     def forward(
@@ -148,38 +115,41 @@ class _CoupledTanh(Function):
         det = None if s is None else ctx.activation.det(a, s)
         # Autograd differentiates the solution of a linear system to any order, a loop does not.
         again = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        flipped = N.transpose(0, 1)
-        adjoint = _solve_linear(grad, flipped, det, d, not ctx.upper, differentiable=again)
-        grad_N = -_outer(adjoint, h, N, ctx.upper) if ctx.needs_input_grad[1] else None
+        solve = _solve_linear if again else _solve_by_rows
+        adjoint = solve(grad, N.transpose(0, 1), det, d, not ctx.upper)
+        grad_N = None
+        if ctx.needs_input_grad[1]:  # summed over what N shares
+            shared = N.dim() == 2
+            outer = adjoint @ h.T if shared else (adjoint.unsqueeze(1) * h).sum_to_size(N.shape)
+            grad_N = -_triangle(outer, ctx.upper)
         grad_s = None if s is None else -(adjoint * h).sum_to_size(s.shape)
         return adjoint, grad_N, grad_s, None, None, None
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple,
-        r: Tensor,
-        N: Tensor,
-        s: Tensor | None,
-        upper: bool,
-        solution: Tensor | None,
-        activation: Activation,
-    ) -> tuple[Tensor, int]:
-        dims = in_dims[:3] + in_dims[4:5]
-        r, N, s, solution = _add_batch(info.batch_size, dims, (1, 2, 1, 1), (r, N, s, solution))
-        return _CoupledTanh.apply(r, N, s, upper, solution, activation), 1
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
+        """Move each mapped dimension behind the layer indices, where broadcasting finds it."""
+        moved = list(inputs)
+        for i, at in ((0, 1), (1, 2), (2, 1), (4, 1)):
+            if moved[i] is not None:
+                unmapped = in_dims[i] is None
+                t = moved[i].unsqueeze(at) if unmapped else moved[i].movedim(in_dims[i], at)
+                if i == 0:
+                    t = t.expand(len(t), info.batch_size, *t.shape[2:])
+                moved[i] = pad(t, moved[0].dim() - 2, at + 1) if i else t
+        return _System.apply(*moved), 1
 
 
-def _solve_linear(
-    v: Tensor, N: Tensor, p: Tensor | None, e: Tensor, upper: bool, *, differentiable: bool
-) -> Tensor:
+def _solve_linear(v: Tensor, N: Tensor, p: Tensor | None, e: Tensor, upper: bool) -> Tensor:
     """The x with p ∘ x + e ∘ (N x) = v, for N strictly triangular; p None means 1."""
-    if differentiable:
-        coupling = _triangle(N, upper).movedim((0, 1), (-2, -1)) * e.movedim(0, -1).unsqueeze(-1)
-        diagonal = (torch.ones_like(e) if p is None else p).movedim(0, -1).diag_embed()
-        right = v.movedim(0, -1).unsqueeze(-1)
-        found = torch.linalg.solve_triangular(coupling + diagonal, right, upper=upper)
-        return found.squeeze(-1).movedim(-1, 0)
+    coupling = _triangle(N, upper).movedim((0, 1), (-2, -1)) * e.movedim(0, -1).unsqueeze(-1)
+    diagonal = (torch.ones_like(e) if p is None else p).movedim(0, -1).diag_embed()
+    right = v.movedim(0, -1).unsqueeze(-1)
+    found = torch.linalg.solve_triangular(coupling + diagonal, right, upper=upper)
+    return found.squeeze(-1).movedim(-1, 0)
+
+
+def _solve_by_rows(v: Tensor, N: Tensor, p: Tensor | None, e: Tensor, upper: bool) -> Tensor:
+    """The same, in place of a matrix a point."""
     x, solved = v.clone(), torch.zeros_like(v)
     for k, x_k, solved_k, coupling in _rows(upper, x, solved, _triangle(N, upper)):
         x_k.sub_(_combine(coupling, solved).mul_(e[k]))
@@ -203,30 +173,3 @@ def _combine(coupling: Tensor, h: Tensor) -> Tensor:
 def _triangle(N: Tensor, upper: bool) -> Tensor:
     moved = N.movedim((0, 1), (-2, -1))
     return (moved.triu(1) if upper else moved.tril(-1)).movedim((-2, -1), (0, 1))
-
-
-def _outer(left: Tensor, right: Tensor, N: Tensor, upper: bool) -> Tensor:
-    """The gradient of a bilinear form in N: left rightᵀ, summed over what N shares."""
-    if N.dim() == 2:
-        return _triangle(left @ right.T, upper)
-    return _triangle((left.unsqueeze(1) * right).sum_to_size(N.shape), upper)
-
-
-def pad(t: Tensor | None, batch_dims: int, at: int) -> Tensor | None:
-    """Insert singleton batch dimensions after the first ``at``, for right-aligned broadcasting."""
-    if t is None:
-        return t
-    missing = batch_dims - (t.dim() - at)
-    return t.reshape(t.shape[:at] + (1,) * missing + t.shape[at:])
-
-
-def _add_batch(size: int, in_dims: tuple, at: tuple, tensors: tuple) -> list[Tensor | None]:
-    """Move each mapped dimension behind the layer indices; the first tensor is expanded."""
-    moved = []
-    for t, dim, position in zip(tensors, in_dims, at, strict=True):
-        if t is not None:
-            t = t.unsqueeze(position) if dim is None else t.movedim(dim, position)
-        moved.append(t)
-    moved[0] = moved[0].expand(len(moved[0]), size, *moved[0].shape[2:])
-    batch_dims = moved[0].dim() - 2
-    return [pad(t, batch_dims, start + 1) for t, start in zip(moved, at, strict=True)]

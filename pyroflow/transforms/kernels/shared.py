@@ -1,11 +1,9 @@
 """The two passes of a stack of tanh units, written by hand for speed.
 
-A stack of K units y = x + Σ_k û_k tanh(a_k), a_k = w_kᵀz + b_k, sees its input through K
-numbers. These functions evaluate it, invert it and differentiate both, with two matrix products
-in the event size and a recursion on (K, N) arrays. They record no graph:
-:mod:`~pyroflow.transforms.kernels.autograd` makes an autograd function of them, and
-:mod:`~pyroflow.transforms.kernels.reference` is the same mathematics in
-differentiable operations.
+A stack of K units y = x + Σ_k û_k tanh(a_k), a_k = w_kᵀz + b_k, sees its input through K numbers.
+These functions evaluate, invert and differentiate it with two matrix products in the event size
+and a recursion on (K, N) arrays. They record no graph: autograd.py makes an autograd function of
+them, and reference.py is the same mathematics in differentiable operations.
 
 Units come in layers of M that do not see each other's shifts: M = 1 for planar layers, and
 M = the number of units for Sylvester layers, whose G = W Ûᵀ is upper triangular inside a layer.
@@ -21,8 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyroflow.transforms.kernels.root import monotone_root
-from pyroflow.transforms.kernels.units import Units
+from pyroflow.transforms.kernels.units import Units, monotone_root
 
 SHALLOW = 32  # one block up to this many units
 LARGE = 65_000  # numbers in a (K, N) array from which small blocks stay in the cache

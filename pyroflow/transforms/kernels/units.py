@@ -1,20 +1,25 @@
-"""What a unit is: its bend h(a), the paper's û, and the parameters that the kernels take."""
+"""What a unit is: its bend h(a), the paper's û, and the root that an inverse needs."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyroflow.checks import check_choice, check_fraction
-from pyroflow.transforms.kernels.root import monotone_root
+from pyroflow.checks import check_fraction
 
-LINEAR = 40  # torch's softplus switches to v already at 20, where float64 still sees a difference
+MAX_STEPS = 64  # where s is huge and r near it, a step gains only half a unit in the tail of tanh
+EARLIEST_END = 2  # before that some element is never at rounding level: do not look
+CUBIC = 0.238  # tanh(a) <= a - 0.238 a**3 on [0, 1], as 1 - tanh(1) > 0.238
 
 Nonlinearity = Literal["tanh", "leaky_relu"]
+
+# ln(1 + eᵛ). Torch's switches to v already at 20, where float64 still sees a difference.
+softplus = partial(F.softplus, threshold=40)
 
 
 class Units(NamedTuple):
@@ -30,25 +35,13 @@ class Units(NamedTuple):
     size: int = 1
 
 
-def softplus(v: Tensor) -> Tensor:
-    """ln(1 + eᵛ), exact in float64 too."""
-    return F.softplus(v, threshold=LINEAR)
-
-
 def constrain(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The paper's û (appendix A.1) and s = 1 + wᵀû > 0, row by row.
+    """The paper's û (appendix A.1), shape (*, D), and s = 1 + wᵀû > 0, (*, 1), row by row.
 
     û = u + [m(wᵀu) − wᵀu] w/‖w‖² with m(v) = −1 + ln(1 + eᵛ), so that s = ln(1 + e^(wᵀu)).
     At ‖w‖ = 0 the formula is 0/0. Below ‖w‖² = sqrt(tiny), the square root of the smallest
     normal number, the denominator stays there and s follows; a wᵀu < −1/2 is exempt, as it
     needs the true norm to stay invertible (and with it a ‖u‖ beyond 1e9).
-
-    Args:
-        w: shape (*, D).
-        u: shape (*, D).
-
-    Returns:
-        û, shape (*, D), and s, shape (*, 1).
     """
     v, tiny = (w * u).sum(-1, keepdim=True), torch.finfo(w.dtype).tiny
     norm2 = w.square().sum(-1, keepdim=True)
@@ -59,48 +52,6 @@ def constrain(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return u_hat, s.clamp(min=tiny)
 
 
-class Rows(NamedTuple):
-    """û and s of :func:`constrain`, and what its gradients need; recorded in no graph."""
-
-    u_hat: Tensor
-    s: Tensor
-    norm2: Tensor
-    v: Tensor
-    coefficient: Tensor
-
-
-def constrain_rows(w: Tensor, u: Tensor) -> Rows | None:
-    """:func:`constrain` in few operations; None where a norm is below its floor.
-
-    Whether one is cannot be seen on another device without waiting for it: None there as well.
-    """
-    if w.device.type != "cpu" or not w.numel():
-        return None
-    norm2, v = (w * w).sum(-1, keepdim=True), (w * u).sum(-1, keepdim=True)
-    if not norm2.min().item() > math.sqrt(torch.finfo(w.dtype).tiny):
-        return None
-    s = F.softplus(v, threshold=LINEAR).clamp_(min=torch.finfo(w.dtype).tiny)
-    coefficient = torch.sub(s, v).sub_(1).div_(norm2)
-    return Rows(torch.addcmul(u, coefficient, w), s, norm2, v, coefficient)
-
-
-def row_gradients(
-    w: Tensor, u: Tensor, rows: Rows, grad_w: Tensor, grad_u_hat: Tensor, grad_s: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The gradients in w and u, given those of w (overwritten), û and s."""
-    share = (grad_u_hat * w).sum(-1, keepdim=True).div_(rows.norm2)
-    grad_v = share if grad_s is None else grad_s.add_(share)
-    grad_v = torch.mul(grad_v, rows.v.sigmoid()).sub_(share)
-    grad_w.addcmul_(grad_u_hat, rows.coefficient).addcmul_(grad_v, u)
-    grad_w.addcmul_(share.mul_(rows.coefficient), w, value=-2)
-    return grad_w, torch.addcmul(grad_u_hat, grad_v, w)
-
-
-def sech2(a: Tensor) -> Tensor:
-    """sech²(a) = 1 − tanh²(a), to full relative precision and without overflow."""
-    return 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
-
-
 class Tanh:
     """h = tanh, as in the paper."""
 
@@ -109,12 +60,12 @@ class Tanh:
         return a.tanh()
 
     def slope(self, a: Tensor) -> Tensor:
-        """h'(a)."""
-        return sech2(a)
+        """h'(a) = 1 − tanh²(a), to full relative precision and without overflow."""
+        return 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
 
     def det(self, a: Tensor, s: Tensor) -> Tensor:
         """1 + (s − 1) h'(a) as a sum of positives, t² + s (1 − t²)."""
-        return a.tanh().square() + s * sech2(a)
+        return a.tanh().square() + s * self.slope(a)
 
     def root(self, r: Tensor, s: Tensor) -> Tensor:
         """The a with a + (s − 1) h(a) = r; gradients are not recorded."""
@@ -151,11 +102,46 @@ Activation = Tanh | LeakyReLU
 TANH = Tanh()
 
 
-def activation_named(nonlinearity: Nonlinearity, negative_slope: float) -> Activation:
-    """The activation of that name; only the leaky one has a slope.
+def monotone_root(r: Tensor, s: Tensor, *, return_steps: bool = False) -> Tensor:
+    """Solve a + (s − 1) tanh(a) = r for a, element by element; gradients are not recorded.
 
-    Raises:
-        ValueError: an unknown name, or a slope outside (0, 1).
+    The left side is odd and strictly increasing for every s > 0. For r ≥ 0 it is concave where
+    s ≥ 1 and convex where s < 1, so Newton's method from the bounds of :func:`_outer_bound`
+    moves monotonically to the root: no bracket, no bisection and no case that fails. It ends
+    once every residual is at rounding level.
+
+    Args:
+        r: right-hand sides, of any shape.
+        s: slopes at the origin, 1 + wᵀû > 0, broadcastable to the shape of r. Taking s and
+            not c = s − 1 keeps the digits of layers that almost fold (s → 0).
+        return_steps: also return the number of Newton steps taken.
     """
-    check_choice("nonlinearity", nonlinearity, ("tanh", "leaky_relu"))
-    return TANH if nonlinearity == "tanh" else LeakyReLU(negative_slope)
+    with torch.no_grad():
+        size, s = r.abs(), s.clamp(min=torch.finfo(r.dtype).tiny)
+        a = _outer_bound(size, s)
+        steps = _newton(a, size, s)
+        a = torch.copysign(a, r)
+    return (a, steps) if return_steps else a
+
+
+def _outer_bound(r: Tensor, s: Tensor) -> Tensor:
+    """The start from which Newton's method is monotone, for r ≥ 0."""
+    shifted, scaled = r - (s - 1), r / s
+    cube_root = (r / CUBIC).pow(1 / 3)
+    convex = torch.minimum(shifted, scaled)
+    convex = torch.where(cube_root <= 1, torch.minimum(convex, cube_root), convex)
+    return torch.where(s >= 1, torch.maximum(shifted, scaled), convex)
+
+
+def _newton(a: Tensor, r: Tensor, s: Tensor) -> int:
+    """Improve a in place until every residual is within 2 ulp of its terms' size."""
+    tolerance = 2 * torch.finfo(a.dtype).eps
+    for step in range(MAX_STEPS):
+        t = a.tanh()
+        residual = torch.addcmul(a - t, s, t).sub_(r)
+        if step >= EARLIEST_END and bool((residual.abs() <= tolerance * (a + r)).all()):
+            return step
+        e = a.mul(-2).exp_()
+        det = t.square_().add_(4 * s * e.div_((1 + e).square_()))  # 1 − t² would round to 0
+        a.addcdiv_(residual, det, value=-1).clamp_(min=0)
+    return MAX_STEPS
