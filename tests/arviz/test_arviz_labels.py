@@ -111,15 +111,17 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
         pf.to_arviz(eight_schools_noncentered, guide, **{"num_samples": 5, **options})
 
 
-def test_a_plate_named_like_a_sample_dimension() -> None:
+@pytest.mark.parametrize(("outer", "inner"), [("draw", "chain"), ("chain", "draw")])
+def test_a_plate_named_like_a_sample_dimension(outer: str, inner: str) -> None:
     def model() -> None:
-        with pyro.plate("draw", 2, dim=-2), pyro.plate("chain", 3):
+        with pyro.plate(outer, 2, dim=-2), pyro.plate(inner, 3):
             loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.zeros(2, 3))
 
     idata = pf.to_arviz(model, AutoNormal(model), num_samples=4)
-    assert idata["posterior"]["loc"].dims == ("chain", "draw", "draw_plate", "chain_plate")
-    assert idata["observed_data"]["y"].dims == ("draw_plate", "chain_plate")
+    plates = (f"{outer}_plate", f"{inner}_plate")
+    assert idata["posterior"]["loc"].dims == ("chain", "draw", *plates)
+    assert idata["observed_data"]["y"].dims == plates
 
 
 def regression(x: Tensor, y: Tensor | None = None) -> None:
