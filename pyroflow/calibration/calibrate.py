@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from pyroflow.calibration.result import Calibration, summarise
 from pyroflow.checks import check_count, check_fraction
 from pyroflow.inference.guide import fit_guide
-from pyroflow.model.bound import BoundModel
+from pyroflow.model.bound import BoundModel, signature_of
 from pyroflow.model.draws import draw
 from pyroflow.model.records import Values, is_factor
 from pyroflow.seeds import seeded
@@ -160,7 +159,7 @@ def _with_data(
     named = {site: argument for site, argument in sites.items() if argument is not None}
     if not named:
         return args, kwargs
-    signature = inspect.signature(getattr(model, "forward", model))
+    signature = signature_of(model)
     bound = signature.bind_partial(*args, **kwargs)
     for site, argument in named.items():
         if argument not in signature.parameters:
