@@ -161,7 +161,7 @@ def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:
     else:
         smoothed, _, khat = pareto_smooth(draws.log_weights)
     if resample:
-        draws = draws.take(systematic(smoothed, len(draws)))
+        draws = draws.at(systematic(smoothed, len(draws)))
         smoothed = torch.full_like(smoothed, -math.log(len(draws)))
     stats = {"lp": draws.log_p, "lq": draws.log_q, "weight": smoothed.exp()}
     return draws, {name: ([], as_array(values)) for name, values in stats.items()}, khat

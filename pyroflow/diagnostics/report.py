@@ -103,7 +103,7 @@ class Report:
         """
         check_count("num_samples", num_samples, 1)
         with seeded(seed):
-            return self.draws.take(systematic(self.log_weights, num_samples)).sites
+            return self.draws.at(systematic(self.log_weights, num_samples)).sites
 
     def __str__(self) -> str:
         low, high = self.khat_interval

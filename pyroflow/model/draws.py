@@ -57,13 +57,13 @@ class Draws:
                 "mend the model there, or fit the guide first if its draws are far off"
             )
 
-    def take(self, index: Tensor) -> Draws:
-        """The draws at these places, as copies."""
-        sites = {name: values[index.to(values.device)] for name, values in self.sites.items()}
-        return Draws(sites, self.log_p[index], self.log_q[index])
-
     def __len__(self) -> int:
         return len(self.log_p)
+
+    def at(self, rows: Tensor) -> Draws:
+        """Some of the draws, without the counts."""
+        sites = {name: values[rows.to(values.device)] for name, values in self.sites.items()}
+        return Draws(sites, self.log_p[rows], self.log_q[rows])
 
 
 @torch.no_grad()
