@@ -121,7 +121,7 @@ def to_arviz(
     ahead = predictions_args is not None or predictions_kwargs is not None
     with torch.no_grad(), poutine.block(), seeded(seed):
         bound = BoundModel.for_weights(model, guide, args, kwargs)
-        draws, stats, khat = _weighted(draw(bound, num_samples), resample)
+        draws, stats, khat = _weighted(draw(bound, num_samples, keep_all=True), resample)
         runs = bound.runs
         groups = _fitted(runs, draws) | {"sample_stats": stats}
         if ahead:
@@ -166,8 +166,7 @@ def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:
         smoothed, _, khat = pareto_smooth(draws.log_weights)
     if resample:
         rows = systematic(smoothed, len(draws))
-        sites = {name: values[rows.to(values.device)] for name, values in draws.sites.items()}
-        draws = Draws(sites, draws.log_p[rows], draws.log_q[rows])
+        draws = draws.at(rows)
         smoothed = torch.full_like(smoothed, -math.log(len(draws)))
     stats = {"lp": draws.log_p, "lq": draws.log_q, "weight": smoothed.exp()}
     return draws, {name: ([], as_array(values)) for name, values in stats.items()}, khat
@@ -175,14 +174,14 @@ def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:
 
 def _fitted(runs: Runs, draws: Draws) -> dict[str, Group]:
     """The groups for the arguments of the fit."""
-    latents, size = draws.sites, len(draws)
-    sites = runs.evaluate(latents, size)
+    latents, sites = draws.sites, draws.all_sites
     sites = {name: site for name, site in sites.items() if not is_factor(site.record)}
     data = [name for name, site in sites.items() if site.log_prob is not None]
     data = [name for name in data if name not in latents]
     others = [name for name in sites if name not in data]
-    predictive = _tried(runs, latents, size, "posterior_predictive is")
-    prior = _tried(runs, {}, size, "prior and prior_predictive are")
+    ahead = runs.predictive()
+    predictive = _tried(ahead, latents, len(draws), "posterior_predictive is")
+    prior = _tried(ahead, {}, len(draws), "prior and prior_predictive are")
     observed = {name: observed_values(sites[name].record) for name in data}
     return {
         "posterior": drawn_sites(sites, others),
@@ -195,10 +194,9 @@ def _fitted(runs: Runs, draws: Draws) -> dict[str, Group]:
     }
 
 
-def _tried(runs: Runs, latents: dict[str, Tensor], size: int, groups: str) -> Sites:
+def _tried(ahead: Runs, latents: dict[str, Tensor], size: int, groups: str) -> Sites:
     """The sites with the data sampled; none, and a warning, where the model has no sampler."""
     try:
-        ahead = Runs(runs.model, runs.args, runs.kwargs, runs.plates, predict=True)
         return ahead.evaluate(latents, size)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         warnings.warn(f"{groups} left out, as the model cannot be sampled: {error!r}", stacklevel=4)
