@@ -15,7 +15,7 @@ from torch import Size, Tensor
 from torch.distributions.constraints import Constraint
 
 from pyroflow.model.sites import Description, LatentSite
-from pyroflow.model.supports import base_of, bijection, remember, same_support
+from pyroflow.model.supports import base_of, bijection, same_support
 
 Site = dict[str, Any]  # a node of a trace
 Values = Mapping[str, Tensor]
@@ -83,10 +83,8 @@ class Latents:
         """Values by site, (*B, *shape), at z (*B, D), and log |det ∂values/∂z|, (*B)."""
         values, log_dets = {}, []
         for name, latent in self.unpack(z).items():
-            support = self.sites[name].support
-            transform = bijection(support)
-            values[name] = remember(transform(latent), latent, support)
-            log_dets.append(transform.log_abs_det_jacobian(latent, values[name]))
+            values[name], log_det = self.sites[name].constrain(latent)
+            log_dets.append(log_det)
         return values, _summed(log_dets, z.dim() - 1)
 
     def unconstrain(self, values: Values, like: Tensor) -> tuple[Tensor, Tensor]:
