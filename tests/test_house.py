@@ -62,9 +62,6 @@ MAY_IMPORT = {
 EXCEPTIONS = {  # (file, part that it imports all the same): why
     ("calibration/result.py", "plots"): "Calibration.plot draws, and imports it when it does",
 }
-# They take longer to import than Pyro, so that nothing that `import pyroflow` reads may do so.
-SLOW = {"arviz", "matplotlib", "pandas", "xarray"}
-READ_LATE = {"plots", "demo", "cli", "__main__"}
 
 
 class Source(NamedTuple):
@@ -181,12 +178,6 @@ def test_modules_do_not_import_each_other() -> None:
         name = ".".join(("pyroflow", *source.path.with_suffix("").parts))
         graph[name.removesuffix(".__init__")] = {i.module for i in imports(source) if i.at_top}
     TopologicalSorter(graph).prepare()  # raises CycleError
-
-
-def test_slow_libraries_are_imported_where_they_are_used() -> None:
-    for source in sources():
-        found = {i.module.split(".")[0] for i in imports(source) if i.at_top} & SLOW
-        assert source.part in READ_LATE or not found, f"{source.path} imports {found}"
 
 
 def report() -> str:

@@ -161,9 +161,7 @@ def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:
     else:
         smoothed, _, khat = pareto_smooth(draws.log_weights)
     if resample:
-        rows = systematic(smoothed, len(draws))
-        sites = {name: values[rows.to(values.device)] for name, values in draws.sites.items()}
-        draws = Draws(sites, draws.log_p[rows], draws.log_q[rows])
+        draws = draws.at(systematic(smoothed, len(draws)))
         smoothed = torch.full_like(smoothed, -math.log(len(draws)))
     stats = {"lp": draws.log_p, "lq": draws.log_q, "weight": smoothed.exp()}
     return draws, {name: ([], as_array(values)) for name, values in stats.items()}, khat

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from functools import partial
 from importlib.metadata import version
+from inspect import Parameter
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from pyroflow.model.bound import signature_of
 from pyroflow.model.records import Record, SiteRuns, Sites, is_deterministic
 
 if TYPE_CHECKING:
@@ -75,12 +75,10 @@ def as_array(value: Tensor | np.ndarray) -> np.ndarray:
 
 def named_arguments(model: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments by the model's signature, the entries of dictionaries by their keys."""
-    while isinstance(model, partial) and isinstance(model.func, partial):
-        model = model.func.args[1]  # in a handler of Pyro, which hides the signature
-    bound = inspect.signature(getattr(model, "forward", model)).bind(*args, **kwargs)
+    bound = signature_of(model).bind(*args, **kwargs)
     named = {}
     for name, value in bound.arguments.items():
-        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+        if bound.signature.parameters[name].kind is Parameter.VAR_POSITIONAL:
             named |= {f"{name}_{i}": entry for i, entry in enumerate(value)}
         elif isinstance(value, Mapping):
             named |= {str(key): entry for key, entry in value.items()}

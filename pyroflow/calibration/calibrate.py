@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -16,13 +15,11 @@ from tqdm.auto import tqdm
 from pyroflow.calibration.result import Calibration, summarise
 from pyroflow.checks import check_count, check_fraction
 from pyroflow.inference.guide import fit_guide
-from pyroflow.model.bound import BoundModel
+from pyroflow.model.bound import BoundModel, signature_of
 from pyroflow.model.draws import draw
 from pyroflow.model.records import Values, is_factor
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
-
-PARTICLES = 32  # of the default fit, which is done many times
 
 # The names of sites whose values become data, each with the model's argument that takes them too.
 Sites = dict[str, str | None]
@@ -101,7 +98,7 @@ def calibrate(
     check_count("num_samples", num_samples, 1)
     check_count("steps", steps, 1)
     check_fraction("level", level)
-    fit = fit or partial(fit_guide, steps=steps, num_particles=PARTICLES, progress=False)
+    fit = fit or partial(fit_guide, steps=steps, num_particles=32, progress=False)
     args, kwargs = tuple(args), dict(kwargs or {})
     with seeded(seed):  # by itself, as this run of the model is no simulation
         sites = _sites_to_simulate(BoundModel(model, None, args, kwargs), data)
@@ -162,7 +159,7 @@ def _with_data(
     named = {site: argument for site, argument in sites.items() if argument is not None}
     if not named:
         return args, kwargs
-    signature = inspect.signature(getattr(model, "forward", model))
+    signature = signature_of(model)
     bound = signature.bind_partial(*args, **kwargs)
     for site, argument in named.items():
         if argument not in signature.parameters:

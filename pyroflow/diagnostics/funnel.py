@@ -40,13 +40,10 @@ def find_funnels(bound: BoundModel, draws: Draws) -> dict[str, Funnel]:
         pairs = scale_pairs(bound, draws)
     except Exception:
         return {}
-    names = {name for pair in pairs.values() for name in pair.scales}
-    scattered = {name for name in names if _scatters(draws.log_weights, draws.sites[name])}
-    found = {
-        site: pair._replace(scales=[name for name in pair.scales if name in scattered])
-        for site, pair in pairs.items()
-    }
-    return {site: pair for site, pair in found.items() if pair.scales}
+    scales = {name for pair in pairs.values() for name in pair.scales}
+    scattered = {name for name in scales if _scatters(draws.log_weights, draws.sites[name])}
+    found = {site: [n for n in pair.scales if n in scattered] for site, pair in pairs.items()}
+    return {site: Funnel(names, pairs[site].matrix) for site, names in found.items() if names}
 
 
 def scale_pairs(bound: BoundModel, draws: Draws) -> dict[str, Funnel]:

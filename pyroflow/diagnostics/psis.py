@@ -16,20 +16,16 @@ ROUNDING = 1e-9  # spread of log weights, relative, that is no more than roundin
 
 
 def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float, float]:
-    r"""Replace the largest weights by order statistics of a generalised Pareto distribution.
+    """Replace the largest weights by order statistics of a generalised Pareto distribution.
 
-    Args:
-        log_weights: Shape (S,), not normalised. One that is not finite is a weight of zero, and no
-            part of the distribution whose tail is fitted.
+    Vehtari, Simpson, Gelman, Yao and Gabry, Pareto Smoothed Importance Sampling, 2024,
+    https://jmlr.org/papers/v25/19-556.html, section 2. Log weights that are not finite are weights
+    of zero, and no part of the distribution whose tail is fitted.
 
     Returns:
-        The smoothed log weights, shape (S,), which sum to one; the log of the sum that was
-        divided out; and k-hat, −inf where the largest weights are equal and so are no tail, and
-        inf where fewer than 25 are positive.
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry, Pareto Smoothed Importance Sampling, 2024,
-        https://jmlr.org/papers/v25/19-556.html, section 2.
+        The smoothed log weights, which sum to one; the log of the sum that was divided out; and
+        k-hat, −inf where the largest weights are equal and so are no tail, and inf where fewer
+        than 25 are positive.
     """
     log_weights = log_weights.detach().double().cpu()
     finite = log_weights.isfinite()
@@ -49,7 +45,7 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float, float]:
 
 
 def tail_length(num_samples: int) -> int:
-    """M, the largest weights that the Pareto distribution is fitted to."""
+    """How many of the largest weights the Pareto distribution is fitted to, M."""
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
 
 
@@ -67,9 +63,9 @@ def khat_threshold(num_samples: int) -> float:
 def khat_interval(khat: float, num_samples: int, num_sets: int = 1) -> tuple[float, float]:
     """A 90 % interval around the mean k-hat of sets of S draws.
 
-    The shape k of a generalised Pareto distribution is estimated from M exceedances with standard
-    deviation (1 + k)/√M (Smith 1987). On Pareto tails with k from 0 to 1 the interval of one set
-    covers k in 86 to 94 % of cases, at S = 1,000 and at 10,000.
+    The shape k is estimated from M exceedances with standard deviation (1 + k)/√M (Smith 1987). On
+    Pareto tails with k from 0 to 1 the interval of one set covers k in 86 to 94 % of cases, at
+    S = 1,000 and at 10,000.
     """
     if not math.isfinite(khat):
         return khat, khat
@@ -80,8 +76,8 @@ def khat_interval(khat: float, num_samples: int, num_sets: int = 1) -> tuple[flo
 def systematic(log_weights: Tensor, num: int) -> Tensor:
     """Indices of draws, each ⌊nw⌋ or ⌈nw⌉ times for its weight w, in random order.
 
-    Of the unbiased schemes that draw with replacement this one repeats draws least and adds the
-    least noise; drawing without replacement would flatten the weights.
+    Of the unbiased schemes with replacement this one repeats draws least and adds the least noise;
+    drawing without replacement would flatten the weights.
     """
     weights = log_weights.exp()
     like = {"dtype": weights.dtype, "device": weights.device}

@@ -103,10 +103,7 @@ class Report:
         """
         check_count("num_samples", num_samples, 1)
         with seeded(seed):
-            index = systematic(self.log_weights, num_samples)
-        return {
-            name: value[index.to(value.device)].clone() for name, value in self.draws.sites.items()
-        }
+            return self.draws.at(systematic(self.log_weights, num_samples)).sites
 
     def __str__(self) -> str:
         low, high = self.khat_interval

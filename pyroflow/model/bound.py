@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
@@ -250,3 +251,10 @@ def _draws_subsample(site: Record) -> bool:
         return False
     drawn = site["fn"].subsample_size
     return drawn is not None and drawn < site["fn"].size
+
+
+def signature_of(model: Callable) -> inspect.Signature:
+    """The arguments of a model, which handlers of Pyro around it hide."""
+    while isinstance(model, partial) and isinstance(model.func, partial):
+        model = model.func.args[1]
+    return inspect.signature(getattr(model, "forward", model))

@@ -60,6 +60,11 @@ class Draws:
     def __len__(self) -> int:
         return len(self.log_p)
 
+    def at(self, rows: Tensor) -> Draws:
+        """Some of the draws, without the counts."""
+        sites = {name: values[rows.to(values.device)] for name, values in self.sites.items()}
+        return Draws(sites, self.log_p[rows], self.log_q[rows])
+
 
 @torch.no_grad()
 def draw(problem: BoundModel, num_samples: int, seed: int | None = None) -> Draws:

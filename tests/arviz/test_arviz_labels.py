@@ -20,7 +20,9 @@ from pyroflow.targets import (
 )
 
 
-def labelled(x: Tensor, y: Tensor, parts: dict[str, Any], *more: Tensor, **rest: Any) -> None:
+def model_with_labels(
+    x: Tensor, y: Tensor, parts: dict[str, Any], *more: Tensor, **rest: Any
+) -> None:
     weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
     pyro.deterministic("centred", weights - weights.mean())
     with pyro.plate("groups", 4, dim=-2), pyro.plate("rows", 5, dim=-1):
@@ -42,7 +44,9 @@ def label_arguments() -> tuple[tuple, dict[str, Any]]:
 
 def test_names_of_plates_event_dims_and_arguments() -> None:
     args, kwargs = label_arguments()
-    idata = pf.to_arviz(labelled, AutoNormal(labelled), args, kwargs, num_samples=20)
+    idata = pf.to_arviz(
+        model_with_labels, AutoNormal(model_with_labels), args, kwargs, num_samples=20
+    )
     dims = {name: array.dims[2:] for name, array in variables(idata, "posterior").items()}
     assert dims == {
         "weights": ("weights_dim_0",),
@@ -70,8 +74,8 @@ def test_names_of_plates_event_dims_and_arguments() -> None:
 def test_own_names_and_labels() -> None:
     args, kwargs = label_arguments()
     idata = pf.to_arviz(
-        labelled,
-        AutoNormal(labelled),
+        model_with_labels,
+        AutoNormal(model_with_labels),
         args,
         kwargs,
         num_samples=10,
@@ -107,15 +111,17 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
         pf.to_arviz(eight_schools_noncentered, guide, **{"num_samples": 5, **options})
 
 
-def test_a_plate_named_like_a_sample_dimension() -> None:
+@pytest.mark.parametrize(("outer", "inner"), [("draw", "chain"), ("chain", "draw")])
+def test_a_plate_named_like_a_sample_dimension(outer: str, inner: str) -> None:
     def model() -> None:
-        with pyro.plate("draw", 2, dim=-2), pyro.plate("chain", 3):
+        with pyro.plate(outer, 2, dim=-2), pyro.plate(inner, 3):
             loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.zeros(2, 3))
 
     idata = pf.to_arviz(model, AutoNormal(model), num_samples=4)
-    assert idata["posterior"]["loc"].dims == ("chain", "draw", "draw_plate", "chain_plate")
-    assert idata["observed_data"]["y"].dims == ("draw_plate", "chain_plate")
+    plates = (f"{outer}_plate", f"{inner}_plate")
+    assert idata["posterior"]["loc"].dims == ("chain", "draw", *plates)
+    assert idata["observed_data"]["y"].dims == plates
 
 
 def regression(x: Tensor, y: Tensor | None = None) -> None:

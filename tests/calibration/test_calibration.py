@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
@@ -111,6 +112,15 @@ class TestData:
         assert (p.min() < 0.3) & (p.max() > 0.7)
         with pytest.raises(ValueError, match=r"data: the model observes nothing.*'z', 'y'"):
             pf.calibrate(free, make, **options)
+
+    def test_a_handler_around_the_model_hides_no_argument(self) -> None:
+        options = {"num_simulations": 2, "num_samples": 10, "seed": 0, "progress": False}
+        make, args = partial(posterior, 0.0, 1.0), (torch.zeros(ROWS, 2),)
+        plain, scaled = (
+            pf.calibrate(m, make, args, data={"y": "y"}, fit=no_fit, **options)
+            for m in (model, poutine.scale(model, 1.0))
+        )
+        assert torch.equal(plain.probabilities["loc"], scaled.probabilities["loc"])
 
     def test_what_cannot_be_simulated_is_refused(self) -> None:
         args, options = (torch.zeros(ROWS, 2),), {"fit": no_fit, "progress": False}
