@@ -18,9 +18,9 @@ STAGES = ("sine", "toy", "eight_schools")
 def few_steps(monkeypatch: pytest.MonkeyPatch, float32: None) -> None:
     short = {"steps": 5, "num_particles": 4}
     sizes = {"fresh": 500, "density": {"steps": 5, "polish": 5}, "toy": short}
-    sizes["schools"] = {"non-centred": short, "centred": short}
-    monkeypatch.setattr(demo, "FULL", sizes)
-    monkeypatch.setattr(demo, "QUICK", sizes)
+    schools = {"non-centred": short, "centred": short}
+    monkeypatch.setattr(demo, "FULL", sizes | {"schools": schools})
+    monkeypatch.setattr(demo, "QUICK", sizes | {"schools": {"non-centred": short}})
 
 
 def invoke(out: Path, *options: str) -> Any:
