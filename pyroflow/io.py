@@ -27,8 +27,8 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
     place. A link stays a link, and an existing file keeps its permissions.
 
     Args:
-        path: of the file, in a folder that exists.
-        content: all of it.
+        path: Of the file, in a folder that exists.
+        content: All of it.
 
     Raises:
         OSError: If the file cannot be written; then nothing of it is left, and an older file stays.
@@ -63,11 +63,11 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
     write_whole(path, text.encode())
 
 
-def packed(data: Any) -> bytes:
-    """Plain data and tensors as ``torch.save`` writes them."""
+def write_data(path: str | os.PathLike, data: Any) -> None:
+    """Write plain data and tensors as ``torch.save`` does, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(data, buffer)
-    return buffer.getvalue()
+    write_whole(path, buffer.getvalue())
 
 
 def read_data(path: str | os.PathLike, device: torch.device | str = "cpu") -> Any:
@@ -78,8 +78,8 @@ def read_data(path: str | os.PathLike, device: torch.device | str = "cpu") -> An
     file. A call that the file asks for is never made.
 
     Args:
-        path: of the file.
-        device: where the tensors go.
+        path: Of the file.
+        device: Where the tensors go.
 
     Raises:
         OSError: If there is no such file, or it cannot be read; the message says why.

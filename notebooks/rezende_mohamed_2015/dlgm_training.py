@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Tenso
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count, check_positive
-from pyroflow.io import packed, read_data, write_whole
+from pyroflow.io import read_data, write_data
 from pyroflow.seeds import between_draws, seeded
 from rezende_mohamed_2015.dlgm import DLGM, Terms
 from rezende_mohamed_2015.processes import ALONE, Processes
@@ -243,7 +243,7 @@ def _save(
 ) -> None:
     kept = {"dlgm": dlgm.state_dict(), "optimiser": optimiser.state_dict()}
     kept |= {"settings": settings, "state": vars(state)}
-    write_whole(path, packed(kept))
+    write_data(path, kept)
 
 
 def _resumed(

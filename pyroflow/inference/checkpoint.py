@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyroflow.io import packed, read_data, write_whole
+from pyroflow.io import read_data, write_data
 from pyroflow.seeds import generator_states, restore_generators
 
 # Raised when the parameters of a transform, or the settings, mean something else: then no fit can
@@ -75,7 +75,7 @@ def write_checkpoint(
         "optimizer": optimizer,
         "rng": generator_states(),
     }
-    write_whole(path, packed(state))
+    write_data(path, state)
 
 
 def read_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
