@@ -13,17 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyroflow.arviz.labels import (
-    Coords,
-    Dims,
-    Group,
-    as_array,
-    datasets,
-    drawn_sites,
-    log_likelihood,
-    named_arguments,
-    observed_values,
-)
+from pyroflow.arviz import labels
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import pareto_smooth, systematic
 from pyroflow.model.bound import BoundModel
@@ -48,11 +38,11 @@ def to_arviz(
     *,
     resample: bool = False,
     seed: int | None = 0,
-    dims: Dims | None = None,
-    coords: Coords | None = None,
+    dims: labels.Dims | None = None,
+    coords: labels.Coords | None = None,
     predictions_args: tuple | None = None,
     predictions_kwargs: dict[str, Any] | None = None,
-    predictions_coords: Coords | None = None,
+    predictions_coords: labels.Coords | None = None,
 ) -> InferenceData | DataTree:
     r"""Draw from a fitted guide, and put into one object what ArviZ wants to know of the draws.
 
@@ -121,14 +111,13 @@ def to_arviz(
     ahead = predictions_args is not None or predictions_kwargs is not None
     with torch.no_grad(), poutine.block(), seeded(seed):
         bound = BoundModel.for_weights(model, guide, args, kwargs)
-        draws, stats, khat = _weighted(draw(bound, num_samples), resample)
-        runs = bound.runs
-        groups = _fitted(runs, draws) | {"sample_stats": stats}
+        draws, stats, khat = _weighted(draw(bound, num_samples, keep_all=True), resample)
+        groups = _fitted(bound, draws) | {"sample_stats": stats}
         if ahead:
             new = BoundModel(model, None, predictions_args or (), predictions_kwargs)
             groups |= _predicted(new, draws)
     groups = {name: group for name, group in groups.items() if group}
-    tables = datasets(groups, dims or {}, coords or {}, predictions_coords or {})
+    tables = labels.datasets(groups, dims or {}, coords or {}, predictions_coords or {})
     tables["sample_stats"].attrs |= {"khat": khat, "resampled": int(resample)}
     return _container(tables)
 
@@ -148,7 +137,7 @@ def _container(tables: dict[str, Dataset]) -> InferenceData | DataTree:
     return InferenceData(**tables)
 
 
-def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:
+def _weighted(draws: Draws, resample: bool) -> tuple[Draws, labels.Group, float]:
     """The draws, resampled if asked for; their log densities and weights; k-hat."""
     draws.check_weighted()
     if point := draws.point:
@@ -164,42 +153,37 @@ def _weighted(draws: Draws, resample: bool) -> tuple[Draws, Group, float]:
         draws = draws.at(systematic(smoothed, len(draws)))
         smoothed = torch.full_like(smoothed, -math.log(len(draws)))
     stats = {"lp": draws.log_p, "lq": draws.log_q, "weight": smoothed.exp()}
-    return draws, {name: ([], as_array(values)) for name, values in stats.items()}, khat
+    return draws, {name: ([], labels.as_array(values)) for name, values in stats.items()}, khat
 
 
-def _fitted(runs: Runs, draws: Draws) -> dict[str, Group]:
+def _fitted(bound: BoundModel, draws: Draws) -> dict[str, labels.Group]:
     """The groups for the arguments of the fit."""
-    latents, size = draws.sites, len(draws)
-    sites = runs.evaluate(latents, size)
-    sites = {name: site for name, site in sites.items() if not is_factor(site.record)}
-    data = [name for name, site in sites.items() if site.log_prob is not None]
-    data = [name for name in data if name not in latents]
-    others = [name for name in sites if name not in data]
-    predictive = _tried(runs, latents, size, "posterior_predictive is")
-    prior = _tried(runs, {}, size, "prior and prior_predictive are")
-    observed = {name: observed_values(sites[name].record) for name in data}
+    sites, data, ahead = draws.all_sites, bound.observed, bound.runs.predictive()
+    others = [name for name in sites if name not in data and not is_factor(sites[name].record)]
+    predictive = _tried(ahead, draws.sites, len(draws), "posterior_predictive is")
+    prior = _tried(ahead, {}, len(draws), "prior and prior_predictive are")
+    observed = {name: labels.observed_values(sites[name].record) for name in data}
     return {
-        "posterior": drawn_sites(sites, others),
-        "posterior_predictive": drawn_sites(predictive, data),
-        "log_likelihood": {name: log_likelihood(sites[name]) for name in data},
-        "prior": drawn_sites(prior, others),
-        "prior_predictive": drawn_sites(prior, data),
+        "posterior": labels.drawn_sites(sites, others),
+        "posterior_predictive": labels.drawn_sites(predictive, data),
+        "log_likelihood": {name: labels.log_likelihood(sites[name]) for name in data},
+        "prior": labels.drawn_sites(prior, others),
+        "prior_predictive": labels.drawn_sites(prior, data),
         "observed_data": observed,
-        "constant_data": _constants(runs, [values for _, values in observed.values()]),
+        "constant_data": _constants(bound, [values for _, values in observed.values()]),
     }
 
 
-def _tried(runs: Runs, latents: dict[str, Tensor], size: int, groups: str) -> Sites:
+def _tried(ahead: Runs, latents: dict[str, Tensor], size: int, groups: str) -> Sites:
     """The sites with the data sampled; none, and a warning, where the model has no sampler."""
     try:
-        ahead = Runs(runs.model, runs.args, runs.kwargs, runs.plates, predict=True)
         return ahead.evaluate(latents, size)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         warnings.warn(f"{groups} left out, as the model cannot be sampled: {error!r}", stacklevel=5)
         return {}
 
 
-def _predicted(new: BoundModel, draws: Draws) -> dict[str, Group]:
+def _predicted(new: BoundModel, draws: Draws) -> dict[str, labels.Group]:
     """The groups for new arguments."""
     records = new.model_trace.nodes
     for name in (name for name in draws.sites if name in records):
@@ -210,19 +194,19 @@ def _predicted(new: BoundModel, draws: Draws) -> dict[str, Group]:
                 "with predictions_args, so that its draws do not fit: give predictions_args that "
                 "leave the latents as they are, and change the data only"
             )
-    ahead = Runs(new.model, new.args, new.kwargs, new.depth, predict=True)
-    sites = ahead.evaluate(draws.sites, len(draws))
+    sites = new.runs.predictive().evaluate(draws.sites, len(draws))
     others = [name for name in sites if name not in draws.sites]
+    others = [name for name in others if not is_factor(sites[name].record)]
     return {
-        "predictions": drawn_sites(sites, [n for n in others if not is_factor(sites[n].record)]),
-        "predictions_constant_data": _constants(ahead, []),
+        "predictions": labels.drawn_sites(sites, others),
+        "predictions_constant_data": _constants(new, []),
     }
 
 
-def _constants(runs: Runs, observed: list[np.ndarray]) -> Group:
+def _constants(bound: BoundModel, observed: list[np.ndarray]) -> labels.Group:
     """Tensors and arrays among the arguments, save the observed ones."""
-    named = named_arguments(runs.model, runs.args, runs.kwargs).items()
-    arrays = {name: as_array(v) for name, v in named if isinstance(v, Tensor | np.ndarray)}
+    named = labels.named_arguments(bound.model, bound.args, bound.kwargs).items()
+    arrays = {n: labels.as_array(v) for n, v in named if isinstance(v, Tensor | np.ndarray)}
     return {
         name: ([f"{name}_dim_{i}" for i in range(array.ndim)], array)
         for name, array in arrays.items()

@@ -114,8 +114,12 @@ def fit_guide(
     check_options(steps=_or_one(steps), num_particles=_or_one(num_particles), **options)
     _check_objective(objective, group_size, num_particles)
     with held(checkpoint), seeded(seed):
-        start = BoundModel(model, args=args, kwargs=kwargs)
-        if isinstance(guide, AutoFlow) and guide.prototype_trace is not None:
+        set_up = isinstance(guide, AutoFlow) and guide.prototype_trace is not None
+        settings = {"kind": "guide", "seed": seed}
+        if set_up or checkpoint is not None:
+            start = BoundModel(model, args=args, kwargs=kwargs)
+            settings["log joint of a draw"] = start.fingerprint
+        if set_up:
             guide.check_model(start.model_trace)  # whether it was made for these latents
         problem = _inspected(model, guide, args, kwargs)
         if not problem.latents:
@@ -125,10 +129,9 @@ def fit_guide(
         if isinstance(guide, nn.Module):
             guide.to(device)
             check_precision(guide)
-        settings = {"kind": "guide", "seed": seed, "log joint of a draw": start.fingerprint}
         settings["annealing"] = described(annealing, steps or STEPS)
         bar = None
-        if isinstance(guide, AutoFlow) and not problem.subsampled and not start.learns:
+        if isinstance(guide, AutoFlow) and not problem.subsampled and not problem.learns:
             if objective == "dreg" and not has_path(guide):
                 raise ValueError(
                     "objective='dreg' needs the path derivatives of pyroflow's own layers, and the "

@@ -72,13 +72,16 @@ class BoundModel:
     ) -> None:
         self.guide, self.args, self.kwargs = guide, tuple(args), dict(kwargs or {})
         self.guide_trace: Trace | None = None
+        self.model = PriorsAtLatents()(model)
+        self.runs = Runs(self.model, self.args, self.kwargs)
         if guide is None:
             self._run_at_start(model)
         else:
-            self._run_at_draw(model, guide)
+            self._run_at_draw()
         self._read(prune_subsample_sites(self.model_trace))
-        self.model = PriorsAtLatents()(model)
-        self.runs = Runs(self.model, self.args, self.kwargs, self.depth)
+        self.runs.depth = self.depth
+        if self.learns or self.subsampling:  # later runs have other parameters, or other rows
+            self.runs.inspected = None
         # A flow's layers have no batching rules. Pyro's autoguides are made to go into a plate, and
         # some of their transforms cannot score what another run has drawn.
         options = {"predict": True, "by_vmap": False, "compared": not isinstance(guide, AutoGuide)}
@@ -112,11 +115,11 @@ class BoundModel:
             self.learns = _has_parameters(self.model_trace)
 
     @torch.no_grad()
-    def _run_at_draw(self, model: Callable, guide: Callable) -> None:
+    def _run_at_draw(self) -> None:
         with poutine.block():
-            self.guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
-            replayed = poutine.trace(poutine.replay(model, trace=self.guide_trace))
-            self.model_trace = replayed.get_trace(*self.args, **self.kwargs)
+            self.guide_trace = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+        drawn = self.guide_trace.iter_stochastic_nodes()
+        self.model_trace = self.runs.inspect({name: site["value"] for name, site in drawn})
         self.learns = _has_parameters(self.model_trace)
 
     def _read(self, sites: Trace) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyroflow.model.records import Run, Sites, Values, is_random, log_joint
+from pyroflow.model.records import Run, Sites, Values, is_random, joined, log_joint
 from pyroflow.model.supports import bijection
 
 if TYPE_CHECKING:
@@ -23,7 +23,30 @@ PROBES = (1.0, -1.0, 3.0)  # factors of the normal moves to where draws are comp
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, KeyError)
 
 
-def differs(runs: Runs, latents: Values, size: int, way: Way) -> str | None:
+class Outcome(NamedTuple):
+    """What S draws get.
+
+    Attributes:
+        latents: the draws, shapes (S, *shape of the site).
+        sites: the model's sites there.
+        slopes: by latent, the gradient of the log joint, shape (S, *shape of the site).
+        mixed: whether the first draw has a gradient in the latents of another.
+    """
+
+    latents: Values
+    sites: Sites
+    slopes: Values
+    mixed: bool = False
+
+    def followed_by(self, other: Outcome) -> Outcome:
+        """These draws, and then others."""
+        slopes = {n: torch.cat([value, other.slopes[n]]) for n, value in self.slopes.items()}
+        return Outcome(other.latents, joined([self.sites, other.sites]), slopes)
+
+
+def differs(
+    runs: Runs, latents: Values, size: int, way: Way, before: Outcome | None = None
+) -> str | None:
     """The first site at which draws side by side differ from runs of their own, if any.
 
     A model that indexes its latents from the left, or reduces over all of a tensor, mixes
@@ -33,44 +56,67 @@ def differs(runs: Runs, latents: Values, size: int, way: Way) -> str | None:
     otherwise. Two numbers agree if they differ by less than :func:`tolerance` of the
     largest of them among the draws: elementwise, so that it does not grow with the data.
 
+    Args:
+        runs: the model.
+        latents: by name, S draws.
+        size: S.
+        way: how they run side by side.
+        before: a draw to compare as well, whose run of its own there was already.
+
     Returns:
         It in words; "the log joint" if it is not one site, or the runs fail.
     """
     runs.keep_records(latents)
+    points, num = latents, size
+    if before is not None:
+        points = {n: torch.cat([value, latents[n]]) for n, value in before.latents.items()}
+        num = size + 1
     try:
-        found, slopes = _with_gradients(runs, way, latents, size)
+        found = outcome(way, points, num, gradients=not runs.predict)
     except FAILURES:
         return "the log joint"
-    if not runs.compared:
+    if way in runs.trusted:
         return None
-    given = latents
     if runs.predict:
-        given = {name: s.values for name, s in found.items() if is_random(s.record)}
-    expected, alone = _with_gradients(runs, runs.one_by_one, given, size)
-    for name, site in expected.items():
-        if name not in found or not agree(found[name].compared, site.compared):
-            return f"site {name!r}"
-    same = all(agree(*pair) for pair in zip(slopes, alone, strict=True))
+        latents = {name: s.values for name, s in found.sites.items() if is_random(s.record)}
+    expected = outcome(runs.one_by_one, latents, size, gradients=not runs.predict)
+    if before is not None:
+        expected = before.followed_by(expected)
+    if site := disagreement(found.sites, expected.sites):
+        return f"site {site!r}"
+    same = found.slopes.keys() == expected.slopes.keys() and not found.mixed
+    same = same and all(agree(found.slopes[name], s) for name, s in expected.slopes.items())
     return None if same else "the log joint"
 
 
-def _with_gradients(runs: Runs, way: Way, latents: Values, size: int) -> tuple[Sites, list[Tensor]]:
-    """The sites, and gradients in the latents of the log joint of all and of the first draw."""
-    if runs.predict:
-        return way(latents, size), []
+def disagreement(found: Sites, expected: Sites) -> str | None:
+    """The first site whose log density, or else value, is not what is expected."""
+    for name, site in expected.items():
+        if name not in found or not agree(found[name].compared, site.compared):
+            return name
+    return None
+
+
+def outcome(way: Way, latents: Values, size: int, *, gradients: bool) -> Outcome:
+    """What S draws get in one way; ``gradients``: of the log joint, too."""
+    if not gradients:
+        return Outcome(latents, way(latents, size), {})
     leaves = {name: value.detach().clone() for name, value in latents.items()}
-    moving = [v.requires_grad_() for v in leaves.values() if v.is_floating_point()]
+    moving = {n: v.requires_grad_() for n, v in leaves.items() if v.is_floating_point()}
     with torch.enable_grad():
-        sites = way(leaves, size)
-        total = log_joint(sites)
-        whole, first = total.sum(), total[0]
+        return with_slopes(leaves, moving, way(leaves, size))
+
+
+def with_slopes(latents: Values, moving: Values, sites: Sites) -> Outcome:
+    """The outcome with gradients in the latents that ``moving`` names, which the sites know."""
+    total = log_joint(sites)
     if not moving or not total.requires_grad:
-        return sites, []
-    options = {"allow_unused": True, "materialize_grads": True}
-    slopes = torch.autograd.grad(whole, moving, retain_graph=True, **options)
-    leaks = torch.autograd.grad(first, moving, **options)
-    exact = [((leak[1:] != 0) & ~leak[1:].isnan()).to(leak) for leak in leaks]
-    return sites, [*slopes, *exact]
+        return Outcome(latents, sites, {})
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    slopes = torch.autograd.grad(total.sum(), list(moving.values()), **options)
+    leaks = torch.autograd.grad(total[0], list(moving.values()), **options)
+    mixed = any(bool(((leak[1:] != 0) & ~leak[1:].isnan()).any()) for leak in leaks)
+    return Outcome(latents, sites, dict(zip(moving, slopes, strict=True)), mixed)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -119,7 +165,5 @@ def moves(num: int, like: Tensor) -> Tensor:
     """Normal moves (num, *shape of ``like``), in groups of one, its opposite and one times 3."""
     groups = -(-num // len(PROBES))
     noise = torch.randn(groups, 2, *like.shape, dtype=like.dtype, device="cpu").to(like)
-    factors = torch.tensor(PROBES, dtype=like.dtype, device=like.device).reshape(
-        1, -1, *(1,) * like.dim()
-    )
+    factors = like.new_tensor(PROBES).reshape(1, -1, *(1,) * like.dim())
     return (factors * noise[:, [0, 0, 1]]).flatten(0, 1)[:num]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +12,13 @@ from torch import Tensor
 from pyroflow.checks import check_count
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.records import Sites, Values
-from pyroflow.model.rounding import rounded_draws
+from pyroflow.model.supports import bijection, preimage, remember
 from pyroflow.seeds import seeded
+
+LOST = 0.01  # of an unconstrained latent, by which rounding may move it
+ALLOWED = 0.05  # nats, by which it may change what the rest of the model says of a draw
+
+Scores = dict[str, Tensor]  # log density by site of the model, shape (S,) each
 
 
 @dataclass
@@ -27,13 +34,15 @@ class Draws:
             the guide is NaN or +inf, or is −inf: draws outside the support count as −inf.
         rounded: by name, for how many of the draws the value was rounded so near an edge of the
             support that the rest of the model cannot be what it says there.
+        all_sites: all sites of the model, where they were to be kept.
     """
 
-    sites: dict[str, Tensor]
+    sites: Values
     log_p: Tensor
     log_q: Tensor
     nonfinite: dict[str, int] = field(default_factory=dict)
     rounded: dict[str, int] = field(default_factory=dict)
+    all_sites: Sites = field(default_factory=dict)
 
     @property
     def log_weights(self) -> Tensor:
@@ -63,20 +72,24 @@ class Draws:
     def at(self, rows: Tensor) -> Draws:
         """Some of the draws, without the counts."""
         sites = {name: values[rows.to(values.device)] for name, values in self.sites.items()}
-        return Draws(sites, self.log_p[rows], self.log_q[rows])
+        all_sites = {name: site.at(rows) for name, site in self.all_sites.items()}
+        return Draws(sites, self.log_p[rows], self.log_q[rows], all_sites=all_sites)
 
 
 @torch.no_grad()
-def draw(problem: BoundModel, num_samples: int, seed: int | None = None) -> Draws:
+def draw(
+    bound: BoundModel, num_samples: int, seed: int | None = None, *, keep_all: bool = False
+) -> Draws:
     """Draw from the guide and score the draws under model and guide.
 
     Pyro's validation is off meanwhile, so that one draw outside a support costs its own weight
     and not the run. Where a plate subsamples the data, ``log_p`` is an estimate.
 
     Args:
-        problem: model and guide.
+        bound: model and guide.
         num_samples: S.
         seed: makes the draws reproducible, without touching the global generator.
+        keep_all: whether all sites of the model are kept, with the log densities of the data.
 
     Raises:
         ValueError: If the model has no latent sites; if a site changes its shape, is not in every
@@ -84,36 +97,28 @@ def draw(problem: BoundModel, num_samples: int, seed: int | None = None) -> Draw
 
     Example:
         >>> from pyroflow import AutoPlanarFlow
-        >>> from pyroflow.targets import eight_schools_centered
-        >>> guide = AutoPlanarFlow(eight_schools_centered, num_layers=0)
-        >>> problem = BoundModel(eight_schools_centered, guide)
-        >>> draws = draw(problem, 20, seed=0)
+        >>> from pyroflow.targets import eight_schools_centered as model
+        >>> draws = draw(BoundModel(model, AutoPlanarFlow(model, num_layers=0)), 20, seed=0)
         >>> draws.sites["theta"].shape, draws.sites["tau"].shape, draws.log_weights.shape
         (torch.Size([20, 8]), torch.Size([20]), torch.Size([20]))
     """
     check_count("num_samples", num_samples, 1)
-    problem.check_sites()
+    bound.check_sites()
     with seeded(seed):
-        guided = problem.guide_draws(num_samples)
-        latents = {name: guided[name].values for name in problem.latents}
-
-        def scores(latents: Values) -> dict[str, Tensor]:
-            return _scores(problem.runs.evaluate(latents, num_samples))
-
-        scored = scores(latents)
-        rounded = rounded_draws(latents, scored, lambda moved: scores(latents | moved))
-    by_site = [scored, _scores(guided)]
-    log_p, log_q = (torch.stack(list(parts.values())).sum(0) for parts in by_site)
-    nonfinite = {}
-    for name, values in [pair for parts in by_site for pair in parts.items()]:
-        if count := int((~values.isfinite()).sum()):
-            nonfinite[name] = max(count, nonfinite.get(name, 0))
-    return Draws(latents, log_p, log_q, nonfinite, rounded)
-
-
-def _scores(sites: Sites) -> dict[str, Tensor]:
-    """By site, the log density of each draw, shape (S,)."""
-    return {name: s.by_draw(torch.float64) for name, s in sites.items() if s.log_prob is not None}
+        guided = bound.guide_draws(num_samples)
+        latents = {name: guided[name].values for name in bound.latents}
+        sites = bound.runs.evaluate(latents, num_samples)
+        scores = [_scores(sites), _scores(guided)]
+        rounded = _rounded(
+            latents,
+            scores[0],
+            lambda moved: _scores(bound.runs.evaluate(latents | moved, num_samples)),
+        )
+    log_p, log_q = (torch.stack(list(by_site.values())).sum(0) for by_site in scores)
+    nonfinite = Counter()
+    for name, values in [pair for by_site in scores for pair in by_site.items()]:
+        nonfinite |= Counter({name: int((~values.isfinite()).sum())})
+    return Draws(latents, log_p, log_q, dict(nonfinite), rounded, sites if keep_all else {})
 
 
 def join(parts: list[Draws]) -> Draws:
@@ -122,11 +127,51 @@ def join(parts: list[Draws]) -> Draws:
         {name: torch.cat([part.sites[name] for part in parts]) for name in parts[0].sites},
         torch.cat([part.log_p for part in parts]),
         torch.cat([part.log_q for part in parts]),
-        _summed([part.nonfinite for part in parts]),
-        _summed([part.rounded for part in parts]),
+        dict(sum((Counter(part.nonfinite) for part in parts), Counter())),
+        dict(sum((Counter(part.rounded) for part in parts), Counter())),
     )
 
 
-def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
-    names = sorted({name for part in counts for name in part})
-    return {name: sum(part.get(name, 0) for part in counts) for name in names}
+def _scores(sites: Sites) -> Scores:
+    return {name: s.by_draw(torch.float64) for name, s in sites.items() if s.log_prob is not None}
+
+
+def _rounded(
+    latents: Values, scores: Scores, rescore: Callable[[Values], Scores]
+) -> dict[str, int]:
+    """Count, by site, the draws so near an edge that the model cannot see them well enough.
+
+    A prior is scored at the unconstrained latents, whatever their value is rounded to; a
+    likelihood has the value alone, and needs not mind. Each value that lost its latents is moved
+    by one of their units, away from the edge. By how much the log density changes, times the
+    units lost, is what rounding may have cost.
+
+    Args:
+        latents: by site, values of shape (S, *shape of the site).
+        scores: what the model says of them.
+        rescore: the same at other values of some sites.
+    """
+    lost, moved = {}, {}
+    for name, value in latents.items():
+        if (origin := preimage(value)) is None:
+            continue
+        latent, support = origin
+        kept = bijection(support).inv(value)
+        off = torch.where((latent - kept).abs() > LOST, latent - kept, 0.0)
+        if off.any():
+            lost[name] = off.double().abs().reshape(len(off), -1).amax(1)
+            moved[name] = remember(bijection(support)(kept - off.sign()), latent, support)
+    if not moved:
+        return {}
+    change = _change(scores, rescore(moved), torch.finfo(latent.dtype).eps)
+    counts = {name: int((off * change > ALLOWED).sum()) for name, off in lost.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _change(before: Scores, after: Scores, eps: float) -> Tensor:
+    """By how much the sites' log densities change, beyond the rounding of their sums."""
+    total = 0.0
+    for name, score in before.items():
+        change = (after[name] - score).abs() - 8 * eps * score.abs()
+        total = total + change.nan_to_num(0.0, torch.inf).clamp(min=0)
+    return total

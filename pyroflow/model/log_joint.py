@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro
@@ -14,10 +14,11 @@ from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflow.model.bound import BoundModel
-from pyroflow.model.comparison import FAILURES, PROBES, agree, differs, moves
-from pyroflow.model.records import Values
+from pyroflow.model.comparison import FAILURES, PROBES, Way, agree, differs, moves
+from pyroflow.model.records import log_joint
 from pyroflow.seeds import quick, seeded
 
+Points = tuple[Tensor, Tensor, Tensor]  # z (S, D), the log joint there and its gradient
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -30,7 +31,7 @@ class LogJoint:
     recorded (control flow that depends on the latents), the model runs each time.
 
     Args:
-        problem: a model, with all latents covered by the guide and without a subsampled plate.
+        bound: a model, with all latents covered by the guide and without a subsampled plate.
         guide: its guide, set up.
         num: N, the number of points that one evaluation takes. Others are made to fit.
 
@@ -38,11 +39,17 @@ class LogJoint:
         traced: whether the graph is in use.
     """
 
-    def __init__(self, problem: BoundModel, guide: AutoContinuous, num: int) -> None:
-        self.runs, self.guide, self.num = problem.runs, guide, num
-        probes = self._spread_points(len(PROBES))
-        self.runs.choose(self._constrained(probes)[0], len(probes))
-        self._graph = self._record()
+    def __init__(self, bound: BoundModel, guide: AutoContinuous, num: int) -> None:
+        self.runs, self.guide, self.num = bound.runs, guide, num
+        self._graph = None
+        if not self.runs.chosen and self.runs.way == self.runs.by_vmap:
+            self._graph = self._recorded(self._alone)
+        if self._graph is not None:
+            self.runs.chosen = True
+        else:
+            probes = self._spread_points(len(PROBES))
+            self.runs.choose(self.guide.latents.constrain(probes)[0], len(probes))
+            self._graph = None if self.one_by_one else self._recorded(self._at_fresh_points)
         self._evaluate = self._graph or quick(self._value_and_gradient)
 
     @property
@@ -70,7 +77,10 @@ class LogJoint:
 
     def values_and_gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The log joint at z (S, D) and its gradient, shapes (S,) and (S, D)."""
-        parts = [self._evaluate(_padded(part, self.num)) for part in z.detach().split(self.num)]
+        return self._by(self._evaluate, z)
+
+    def _by(self, evaluate: Gradient, z: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [evaluate(_padded(part, self.num)) for part in z.detach().split(self.num)]
         value, gradient = (torch.cat(found)[: len(z)] for found in zip(*parts, strict=True))
         return value, gradient
 
@@ -78,31 +88,25 @@ class LogJoint:
         """Where runs of the model at a few points z differ from what is relied on, if they do."""
         if self.one_by_one:
             return None
-        site = differs(self.runs, self._constrained(z)[0], len(z), self.runs.way)
+        site = differs(self.runs, self.guide.latents.constrain(z)[0], len(z), self.runs.way)
         if site is None and self._same(self.values_and_gradients(z), self._value_and_gradient(z)):
             return None
         return site or "the log joint"
 
-    def _value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _value_and_gradient(self, z: Tensor, way: Way | None = None) -> tuple[Tensor, Tensor]:
         with pyro.validation_enabled(False), torch.enable_grad():
             z = z.detach().requires_grad_()
-            value = self._evaluated(z)
+            value = self._evaluated(z, way)
             (gradient,) = torch.autograd.grad(value.sum(), z)
         return value.detach(), gradient
 
-    def _evaluated(self, z: Tensor) -> Tensor:
-        latents, log_det = self._constrained(z)
-        return self.runs.log_joint(latents, len(z)) + log_det
+    def _evaluated(self, z: Tensor, way: Way | None = None) -> Tensor:
+        latents, log_det = self.guide.latents.constrain(z)
+        return self.runs.log_joint(latents, len(z), way) + log_det
 
-    def _constrained(self, z: Tensor) -> tuple[Values, Tensor]:
-        """The latents θ at z (S, D), by site (S, *shape), and log |det ∂θ/∂z|, shape (S,)."""
-        return self.guide.latents.constrain(z)
-
-    def _record(self) -> Gradient | None:
-        """The graph of value and gradient at N points, if there is one that can be relied on."""
-        if self.one_by_one:
-            return None
-        first, second = (self._spread_points(self.num, seed) for seed in (1, 2))
+    def _recorded(self, expected: Callable[[], Points]) -> Gradient | None:
+        """The graph of value and gradient at N points, if it gives what is expected at others."""
+        first = self._spread_points(self.num, 1)
         try:
             graph = make_fx(lambda z: self._value_and_gradient(z))(first)
             with torch.no_grad(), warnings.catch_warnings():
@@ -111,13 +115,38 @@ class LogJoint:
                 graph = torch.jit.trace(graph, (first,), check_trace=False)
             if first.is_cuda:  # its fuser writes the bounds of float64 as numbers nvrtc refuses
                 graph = torch.jit.optimized_execution(False)(graph)
-            if self._same(graph(second), self._value_and_gradient(second)):
-                return graph
+            z, *there = expected()
+            return graph if self._same(self._by(graph, z), there) else None
         except FAILURES:
-            pass
-        return None
+            return None
 
-    def _same(self, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    def _at_fresh_points(self) -> Points:
+        """What the model says of N points, run as it was chosen to."""
+        z = self._spread_points(self.num, 2)
+        return z, *self._value_and_gradient(z)
+
+    def _alone(self) -> Points:
+        """What it says of three points in runs of their own, of the inspected draw without one."""
+        z = self._spread_points(len(PROBES))
+        known = self._inspected(z)
+        if known is not None:
+            z = z[1:]
+        points = z, *self._value_and_gradient(z, self.runs.one_by_one)
+        return points if known is None else tuple(map(torch.cat, zip(known, points, strict=True)))
+
+    def _inspected(self, like: Tensor) -> Points | None:
+        """What the run said that the model was inspected in."""
+        known = self.runs.inspected
+        if known is None or known.slopes.keys() != self.guide.latents.sites.keys():
+            return None
+        z = self.guide.latents.unconstrain(known.latents, like)[0].detach().requires_grad_()
+        with torch.enable_grad():
+            latents, log_det = self.guide.latents.constrain(z)
+            moved = [(latents[name] * slope).sum() for name, slope in known.slopes.items()]
+            (gradient,) = torch.autograd.grad(torch.stack([*moved, log_det.sum()]).sum(), z)
+        return z.detach(), (log_joint(known.sites) + log_det).detach(), gradient
+
+    def _same(self, found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
         return all(agree(*pair) for pair in zip(found, expected, strict=True))
 
     def _spread_points(self, num: int, seed: int = 0) -> Tensor:

@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid, softplus
 from pyroflow.model.supports import (
     CorrCholesky,
     StickBreaking,
+    base_of,
     bijection,
     is_real,
     plain_bijection,
@@ -29,6 +30,7 @@ from pyroflow.model.supports import (
 )
 
 NO_SHAPE = Size()
+_POSITIVE = (constraints.positive, constraints.nonnegative)  # by identity
 
 
 def log_prob_at(fn: td.Distribution, latent: Tensor) -> Tensor:
@@ -113,14 +115,14 @@ def _transformed(fn: td.TransformedDistribution, z: Tensor) -> Tensor:
         return _kumaraswamy(fn, z)
     *first, last = fn.transforms
     inner = td.TransformedDistribution(fn.base_dist, first) if first else fn.base_dist
-    support, to_value = _elementwise(fn.support), bijection(fn.support)
+    support, to_value = base_of(fn.support), bijection(fn.support)
     if is_real(inner.support) and last == plain_bijection(support):
         log_det = to_value.log_abs_det_jacobian(z, to_value(z))
         return inner.log_prob(z) - log_det
     if isinstance(inner, td.LKJCholesky) and support is constraints.corr_matrix:
         factor = CorrCholesky()(z)
         return log_prob_at(inner, z) - last.log_abs_det_jacobian(factor, last(factor))
-    if _is_positive(fn.support) and _is_positive(inner.support):
+    if fn.support in _POSITIVE and inner.support in _POSITIVE:
         if isinstance(last, PowerTransform):
             x = z / last.exponent
             return log_prob_at(inner, x) - last.exponent.abs().log() - z + x
@@ -128,16 +130,6 @@ def _transformed(fn: td.TransformedDistribution, z: Tensor) -> Tensor:
             log_scale = torch.as_tensor(last.scale, dtype=z.dtype, device=z.device).log()
             return log_prob_at(inner, z - log_scale) - log_scale
     return fn.log_prob(to_value(z))
-
-
-def _is_positive(support: Constraint) -> bool:
-    return support is constraints.positive or support is constraints.nonnegative
-
-
-def _elementwise(support: Constraint) -> Constraint:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
 
 
 def _independent(fn: td.Independent, z: Tensor) -> Tensor:
@@ -200,7 +192,7 @@ class _AtLatent(dist.TorchDistribution):
 
 def _same_map(first: Constraint, second: Constraint) -> bool:
     """Whether two supports are one for all values of the other latents."""
-    first, second = _elementwise(first), _elementwise(second)
+    first, second = base_of(first), base_of(second)
     bounds = vars(first).values()
     fixed = not any(isinstance(bound, Tensor) for bound in [*bounds, *vars(second).values()])
     return type(first) is type(second) and fixed and vars(first) == vars(second)

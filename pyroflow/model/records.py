@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from pyro.distributions import Delta, Distribution, MaskedDistribution, Unit
 from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, constraints
-from torch.distributions.constraints import Constraint
+
+from pyroflow.model.supports import base_of, concatenated
 
 ROUNDING = 1e-6  # by which a parameter may pass the bound of its constraint
 
@@ -41,6 +43,12 @@ class SiteRuns:
     def by_draw(self, dtype: torch.dtype | None = None) -> Tensor:
         """The log density of each draw, shape (S,), summed in ``dtype`` or the model's."""
         return self.log_prob.reshape(len(self.log_prob), -1).sum(1, dtype=dtype)
+
+    def at(self, rows: Tensor) -> SiteRuns:
+        """Some of the draws."""
+        log_prob = self.log_prob
+        log_prob = None if log_prob is None else log_prob[rows.to(log_prob.device)]
+        return SiteRuns(self.values[rows.to(self.values.device)], log_prob, self.record)
 
 
 Sites = dict[str, SiteRuns]
@@ -104,7 +112,7 @@ def _off(fn: Distribution, value: Tensor, inside: bool = False) -> Tensor | None
 
 def _off_base(fn: TransformedDistribution, value: Tensor) -> Tensor | None:
     try:
-        support = _unwrapped(fn.base_dist.support)
+        support = base_of(fn.base_dist.support)
     except NotImplementedError:
         return None
     if isinstance(support, type(constraints.real)):
@@ -116,7 +124,7 @@ def _off_base(fn: TransformedDistribution, value: Tensor) -> Tensor | None:
 
 def _off_declared(fn: Distribution, value: Tensor) -> Tensor | None:
     try:
-        support = _unwrapped(fn.support)
+        support = base_of(fn.support)
     except NotImplementedError:
         return None
     if support is constraints.real or support.event_dim > 0:
@@ -134,7 +142,7 @@ def _unfit(fn: Distribution) -> Tensor | None:
         return _unfit(fn.base_dist)
     found = []
     for name, constraint in fn.arg_constraints.items():
-        value, plain = vars(fn).get(name), _unwrapped(constraint)
+        value, plain = vars(fn).get(name), base_of(constraint)
         if not isinstance(value, Tensor) or constraints.is_dependent(plain):
             continue
         if plain is constraints.simplex:
@@ -143,12 +151,6 @@ def _unfit(fn: Distribution) -> Tensor | None:
             near = plain.check(value) | plain.check(value * (1 - ROUNDING)) | value.isnan()
             found.append(_any(~near, constraint.event_dim))
     return torch.stack(torch.broadcast_tensors(*found)).any(0) if found else None
-
-
-def _unwrapped(support: Constraint) -> Constraint:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
 
 
 def _any(off: Tensor | None, dims: int) -> Tensor | None:
@@ -169,7 +171,7 @@ def tensors_of(run: Run) -> tuple[Values, Values]:
 
 def check_latents(run: Run, values: Values) -> None:
     """A latent of some runs only would be drawn from its prior, and nothing would say so."""
-    free = [name for name, record in run.items() if not record["is_observed"]]
+    free = [n for n, record in run.items() if not record["is_observed"] and n not in values]
     changed = free + [name for name in values if name not in run]
     if changed:
         raise ValueError(
@@ -197,3 +199,16 @@ def _shape(run: Run, name: str) -> torch.Size | None:
 def log_joint(sites: Sites) -> Tensor:
     """The log density of all sites together at each draw, shape (S,)."""
     return torch.stack([s.by_draw() for s in sites.values() if s.log_prob is not None]).sum(0)
+
+
+def joined(parts: Sequence[Sites]) -> Sites:
+    """The draws of several parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    found = {}
+    for name, first in parts[0].items():
+        values = concatenated([part[name].values for part in parts])
+        scored = first.log_prob is not None
+        log_prob = torch.cat([part[name].log_prob for part in parts]) if scored else None
+        found[name] = SiteRuns(values, log_prob, first.record)
+    return found

@@ -10,12 +10,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyroflow.model.comparison import Way, differs
+from pyroflow.model.comparison import FAILURES, Outcome, Way, differs, disagreement, with_slopes
 from pyroflow.model.records import (
     Record,
     Run,
@@ -26,15 +28,17 @@ from pyroflow.model.records import (
     check_same_sites,
     is_deterministic,
     is_factor,
+    is_random,
+    joined,
     log_joint,
     outside_support,
     tensor_of,
     tensors_of,
 )
-from pyroflow.model.supports import concatenated, moved, preimage, remember
+from pyroflow.model.supports import moved, preimage, remember
 from pyroflow.seeds import seeded
 
-PARTICLES = "num_particles_vectorized"  # Pyro's own name for this plate
+PLATE = "num_particles_vectorized"  # Pyro's own name for the plate around a model
 CHUNK = 1000  # draws side by side, to bound the memory
 
 
@@ -49,7 +53,7 @@ class Runs:
         model: the Pyro model.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        plates: the depth of its plates; None if it is not to run in a plate.
+        depth: how many dimensions its plates take; None if it is not to run in a plate.
         predict: whether the observed sites are sampled as well, and not read from the data.
         by_vmap: whether torch's ``vmap`` is tried.
         compared: whether ways to run are compared with runs of their own; else the first that
@@ -57,11 +61,15 @@ class Runs:
 
     Attributes:
         subsample: by name, the rows that plates drew, which all runs share; cleared by the owner.
-        records: Pyro's records of a run of its own, once runs have been compared.
+        records: Pyro's records of a run of its own, once there was one.
+        inspected: what one draw got in a run of its own, as one of the three to compare with.
+        trusted: ways that are taken if only they run.
+        known: whether ``vmap`` was right where nothing was sampled.
+        chosen: whether the way to run is settled.
 
     Example:
         >>> from pyroflow.targets import eight_schools_noncentered
-        >>> runs = Runs(eight_schools_noncentered, plates=1, predict=True)
+        >>> runs = Runs(eight_schools_noncentered, depth=1, predict=True)
         >>> sites = runs.evaluate({"mu": torch.zeros(5), "tau": torch.ones(5)}, 5)
         >>> sites["theta"].values.shape, sites["y"].log_prob.shape
         (torch.Size([5, 8]), torch.Size([5, 8]))
@@ -72,28 +80,37 @@ class Runs:
         model: Callable,
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
-        plates: int | None = None,
+        depth: int | None = None,
         predict: bool = False,
         by_vmap: bool = True,
         compared: bool = True,
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs or {}
-        self.plates, self.predict, self.compared = plates, predict, compared
+        self.depth, self.predict = depth, predict
         self.subsample: Values = {}
         self.records: Run = {}
+        self.inspected: Outcome | None = None
         self._ways = [self.by_vmap] if by_vmap else []
         self._ways += [self.in_plate, self.one_by_one]
-        self._chosen = False
+        self.trusted = [] if compared else list(self._ways)
+        self.known = self.chosen = False
 
     @property
     def sequential(self) -> bool:
         """Whether each draw takes a run of the model."""
-        return self._chosen and self.way == self.one_by_one
+        return self.chosen and self.way == self.one_by_one
 
     @property
     def way(self) -> Way:
         """How draws run."""
         return self._ways[0]
+
+    def predictive(self) -> Runs:
+        """The same with the data sampled."""
+        ahead = Runs(self.model, self.args, self.kwargs, self.depth, predict=True)
+        ahead.records = self.records
+        ahead.known = self.chosen and self.way == self.by_vmap
+        return ahead
 
     @torch.no_grad()
     def evaluate(self, latents: Values, size: int) -> Sites:
@@ -109,30 +126,90 @@ class Runs:
         Raises:
             ValueError: If a site is not in every run, or changes its shape.
         """
-        few = sorted({0, size // 2, size - 1})
-        with seeded(0):  # so that a comparison changes nothing that is drawn later
-            self.choose(_rows(latents, few), len(few))
         chunks = [range(i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
-        return _joined(self.way(_rows(latents, rows), len(rows)) for rows in chunks)
+        parts = []
+        if self.known and not self.chosen:
+            parts = self._sampled(_rows(latents, chunks[0]), len(chunks[0]))
+        if not self.chosen:
+            few = _few(size)
+            if self._inspected_beside(latents) is not None:
+                few = few[-2:]  # with that draw three
+            with seeded(0):  # so that a comparison changes nothing that is drawn later
+                self.choose(_rows(latents, few), len(few))
+        chunks = chunks[len(parts) :]
+        return joined(parts + [self.way(_rows(latents, rows), len(rows)) for rows in chunks])
 
-    def log_joint(self, latents: Values, size: int) -> Tensor:
+    def _sampled(self, latents: Values, size: int) -> list[Sites]:
+        """The first draws, in a plate, if ``vmap`` says the same where they are given.
+
+        Of itself it cannot sample what does not depend on the latents.
+        """
+        try:
+            found = self.in_plate(latents, size)
+            given = {n: s.values for n, s in found.items() if is_random(s.record)}
+            rows = _few(size)
+            alone = self.by_vmap(_rows(given, rows), len(rows))
+        except FAILURES:
+            return []
+        index = torch.tensor(rows, device="cpu")
+        if disagreement({n: site.at(index) for n, site in found.items()}, alone):
+            return []
+        self._ways, self.chosen = [self.in_plate, self.one_by_one], True
+        return [found]
+
+    def log_joint(self, latents: Values, size: int, way: Way | None = None) -> Tensor:
         """The log density of all sites together, shape (S,), with its graph.
 
-        :meth:`choose` must have been called. The latents are taken to be inside their supports.
+        :meth:`choose` must have been called, or the way is given. The latents are taken to be
+        inside their supports.
         """
-        return log_joint(self.way(latents, size, inside=set(latents)))
+        return log_joint((way or self.way)(latents, size, inside=set(latents)))
 
     def choose(self, latents: Values, size: int) -> None:
-        """Choose how to run, by what a few draws get that way and alone; once."""
-        if not self._chosen:
-            while self._ways[1:] and differs(self, latents, size, self.way) is not None:
-                del self._ways[0]
-            self._chosen = True
+        """Choose how to run, by what a few of S draws get that way and alone; once.
+
+        The inspected draw is compared as well.
+        """
+        few = _few(size)
+        rows, before = _rows(latents, few), self._inspected_beside(latents)
+        while self._ways[1:] and not self.chosen:
+            self.chosen = differs(self, rows, len(few), self.way, before) is None
+            self._ways = self._ways if self.chosen else self._ways[1:]
+        self.chosen = True
+
+    def _inspected_beside(self, latents: Values) -> Outcome | None:
+        """What the inspected draw got, if it can be put beside these."""
+        known = self.inspected
+        if known is None or known.latents.keys() != latents.keys():
+            return None
+        pairs = [(value, latents[name]) for name, value in known.latents.items()]
+        same = [a.shape[1:] == b.shape[1:] and a.dtype == b.dtype for a, b in pairs]
+        return known if all(same) and all(a.device == b.device for a, b in pairs) else None
 
     def keep_records(self, latents: Values) -> None:
         """Make a run of its own, at the first draw, and keep its records."""
         if not self.records:
             self.records = self._run(self.model, _rows(latents, 0))
+
+    def inspect(self, drawn: Values) -> Trace:
+        """Run the model at one draw of a guide, and keep the records and what the draw gets."""
+        drawn = {name: tensor_of(value).detach()[None] for name, value in drawn.items()}
+        moving = {n: v.clone().requires_grad_() for n, v in drawn.items() if v.is_floating_point()}
+        try:
+            with torch.enable_grad():
+                trace = self._trace(
+                    self.model, {n: v[0].clone() for n, v in (drawn | moving).items()}
+                )
+                self.records = self._scored(trace)
+                free = [name for name, site in self.records.items() if not site["is_observed"]]
+                latents = {name: drawn[name] for name in free if name in drawn}
+                moving = {name: leaf for name, leaf in moving.items() if name in latents}
+                sites = {name: _site(site, 1, site) for name, site in self.records.items()}
+                self.inspected = with_slopes(latents, moving, sites)
+        except FAILURES:  # a model that torch cannot differentiate
+            trace = self._trace(self.model, {name: value[0] for name, value in drawn.items()})
+            self.records = self._scored(trace)
+        return trace
 
     def by_vmap(self, latents: Values, size: int, inside: Iterable[str] = ()) -> Sites:
         """Side by side, each as if it were alone: by construction, where torch can do it."""
@@ -153,7 +230,7 @@ class Runs:
 
     def in_plate(self, latents: Values, size: int, inside: Iterable[str] = ()) -> Sites:
         """Side by side in a plate around the model, as Pyro's ELBOs vectorise particles."""
-        if self.plates is None:
+        if self.depth is None:
             raise ValueError("the depth of the model's plates is not known")
         self.keep_records(latents)
         values = {
@@ -161,7 +238,7 @@ class Runs:
             for name, value in latents.items()
             if name in self.records
         }
-        plate = pyro.plate(PARTICLES, size, dim=-1 - self.plates)
+        plate = pyro.plate(PLATE, size, dim=-1 - self.depth)
         run = self._run(plate(self.model), values, inside)
         return {name: _site(run[name], size, record) for name, record in self.records.items()}
 
@@ -170,41 +247,49 @@ class Runs:
         first: Run | None = None
         parts = []
         for index in range(size):
-            values = _rows(latents, index)
-            run = self._run(self.model, values, inside)
+            run = self._run(self.model, _rows(latents, index), inside)
             first = first or run
             check_same_sites(run, first)
             parts.append({name: _site(run[name], 1, record) for name, record in first.items()})
-        return _joined(parts)
+        return joined(parts)
 
     def _run(self, model: Callable, values: Values, inside: Iterable[str] = ()) -> Run:
-        model = _Unobserve()(model) if self.predict else model
-        conditioned = poutine.trace(poutine.condition(model, data=values | self.subsample))
-        with quietly(), poutine.block():
-            trace = conditioned.get_trace(*self.args, **self.kwargs)
-            self._keep_subsample(trace)
-            trace = prune_subsample_sites(trace)
-            trace.compute_log_prob(site_filter=lambda _, record: not is_deterministic(record))
-        sampled = {n: record for n, record in trace.nodes.items() if record["type"] == "sample"}
+        with quietly():
+            run = self._scored(self._trace(model, values | self.subsample), inside)
         if not self.predict:
-            check_latents(sampled, values)
-        for name, record in sampled.items():
-            outside = outside_support(record, inside=name in inside)
-            if outside is not None:
-                record["log_prob"] = record["log_prob"].masked_fill(outside, -torch.inf)
+            check_latents(run, values)
+        return run
+
+    def _trace(self, model: Callable, values: Values) -> Trace:
+        given = _Given(values)(_Unobserve()(model) if self.predict else model)
+        with poutine.block():
+            return poutine.trace(given).get_trace(*self.args, **self.kwargs)
+
+    def _scored(self, trace: Trace, inside: Iterable[str] = ()) -> Run:
+        """The records of a run, with log densities; −inf off the supports."""
+        for name, record in trace.nodes.items():
+            if record["type"] == "sample" and site_is_subsample(record):
+                self.subsample[name] = record["value"]
+        trace = prune_subsample_sites(trace)
+        with quietly():
+            trace.compute_log_prob(site_filter=lambda _, record: not is_deterministic(record))
+            sampled = {n: site for n, site in trace.nodes.items() if site["type"] == "sample"}
+            for name, record in sampled.items():
+                outside = outside_support(record, inside=name in inside)
+                if outside is not None:
+                    record["log_prob"] = record["log_prob"].masked_fill(outside, -torch.inf)
         return sampled
 
     def _outermost(self, value: Tensor, event_dim: int) -> Tensor:
         """Draws of a site, shape (S, *batch, *event), with S left of all plates."""
-        missing = self.plates - (value.ndim - 1 - event_dim)
+        missing = self.depth - (value.ndim - 1 - event_dim)
         if missing < 0:
             raise ValueError("the site has dimensions outside the plates, where the draws belong")
         return value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
 
-    def _keep_subsample(self, trace: poutine.Trace) -> None:
-        for name, record in trace.nodes.items():
-            if record["type"] == "sample" and site_is_subsample(record):
-                self.subsample[name] = record["value"]
+
+def _few(size: int) -> list[int]:
+    return sorted({0, size // 2, size - 1})
 
 
 class _SingularIsNaN(TorchFunctionMode):
@@ -225,6 +310,17 @@ def quietly() -> Iterator[None]:
     with pyro.validation_enabled(False), warnings.catch_warnings(), _SingularIsNaN():
         warnings.simplefilter("ignore")
         yield
+
+
+class _Given(Messenger):
+    """Lets latents, and the rows of plates, take given values; they stay latents."""
+
+    def __init__(self, values: Values) -> None:
+        self.values = values
+
+    def _pyro_sample(self, msg: Record) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
 
 
 class _Unobserve(UnconditionMessenger):
@@ -267,16 +363,3 @@ def _draws_first(value: Any, size: int, single: Any, event_dim: int = 0) -> Tens
         return t.reshape(size, *batch, *event)
 
     return moved(tensor_of(value), move, event_dim)
-
-
-def _joined(parts: Iterable[Sites]) -> Sites:
-    parts = list(parts)
-    if len(parts) == 1:
-        return parts[0]
-    joined = {}
-    for name, first in parts[0].items():
-        values = concatenated([part[name].values for part in parts])
-        scored = first.log_prob is not None
-        log_prob = torch.cat([part[name].log_prob for part in parts]) if scored else None
-        joined[name] = SiteRuns(values, log_prob, first.record)
-    return joined

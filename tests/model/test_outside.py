@@ -53,7 +53,7 @@ def test_density_is_zero_outside_and_the_distribution_s_own_inside(name: str) ->
         with pyro.plate("rows", 1 if fn.event_dim else 3):
             pyro.sample("y", fn, obs=DATA)
 
-    found = Runs(model, plates=1).evaluate({"z": LATENT}, len(LATENT))["y"].by_draw()
+    found = Runs(model, depth=1).evaluate({"z": LATENT}, len(LATENT))["y"].by_draw()
     for value, z in zip(found, LATENT, strict=True):
         if inside(z.item()):
             assert value.item() == pytest.approx(make(z).log_prob(DATA).sum().item())
@@ -67,9 +67,9 @@ def test_a_probability_may_round_over_one_and_nan_shows_itself() -> None:
         pyro.sample("y", dist.Bernoulli(probs=p * bound), obs=torch.tensor(1.0))
 
     p = torch.tensor([0.5, 1.0, 1.5])
-    found = Runs(model, (1 + 1e-7,), plates=0).evaluate({"p": p}, 3)["y"].by_draw()
+    found = Runs(model, (1 + 1e-7,), depth=0).evaluate({"p": p}, 3)["y"].by_draw()
     assert found.isfinite().tolist() == [True, True, False]
-    found = Runs(model, (math.nan,), plates=0).evaluate({"p": p}, 3)["y"].by_draw()
+    found = Runs(model, (math.nan,), depth=0).evaluate({"p": p}, 3)["y"].by_draw()
     assert found.isnan().all()
 
 

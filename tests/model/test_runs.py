@@ -239,7 +239,7 @@ def test_predictions_of_a_mixing_model_are_its_own() -> None:
         pyro.sample("y", dist.Normal(x.sum(), 0.01), obs=torch.tensor(0.0))
 
     x = torch.randn(20, 3)
-    sites = Runs(model, plates=1, predict=True).evaluate({"x": x}, 20)
+    sites = Runs(model, depth=1, predict=True).evaluate({"x": x}, 20)
     assert (sites["y"].values - x.sum(1)).abs().max() < 0.06
 
 
