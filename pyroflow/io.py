@@ -17,7 +17,22 @@ from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor
-from torch.storage import _storage_type_to_dtype_map
+
+# What torch calls the parts of a file, by what is in them. Quantized ones crash the process.
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+}
 
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
@@ -127,14 +142,11 @@ class _Reader(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a name in the file."""
-        if f"{module}.{name}" == "torch._utils._rebuild_tensor_v2":
-            return self.tensor
-        if f"{module}.{name}" == "collections.OrderedDict":
-            return dict
-        dtype = _storage_type_to_dtype_map().get(name) if module == "torch" else None
-        if dtype is None:
+        known = {"collections.OrderedDict": dict, "torch._utils._rebuild_tensor_v2": self.tensor}
+        known |= {f"torch.{storage}": dtype for storage, dtype in _STORAGES.items()}
+        if f"{module}.{name}" not in known:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no tensor needs")
-        return dtype
+        return known[f"{module}.{name}"]
 
     def persistent_load(self, pid: tuple) -> Tensor:
         """All the numbers of one part, as a vector."""
