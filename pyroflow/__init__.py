@@ -9,7 +9,7 @@ from pyroflow.diagnostics import Report, diagnose
 from pyroflow.flows import Flow, planar_flow, radial_flow, sylvester_flow
 from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
 from pyroflow.inference import Fit, fit_density, fit_energy, fit_guide, paper_annealing
-from pyroflow.inference.annealing import AdaptiveAnnealing
+from pyroflow.inference.schedule import AdaptiveAnnealing
 from pyroflow.inference.stop_rule import StopRule
 from pyroflow.saving import load, save
 from pyroflow.transforms import (

@@ -142,19 +142,19 @@ def narrow(data: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             f"{name} expects numbers that {dtype} can hold, got {data[tuple(place)].item()!r} in"
             f" row {place[0]}, column {place[-1]} (from 0); {remedy}."
         )
-    for column in range(data.shape[1] if data.ndim == 2 and len(data) else 0):
-        finite = found[:, column].isfinite()
-        values = data[:, column][finite]
-        if _merges(values, found[:, column][finite]):
+    columns = zip(data.T, found.T, strict=True) if data.ndim == 2 else ()
+    for column, (values, rounded) in enumerate(columns):
+        finite = rounded.isfinite()
+        if _merged(values[finite], rounded[finite]):
             raise ValueError(
                 f"{name} expects values that stay apart in {dtype}, but different ones of column"
-                f" {column} (from 0) become equal, such as those near {values.max().item()!r};"
-                f" {remedy}."
+                f" {column} (from 0) become equal, such as those near"
+                f" {values[finite].max().item()!r}; {remedy}."
             )
     return found
 
 
-def _merges(values: Tensor, found: Tensor) -> bool:
+def _merged(values: Tensor, found: Tensor) -> bool:
     """Whether values became equal that are integers, or whose offset has eaten their digits."""
     if not len(found):
         return False

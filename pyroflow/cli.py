@@ -35,8 +35,9 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise typer.BadParameter(f"--out cannot be made: {error}") from None
+    sizes = stages.QUICK if quick else stages.FULL
     with suppress(KeyboardInterrupt):  # what is finished is in the report
-        stages.run(stages.Settings(out=out, seed=seed, quick=quick))
+        stages.run(stages.Settings(out, seed, quick, **sizes))
     report = json.loads((out / "report.json").read_text())
     # As wide as the table, which a narrower terminal wraps and a file has in full.
     typer.echo()

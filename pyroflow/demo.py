@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -27,36 +26,30 @@ from pyroflow.plots.drawing import save_figure
 from pyroflow.seeds import seeded
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run depends on: where it writes, its seed, and whether it is the short version."""
+class Settings(NamedTuple):
+    """What a run depends on; ``Settings(out, seed, quick, **(QUICK if quick else FULL))``."""
 
     out: Path
-    seed: int = 0
-    quick: bool = False
+    seed: int
+    quick: bool
+    fresh: int  # points or draws behind each number
+    density: dict[str, int]  # options of the fit
+    toy: dict[str, int]
+    schools: dict[str, dict[str, int]]  # by form of the model
 
-    @property
-    def fresh(self) -> int:
-        """Points or draws behind each number."""
-        return 20_000 if self.quick else 100_000
 
-    @property
-    def density(self) -> dict[str, int]:
-        """Options of the density fit."""
-        return {"steps": 150, "polish": 300} if self.quick else {"steps": 500, "polish": 1000}
-
-    @property
-    def toy(self) -> dict[str, int]:
-        """Options of the fits to the toy posterior."""
-        return {"steps": 600, "num_particles": 64} if self.quick else {"steps": 2000}
-
-    @property
-    def schools(self) -> dict[str, dict[str, int]]:
-        """Options of the fits to each form of eight schools."""
-        if self.quick:
-            return {"non-centred": {"steps": 400, "num_particles": 64}}
-        return {"non-centred": {"steps": 2000}, "centred": {"steps": 1000}}
-
+FULL = {
+    "fresh": 100_000,
+    "density": {"steps": 500, "polish": 1000},
+    "toy": {"steps": 2000},
+    "schools": {"non-centred": {"steps": 2000}, "centred": {"steps": 1000}},
+}
+QUICK = {
+    "fresh": 20_000,
+    "density": {"steps": 150, "polish": 300},
+    "toy": {"steps": 600, "num_particles": 64},
+    "schools": {"non-centred": {"steps": 400, "num_particles": 64}},
+}
 
 # The numbers of a stage, and its rows of the table: ours beside the exact and the best rival's.
 Results = tuple[dict[str, Any], list[dict[str, Any]]]

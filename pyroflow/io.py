@@ -17,7 +17,22 @@ from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor
-from torch.storage import _storage_type_to_dtype_map
+
+# What torch calls the parts of a file, by what is in them. Quantized ones crash the process.
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+}
 
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
@@ -27,8 +42,8 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
     place. A link stays a link, and an existing file keeps its permissions.
 
     Args:
-        path: of the file, in a folder that exists.
-        content: all of it.
+        path: Of the file, in a folder that exists.
+        content: All of it.
 
     Raises:
         OSError: If the file cannot be written; then nothing of it is left, and an older file stays.
@@ -63,11 +78,11 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
     write_whole(path, text.encode())
 
 
-def packed(data: Any) -> bytes:
-    """Plain data and tensors as ``torch.save`` writes them."""
+def write_data(path: str | os.PathLike, data: Any) -> None:
+    """Write plain data and tensors as ``torch.save`` does, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(data, buffer)
-    return buffer.getvalue()
+    write_whole(path, buffer.getvalue())
 
 
 def read_data(path: str | os.PathLike, device: torch.device | str = "cpu") -> Any:
@@ -78,8 +93,8 @@ def read_data(path: str | os.PathLike, device: torch.device | str = "cpu") -> An
     file. A call that the file asks for is never made.
 
     Args:
-        path: of the file.
-        device: where the tensors go.
+        path: Of the file.
+        device: Where the tensors go.
 
     Raises:
         OSError: If there is no such file, or it cannot be read; the message says why.
@@ -127,14 +142,11 @@ class _Reader(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a name in the file."""
-        if f"{module}.{name}" == "torch._utils._rebuild_tensor_v2":
-            return self.tensor
-        if f"{module}.{name}" == "collections.OrderedDict":
-            return dict
-        dtype = _storage_type_to_dtype_map().get(name) if module == "torch" else None
-        if dtype is None:
+        known = {"collections.OrderedDict": dict, "torch._utils._rebuild_tensor_v2": self.tensor}
+        known |= {f"torch.{storage}": dtype for storage, dtype in _STORAGES.items()}
+        if f"{module}.{name}" not in known:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no tensor needs")
-        return dtype
+        return known[f"{module}.{name}"]
 
     def persistent_load(self, pid: tuple) -> Tensor:
         """All the numbers of one part, as a vector."""

@@ -21,11 +21,10 @@ _GLOBAL = threading.Lock()  # held while the global generator of a device stands
 
 
 class Generators(TorchDispatchMode):
-    """Lets all that torch draws, ``dropout`` among it, come from generators of our own.
+    """Lets all that torch draws, ``dropout`` too, come from generators of our own, one a device.
 
-    There is one for each device, all with the same seed. As a mode it acts in the thread that
-    enters it, and it sees what no ``generator=`` argument reaches. It costs microseconds for
-    every operation, so what is often run and draws nothing is kept out by :func:`between_draws`.
+    A mode acts in the thread that enters it. It costs microseconds for every operation, so what
+    is often run and draws nothing is kept out by :func:`between_draws`.
     """
 
     supports_higher_order_operators = True  # which draw by the operations inside them
@@ -62,11 +61,7 @@ class Generators(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Leave what is compiled as it is; what it draws it draws by operations that are seen.
-
-        Torch would otherwise note for the whole process that a mode is on, and go on to do so
-        where two threads have been in one.
-        """
+        """Else torch notes for the whole process that a mode is on, and may do so for good."""
         return True
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -91,11 +86,9 @@ class Generators(TorchDispatchMode):
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from generators of our own inside, in this thread alone.
+    """Draw from generators of our own inside, in this thread alone; with None as outside.
 
-    With None nothing changes: the draws come from the generators of an enclosing ``seeded``, and
-    from torch's global ones where there is none. Python's and NumPy's generators are left to the
-    caller, as are threads that are started inside.
+    Python's and NumPy's generators are left to the caller, as are threads started inside.
     """
     if seed is None:
         yield
@@ -121,8 +114,7 @@ def generator_states() -> dict[str, Tensor]:
 
 def restore_generators(states: dict[str, Tensor]) -> None:
     """Let them go on where those were that gave these states."""
-    own = own_generators()
-    if own is not None:
+    if own := own_generators():
         own.restore(states)
 
 
@@ -154,10 +146,10 @@ def drawing() -> Iterator[None]:
 
 
 def quick(function: Callable[..., T]) -> Callable[..., T]:
-    """A function to call between draws that is known to draw inside of :func:`drawing` alone.
+    """A function to call between draws; its first call shows whether it draws outside `drawing`.
 
-    That is seen in its first call. Where something of the caller's draws in it, such as an
-    energy or dropout, all calls draw from the generators of the innermost ``seeded``.
+    If so, as an energy of the caller's or dropout may, all calls draw from the generators of
+    the innermost ``seeded``.
     """
     strays: bool | None = None
 
@@ -204,7 +196,7 @@ def _has_generator(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def _with_tensors(func: Any, args: tuple) -> tuple:
-    """The arguments, without numbers for tensors: TorchScript hands a mode its constants so."""
+    """The arguments with tensors for numbers, which TorchScript hands a mode as constants."""
     dtypes = {float: torch.float64, int: torch.int64, bool: torch.bool}
     given = zip(func._schema.arguments, args, strict=False)
     return tuple(
@@ -239,10 +231,7 @@ def _lent(generator: torch.Generator, func: Any, args: tuple, kwargs: dict[str, 
 
 
 def _refuse_to_recompute() -> None:
-    """Raise where ``torch.utils.checkpoint`` would draw other numbers in the backward pass.
-
-    It puts back the state of the global generators, and would not find the ones drawn from.
-    """
+    """``torch.utils.checkpoint`` puts back the global generators, and not those drawn from."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_filename == checkpoint.__file__:

@@ -17,10 +17,10 @@ STAGES = ("sine", "toy", "eight_schools")
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch, float32: None) -> None:
     short = {"steps": 5, "num_particles": 4}
-    monkeypatch.setattr(demo.Settings, "density", {"steps": 5, "polish": 5})
-    monkeypatch.setattr(demo.Settings, "toy", short)
-    monkeypatch.setattr(demo.Settings, "schools", {"non-centred": short, "centred": short})
-    monkeypatch.setattr(demo.Settings, "fresh", 500)
+    sizes = {"fresh": 500, "density": {"steps": 5, "polish": 5}, "toy": short}
+    schools = {"non-centred": short, "centred": short}
+    monkeypatch.setattr(demo, "FULL", sizes | {"schools": schools})
+    monkeypatch.setattr(demo, "QUICK", sizes | {"schools": {"non-centred": short}})
 
 
 def invoke(out: Path, *options: str) -> Any:

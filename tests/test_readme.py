@@ -9,19 +9,22 @@ import pytest
 from benchmarks import readme
 
 import pyroflow as pf
-from pyroflow.inference.trainer import Loop
+from pyroflow.inference.schedule import LearningRateSchedule
+from pyroflow.inference.trainer import Trainer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 @pytest.mark.usefixtures("float32")
 def test_code_in_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    whole = Loop.__init__
+    whole = Trainer.__init__
 
-    def short(self: Loop, *args: Any, steps: int, polish: int = 0, **options: Any) -> None:
-        whole(self, *args, steps=min(steps, 1), polish=min(polish, 1), **options)
+    def short(self: Trainer, *args: Any, polish: int = 0, **options: Any) -> None:
+        objective, schedule = args
+        short_schedule = LearningRateSchedule(min(schedule.steps, 1), schedule.rule)
+        whole(self, objective, short_schedule, polish=min(polish, 1), **options)
 
-    monkeypatch.setattr(Loop, "__init__", short)
+    monkeypatch.setattr(Trainer, "__init__", short)
     monkeypatch.setattr(pf, "calibrate", partial(pf.calibrate, num_simulations=2))
     monkeypatch.chdir(tmp_path)  # for the files that the code writes
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count, check_positive
-from pyroflow.io import packed, read_data, write_whole
+from pyroflow.inference.fit import Objective
+from pyroflow.inference.schedule import LearningRateSchedule
+from pyroflow.inference.trainer import MAX_SKIPPED, Trainer
 from pyroflow.seeds import between_draws, seeded
-from rezende_mohamed_2015.dlgm import DLGM, Terms
+from rezende_mohamed_2015.dlgm import DLGM
 from rezende_mohamed_2015.processes import ALONE, Processes
-
-MAX_SKIPPED = 100  # updates in a row without a finite gradient
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,13 @@ class Schedule:
         return min(1.0, 0.01 + t / self.annealing)
 
 
-@dataclass
-class Progress:
-    """What a checkpoint keeps beside the parameters and Adam's moments."""
+class Progress(NamedTuple):
+    """How far a training came: updates, seconds over all sessions, and those left out."""
 
-    updates: int = 0
-    seconds: float = 0.0
-    skipped: int = 0  # updates without a finite gradient
-    free_energy: float = math.nan  # a running mean over training batches, in nats
+    updates: int
+    seconds: float
+    skipped: int
+    free_energy: float  # a running mean over training batches, in nats
 
 
 def train(
@@ -104,61 +101,103 @@ def train(
         progress: show a progress bar.
         name: of the run, in the progress bar.
 
-    Returns:
-        Updates, seconds of training over all sessions, skipped updates, and a running mean of F.
-
     Raises:
-        ValueError: fewer images than in a batch, a batch that the processes cannot share evenly,
-            or a checkpoint that is damaged or of another schedule, seed, number of processes,
-            model or set of images, or that not all processes see.
-        FloatingPointError: no finite gradient in 100 updates in a row.
+        ValueError: If there are fewer images than in a batch, the processes cannot share a batch
+            evenly, or the checkpoint is damaged, of another schedule, seed, number of processes,
+            model or set of images, or not seen by all processes.
+        FloatingPointError: If 100 updates in a row have no finite gradient.
     """
     batches = _batches(images, schedule.batch_size, seed, processes)
-    optimiser = _adam(dlgm, schedule)
+    free_energy = torch.tensor(math.nan, dtype=torch.float64, device="cpu")
+    running = {}  # what the first update sets up, once it is known which that is
+
+    def loss(t: int) -> Tensor:
+        if not running:
+            running.update(batches=batches(t), shared=processes.wrap(dlgm))
+        x = next(running["batches"]).to(dlgm.centre)
+        with seeded(_noise_seed(seed, processes.rank, t)), between_draws():
+            terms = running["shared"](x)
+        found = terms.bound(schedule.beta(t)).mean()
+        free_energy.fill_(_running_mean(free_energy.item(), terms.bound().mean().item()))
+        return found
+
     settings = {
         "schedule": vars(schedule),
         "seed": seed,
         "processes": processes.count,
         "images": digest(images),
     }
-    state = _resumed(checkpoint, dlgm, optimiser, settings) or Progress()
-    if state.updates != (first := processes.agree(state.updates)):
-        raise ValueError(
-            f"{checkpoint} must be in a folder that all processes share: it is at update "
-            f"{state.updates} for process {processes.rank}, and at {first} for process 0"
-        )
-    shared = processes.wrap(dlgm)
-    bar = tqdm(
-        total=schedule.updates,
-        initial=state.updates,
-        desc=name or "train",
-        disable=not (progress and processes.writes),
-        mininterval=5.0,
+    objective = Objective(
+        list(dlgm.parameters()),
+        loss,
+        score=None,
+        buffers=[*dlgm.buffers(), free_energy],
+        groups=_groups(dlgm, schedule),
+        max_norm=schedule.max_norm,
     )
-    began, before, failed = time.perf_counter(), state.seconds, 0
-    with bar:
-        for x in islice(batches(state.updates), schedule.updates - state.updates):
-            t = state.updates
-            _set_rates(optimiser, schedule, t)
-            with seeded(_noise_seed(seed, processes.rank, t)), between_draws():
-                terms = shared(x.to(dlgm.centre))
-            loss, bound = _update(shared, terms, optimiser, schedule, t)
-            failed = 0 if loss else failed + 1
-            state.skipped += not loss
-            if failed == MAX_SKIPPED:
-                raise FloatingPointError(
-                    f"{name or 'training'}: no finite gradient in {MAX_SKIPPED} updates up to "
-                    f"{t}; lower lr={schedule.lr} or flow_lr={schedule.flow_lr}"
-                )
-            state.free_energy = _running_mean(state.free_energy, bound)
-            state.updates, state.seconds = t + 1, before + time.perf_counter() - began
-            bar.update()
-            if state.updates % every == 0 or state.updates == schedule.updates:
-                bar.set_postfix(F=f"{state.free_energy:.2f}")
-                if checkpoint is not None and processes.writes:
-                    _save(checkpoint, dlgm, optimiser, settings, state)
+    trainer = SharedTrainer(
+        objective,
+        _Rates(schedule),
+        lr=schedule.lr,
+        settings=settings,
+        label=name or "train",
+        progress=progress and processes.writes,
+        checkpoint=checkpoint,
+        save_every=every,
+    )
+    trainer.processes, trainer.free_energy = processes, free_energy
+    done = trainer.run()
+    if trainer.state.stopped:
+        raise FloatingPointError(
+            f"{name or 'training'}: no finite gradient in {MAX_SKIPPED} updates up to "
+            f"{done.steps - 1}; lower lr={schedule.lr} or flow_lr={schedule.flow_lr}"
+        )
     processes.agree(None)  # no process goes on before the checkpoint is there
-    return state
+    return Progress(done.steps, done.seconds, done.skipped, free_energy.item())
+
+
+class SharedTrainer(Trainer):
+    """A trainer in each of several processes, of which rank 0 writes the checkpoint.
+
+    The model is too large to note its state before every update: a run that is cut off goes back
+    to the last checkpoint.
+    """
+
+    processes: Processes
+    free_energy: Tensor
+
+    def _resume(self) -> None:
+        try:
+            super()._resume()
+        except ValueError as error:
+            raise ValueError(f"{error}. Remove it or name another --out to start anew") from error
+        if (step := self.state.step) != (first := self.processes.agree(step)):
+            raise ValueError(
+                f"{self.checkpoint.path} must be in a folder that all processes share: it is at "
+                f"update {step} for process {self.processes.rank}, and at {first} for process 0"
+            )
+
+    def _note(self) -> None:
+        pass
+
+    def _save(self) -> None:
+        if self.processes.writes:
+            super()._save()
+
+    def _show(self, bar: tqdm) -> None:
+        bar.mininterval = 5.0
+        bar.update()
+        if self.state.step % self.save_every == 0:
+            bar.set_postfix(F=f"{self.free_energy.item():.2f}")
+
+
+class _Rates(LearningRateSchedule):
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__(schedule.updates)
+        self.rate = schedule.rate
+
+    def averages(self, step: int) -> bool:
+        return False
 
 
 def digest(images: Tensor) -> str:
@@ -166,37 +205,13 @@ def digest(images: Tensor) -> str:
     return hashlib.sha256(images.contiguous().cpu().numpy()).hexdigest()[:16]
 
 
-def _update(
-    shared: torch.nn.Module,
-    terms: Terms,
-    optimiser: torch.optim.Optimizer,
-    schedule: Schedule,
-    t: int,
-) -> tuple[bool, float]:
-    """One update; whether its gradient was finite, and the mean of F over the batch."""
-    optimiser.zero_grad()
-    terms.bound(schedule.beta(t)).mean().backward()
-    parameters = list(shared.parameters())
-    finite = clip_grad_norm_(parameters, schedule.max_norm).isfinite().item()
-    if finite:
-        optimiser.step()
-        # a fused step leaves the counts as they are by which transforms know that w has changed
-        for p in parameters:
-            torch.autograd.graph.increment_version(p)
-    return finite, terms.bound().mean().item()
-
-
-def _adam(dlgm: DLGM, schedule: Schedule) -> torch.optim.Optimizer:
+def _groups(dlgm: DLGM, schedule: Schedule) -> list[dict[str, Any]]:
+    """Adam's parameter groups, each with its highest rate."""
     flow = list(dlgm.parts.parameters())
     ours = {id(p) for p in flow}
     others = [p for p in dlgm.parameters() if id(p) not in ours]
     groups = [{"params": others, "peak": schedule.lr}, {"params": flow, "peak": schedule.flow_lr}]
-    return torch.optim.Adam([g for g in groups if g["params"]], lr=schedule.lr, fused=True)
-
-
-def _set_rates(optimiser: torch.optim.Optimizer, schedule: Schedule, t: int) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = schedule.rate(t) * group["peak"]
+    return [g for g in groups if g["params"]]
 
 
 def _batches(images: Tensor, size: int, seed: int, processes: Processes) -> Any:
@@ -232,39 +247,3 @@ def _running_mean(mean: float, value: float) -> float:
     if not math.isfinite(value):
         return mean
     return value if math.isnan(mean) else mean + 0.002 * (value - mean)
-
-
-def _save(
-    path: Path,
-    dlgm: DLGM,
-    optimiser: torch.optim.Optimizer,
-    settings: dict[str, Any],
-    state: Progress,
-) -> None:
-    kept = {"dlgm": dlgm.state_dict(), "optimiser": optimiser.state_dict()}
-    kept |= {"settings": settings, "state": vars(state)}
-    write_whole(path, packed(kept))
-
-
-def _resumed(
-    path: Path | None,
-    dlgm: DLGM,
-    optimiser: torch.optim.Optimizer,
-    settings: dict[str, Any],
-) -> Progress | None:
-    if path is None or not path.exists():
-        return None
-    remedy = "remove it or name another --out to start anew"
-    try:
-        kept = read_data(path, dlgm.centre.device)
-        state, saved = Progress(**kept["state"]), kept["settings"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is no whole checkpoint: {remedy}") from error
-    if saved != settings:
-        raise ValueError(f"{path} is a checkpoint of {saved}, not of {settings}: {remedy}")
-    try:
-        dlgm.load_state_dict(kept["dlgm"])
-        optimiser.load_state_dict(kept["optimiser"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is a checkpoint of another model: {remedy}") from error
-    return state

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyroflow.io import packed, read_data, write_whole
+from pyroflow.io import read_data, write_data
 from pyroflow.plots.drawing import COLOURS
 from pyroflow.targets import energy
 from rezende_mohamed_2015.results import Run
@@ -25,7 +25,7 @@ STYLES = {"planar": "o-", "NICE permutation": "s--", "NICE orthogonal": "^:"}
 
 def keep_density(log_prob: Callable[[Tensor], Tensor], kl: float, file: Path) -> None:
     """Save what a panel shows of a run."""
-    write_whole(file, packed((_density(log_prob), kl)))
+    write_data(file, (_density(log_prob), kl))
 
 
 def shown(runs: Sequence[Run]) -> list[Run]:

@@ -129,11 +129,9 @@ class Flow(nn.Module):
         return self._base().event_shape[-1]
 
     def forward(self, context: Tensor | None = None) -> dist.TransformedDistribution:
-        """The flow as a Pyro distribution.
+        """The flow as a Pyro distribution; for a conditional one, at a context (*B, C).
 
-        Args:
-            context: shape (*B, C), for a conditional flow. The distribution then has batch shape
-                B and is a snapshot: call the flow anew after an optimiser step.
+        It then has batch shape B and is a snapshot: call the flow anew after an optimiser step.
         """
         if self.conditional and context is None:
             raise ValueError("this flow is conditional: call it with a context, flow(context)")
@@ -157,12 +155,9 @@ class Flow(nn.Module):
 
         Layers that are the identity are drawn anew, unless they are frozen, so that a fit is
         reproducible from its own seed. Where their direction is open, they take the one that is
-        in closed form for what the fit does most: scoring, where there are data, else sampling.
-        Given data, an outermost affine layer is set to their mean and covariance if all of
-        pyroflow's layers are the identity.
-
-        Args:
-            data: shape (N, D), for a fit to data.
+        in closed form for what the fit does most: scoring, where there are data (N, D), else
+        sampling. Given data, an outermost affine layer is set to their mean and covariance if all
+        of pyroflow's layers are the identity.
 
         Raises:
             ValueError: If the covariance of the data is singular, and the scale a full triangle.
@@ -224,19 +219,15 @@ def _flatten(t: AnyTransform) -> list[AnyTransform]:
 
 
 def _modules_within(t: AnyTransform) -> list[nn.Module]:
-    """The transform if it is a module, else the modules that it holds, outermost first.
-
-    Torch's ``IndependentTransform`` and the like are no modules: parameters of what they hold
-    would neither be trained nor saved.
-    """
+    """The transform if it is a module, else the modules that it holds, as torch's may."""
     return [t] if isinstance(t, nn.Module) else [m for u in _held(t) for m in _modules_within(u)]
 
 
 def _clear_caches(others: Iterable[AnyTransform]) -> None:
-    """Empty the caches of transforms and of those within, where they are not pyroflow's.
+    """Empty the caches of others' transforms: they outlive an optimiser step (pyro issue #2564).
 
-    Such a cache outlives an optimiser step (pyro issue #2564): the same tensor would get its old
-    value, or a graph that is gone. And tensors with a graph can neither be copied nor pickled.
+    The same tensor would get its old value, or a graph that is gone. And tensors with a graph can
+    neither be copied nor pickled.
     """
     for t in others:
         if isinstance(t, Bijection):

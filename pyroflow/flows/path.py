@@ -18,8 +18,8 @@ class AlongPath(dist.TransformedDistribution):
 
     The gradient of log q(z) for z = z(θ, ε) then leaves out the score ∂ log q/∂θ, whose
     expectation is zero: the ELBO's gradient stays unbiased, and its variance vanishes where q is
-    the posterior. Scoring a sample that the transforms have just made takes no root search. All
-    transforms must be pyroflow's.
+    the posterior. Scoring a sample that the transforms have just made takes no root search.
+    Every transform must be one of pyroflow's.
 
     References:
         Roeder, Wu and Duvenaud, Sticking the landing, 2017, https://arxiv.org/abs/1703.09194.
@@ -52,15 +52,9 @@ class AlongPath(dist.TransformedDistribution):
 def log_prob_at_fixed(q: TransformedDistribution, z: Tensor) -> Tensor | None:
     """A number for each sample z = z(θ, ε) of q, with the gradient ∂ log q/∂θ at z held fixed.
 
-    Among pyroflow's transforms that is the gradient of log q(z(θ, ε)) less the part along the path,
-    and takes no root search.
-
-    Args:
-        q: the distribution; it may be an :class:`AlongPath`.
-        z: the sample that it has just made, shape (*, D).
-
-    Returns:
-        Shape (*); None where a transform can be run forwards only.
+    z (*, D) is what q, or an :class:`AlongPath`, has just made. Among pyroflow's transforms that is
+    the gradient of log q(z(θ, ε)) less the part along the path, without a root search. The
+    result has shape (*), and is None where a transform can be run forwards only.
     """
     full = FlowDistribution(q.base_dist, q.transforms)
     if all(isinstance(t, Bijection) for t in q.transforms):

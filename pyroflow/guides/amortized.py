@@ -160,23 +160,23 @@ class AmortizedPlanarGuide(ModuleGuide):
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
         if self.master is not None:
             return super()._create_plates(*args, **kwargs)
-        frames, draw = self._prototype_frames, {"size": self._num_rows(args, kwargs)}
+        frames = self._prototype_frames
         plates = {n: pyro.plate(n, f.size, dim=f.dim) for n, f in frames.items() if n != self.plate}
-        if self._model is not None:  # else a copy that came without its model, which uses all rows
+        if self._model is None:  # a copy that came without its model uses all rows
+            known = self.context is None
+            draw = {"size": self.rows.size if known else len(self.context.rows(args, kwargs))}
+        else:
             values = {site.name: site.value for site in self.latents}
             draw = draw_of(self._model[1], self.plate, values, args, kwargs)
         plates[self.plate] = pyro.plate(self.plate, **draw, dim=frames[self.plate].dim)
         return plates
 
-    def _num_rows(self, args: tuple, kwargs: dict[str, Any]) -> int:
-        return self.rows.size if self.context is None else len(self.context.rows(args, kwargs))
-
     def _quantiles(self, levels: Sequence[float], *args: Any, **kwargs: Any) -> Values:
         rows = None if self.context is None else self.context.rows(args, kwargs)
-        latent, found = None, []
+        size, latent, found = self.rows.size if rows is None else len(rows), None, []
         if self.global_guide is not None:
             latent = self.global_guide.get_posterior().sample((MARGINAL_DRAWS, 1))
-        numbers = torch.arange(self._num_rows(args, kwargs), device=self.local_flow.base.loc.device)
+        numbers = torch.arange(size, device=self.local_flow.base.loc.device)
         for index in numbers.split(max(1, AT_ONCE // MARGINAL_DRAWS)):
             picked = None if rows is None else rows[index.to(rows.device)]
             q = self._local_posterior(index, picked, latent, trailing=0)

@@ -27,21 +27,13 @@ Build = Callable[[int], Transform | Iterable[Transform]]
 
 
 class StandardStudentT(nn.Module):
-    """D independent Student-t variables with location 0 and scale 1, on their module's device.
+    """D independent Student-t variables with location 0, scale 1, and degrees of freedom df.
 
     Layers of tanh units leave the tails of their base as they are, so heavy-tailed posteriors
     want a heavy-tailed base.
 
-    Args:
-        input_dim: D.
-        df: degrees of freedom; they are not trained.
-
     Raises:
         ValueError: If input_dim < 1, or df is no finite number above 0.
-
-    Example:
-        >>> StandardStudentT(3, df=10.0)().event_shape
-        torch.Size([3])
     """
 
     def __init__(self, input_dim: int, df: float) -> None:
@@ -88,12 +80,7 @@ class FlowGuide(ModuleGuide, AutoContinuous):
         return marginal_quantiles(draws, levels)
 
     def check_model(self, model_trace: poutine.Trace) -> None:
-        """Compare a run of a model, not vectorised, with what the guide was set up with.
-
-        Raises:
-            ValueError: If a latent site is new, gone, of another shape or on another support, by
-                name.
-        """
+        """Raise ``ValueError`` by name if a later run of the model has other latents."""
         self.latents.check(model_trace)
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -49,7 +49,7 @@ class ModuleGuide(AutoGuide):
 
     latents: Latents
     plate: str | None = None
-    _unpickled: tuple[str, ...] = ("_model",)
+    _unpickled: tuple[str, ...] = ("_model",)  # what no pickle holds
 
     def setup(self, *args: Any, **kwargs: Any) -> ModuleGuide:
         """Run the model to see its latents, and make the parameters; later calls do nothing.

@@ -82,7 +82,7 @@ class LocalFlow(nn.Module):
             index: their numbers in the table, shape (B,).
             features: shape (B, C).
             shared: shape (*S, 1, ..., 1, G).
-            trailing: how many ones stand at the end of the batch shape.
+            trailing: how many ones stand at the end.
         """
         ones, start = (1,) * trailing, self._start()
         known = [features] if self.embedding is None else [self.embedding[index]]

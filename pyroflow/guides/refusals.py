@@ -39,13 +39,13 @@ def refuse_subsampled(latents: Latents, plate: str | None) -> None:
     pairs = [(site, frame) for site in latents for frame in site.plates if frame.name != plate]
     for site, frame in pairs:
         if frame.full_size is not None and frame.size < frame.full_size:
-            reason = (
-                f"the guide has local latents for plate {plate!r} only. Run"
-                if plate
-                else f"the guide would use the same {frame.size} latents for whichever rows are "
-                "drawn. Use pyroflow.AmortizedPlanarGuide, which makes them from the data of the "
-                "rows drawn, run"
-            )
+            reason = f"the guide has local latents for plate {plate!r} only. Run"
+            if plate is None:
+                reason = (
+                    f"the guide would use the same {frame.size} latents for whichever rows are "
+                    "drawn. Use pyroflow.AmortizedPlanarGuide, which makes them from the data of "
+                    "the rows drawn, run"
+                )
             raise ValueError(
                 f"site {site.name!r} is a latent in plate {frame.name!r}, which subsamples "
                 f"{frame.size} of {frame.full_size} rows: {reason} the plate in full, or integrate "

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pyroflow.checks import check_count, check_data, check_fraction
 from pyroflow.flows import Flow
-from pyroflow.inference.checkpoint import held
-from pyroflow.inference.fit import Fit, check_options, trainable
-from pyroflow.inference.trainer import Loop
+from pyroflow.inference.fit import Fit, Objective, check_options, held, trainable
+from pyroflow.inference.schedule import LearningRateSchedule
+from pyroflow.inference.trainer import Trainer
 from pyroflow.seeds import drawing, seeded
 
 # A network's weights want smaller and more steps, and are too many for L-BFGS.
@@ -39,12 +39,11 @@ def fit_density(
 ) -> Fit:
     """Fit a flow to data by maximum likelihood.
 
-    A new flow is first placed on the data: its affine layer gets their mean and covariance. One
-    that was fitted, trained by hand or loaded goes on from where it is. Adam takes ``steps`` on
-    mini-batches, its learning rate warming up and then decaying to zero; L-BFGS on the full
-    likelihood then goes on for ``polish`` evaluations. Part of the rows are held out: the flow
-    ends in the state with the lowest held-out loss, and the fit stops early where that no longer
-    falls.
+    A new flow is first initialized: its affine layer gets the data's mean and covariance. One that
+    was fitted, trained by hand or loaded goes on from where it is. Adam takes ``steps`` on
+    mini-batches; L-BFGS on the full likelihood then goes on for ``polish`` evaluations. The flow
+    ends in the state with the lowest loss on held-out rows, and the fit stops early where that no
+    longer falls.
 
     Args:
         flow: the flow, trained in place.
@@ -54,7 +53,8 @@ def fit_density(
         polish: evaluations of the full likelihood for L-BFGS, on at most 20,000 rows; by default
             1000, and 0 for a conditional flow.
         batch_size: rows a step, drawn with replacement.
-        lr: highest learning rate; by default 0.04, and 0.005 for a conditional flow.
+        lr: highest learning rate, after a warm-up and before a cosine decay to zero; by default
+            0.04, and 0.005 for a conditional flow.
         holdout: fraction of the rows held out, in (0, 1).
         seed: makes the fit reproducible, without touching the global generator, whatever other
             threads draw; None draws from the global one.
@@ -67,10 +67,10 @@ def fit_density(
         The course of the fit; ``best_loss`` is the held-out mean of −log q, in nats.
 
     Raises:
-        ValueError: data with a NaN or inf (naming the row), of the wrong width, with fewer than
-            two rows, not two-dimensional, with a constant column, or that the flow's dtype cannot
-            hold; a context that does not fit; an option out of range; a checkpoint of another fit,
-            or in use by one.
+        ValueError: If data have a NaN or inf (naming the row), the wrong width, fewer than two
+            rows, a constant column, another number of dimensions than two, or numbers that the
+            flow's dtype cannot hold; if the context does not fit, an option is out of range, or
+            the checkpoint is of another fit or in use by one.
 
     Example:
         >>> from pyroflow import datasets, planar_flow
@@ -103,21 +103,23 @@ def fit_density(
             return _negative_log_prob(flow, [t[index] for t in training]).mean()
 
         polished = [t[:POLISHED_ROWS] for t in training]
-        loop = Loop(
+        objective = Objective(
             trainable(flow),
             loss,
             lambda: _negative_log_prob(flow, held_out),
-            steps=steps,
+            buffers=list(flow.buffers()),
+            exact_loss=lambda: _negative_log_prob(flow, polished).mean(),
+        )
+        return Trainer(
+            objective,
+            LearningRateSchedule(steps),
             lr=lr,
-            fixed=list(flow.buffers()),
             settings=settings,
             label="fit_density",
             progress=progress,
             checkpoint=checkpoint,
-            polish_loss=lambda: _negative_log_prob(flow, polished).mean(),
             polish=polish,
-        )
-        return loop.run()
+        ).run()
 
 
 def _rows(flow: Flow, data: Any, context: Any) -> list[Tensor]:

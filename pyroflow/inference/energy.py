@@ -12,26 +12,15 @@ import torch
 from torch import Tensor
 
 from pyroflow.flows import Flow, draw_from, log_prob_at_fixed
-from pyroflow.inference.annealing import described
-from pyroflow.inference.checkpoint import held
-from pyroflow.inference.fit import Fit, check_options, trainable
-from pyroflow.inference.objectives import bound_scores, cut_loss
-from pyroflow.inference.trainer import Loop
-from pyroflow.seeds import between_draws, quick, seeded
+from pyroflow.inference.fit import Fit, Objective, check_options, held, trainable
+from pyroflow.inference.objectives import bound_scores, cut_loss, fixed_draws
+from pyroflow.inference.schedule import LearningRateSchedule, described
+from pyroflow.inference.trainer import Trainer
+from pyroflow.seeds import seeded
 
 STEPS_AT_FULL_WEIGHT = 5000  # the default number of steps after annealing has ended
 SCORED_DRAWS = 4096
 RISE = 2.3  # nats that an energy must gain far out: half of what the heaviest proper tail gains
-
-
-def paper_annealing(step: int) -> float:
-    """β_t = min(1, 0.01 + t/10000), the schedule of Rezende & Mohamed 2015, equation 20.
-
-    Example:
-        >>> paper_annealing(0), paper_annealing(20_000)
-        (0.01, 1.0)
-    """
-    return min(1.0, 0.01 + step / 10_000)
 
 
 def fit_energy(
@@ -49,19 +38,18 @@ def fit_energy(
 ) -> Fit:
     """Fit a flow q to p ∝ exp(−U) by minimising F = E_q[log q + U] = KL(q‖p) − ln Z.
 
-    With annealing the loss is E_q[log q + β_t U]: the energy is scaled and the entropy is
-    not (equation 20 of Rezende & Mohamed 2015). The flow ends in the state with the lowest F,
-    at β = 1, on a fixed set of draws.
+    With annealing the loss is E_q[log q + β_t U] (equation 20 of Rezende & Mohamed 2015). The
+    flow ends in the state with the lowest F, at β = 1, on a fixed set of draws.
 
     Args:
         flow: the flow, trained in place.
         energy: U, a map (N, D) → (N,). exp(−U) must have a finite integral, or F has no minimum
-            and mass leaks away where U is flat: an energy that stays flat along a
-            coordinate axis is warned of (other directions are not looked along).
-        annealing: step ↦ β_t in [0, 1], reaching 1, such as :func:`paper_annealing`.
+            and mass leaks away where U is flat: an energy that stays flat along a coordinate axis
+            is warned of (other directions are not checked).
+        annealing: step ↦ β_t in [0, 1], reaching 1, such as :func:`~pyroflow.paper_annealing`.
         steps: optimiser steps; by default 5000 more than annealing needs.
         num_particles: draws a step.
-        lr: highest learning rate; it warms up and decays to zero along a cosine.
+        lr: highest learning rate, after a warm-up and before a cosine decay to zero.
         seed: makes the fit reproducible, without touching the global generator, whatever other
             threads draw; None draws from the global one.
         progress: show a progress bar.
@@ -73,9 +61,9 @@ def fit_energy(
         The course of the fit; ``best_loss`` is F in nats, at least −ln Z.
 
     Raises:
-        ValueError: a conditional flow, an energy of the wrong shape or with an infinite
-            ``log_normalizer``, an annealing that is not 1 at the last step, an option out of
-            range, a checkpoint of another fit or in use by one.
+        ValueError: If the flow is conditional, the energy has the wrong shape or an infinite
+            ``log_normalizer``, the annealing is not 1 at the last step, an option is out of range,
+            or the checkpoint is of another fit or in use by one.
 
     Example:
         >>> from pyroflow import planar_flow
@@ -111,29 +99,22 @@ def fit_energy(
                 return -log_weights.mean()
             return cut_loss(log_weights, "elbo", 1, z, log_prob_at_fixed(q, z), path=False)
 
-        @quick
-        def scored_weights() -> Tensor:
+        def log_weights() -> Tensor:
             q = flow()
             z = draw_from(q, (SCORED_DRAWS,))
             return -energy(z) - q.log_prob(z)
 
-        def score() -> Tensor:
-            with seeded(int(scored)), between_draws():
-                return bound_scores(scored_weights())
-
-        loop = Loop(
-            trainable(flow),
-            loss,
-            score,
-            steps=steps,
+        weigh_fixed = fixed_draws(scored, log_weights)
+        buffers = [*flow.buffers(), scored]
+        return Trainer(
+            Objective(trainable(flow), loss, lambda: bound_scores(weigh_fixed()), buffers=buffers),
+            LearningRateSchedule(steps),
             lr=lr,
-            fixed=[*flow.buffers(), scored],
             settings=settings,
             label="fit_energy",
             progress=progress,
             checkpoint=checkpoint,
-        )
-        return loop.run()
+        ).run()
 
 
 def _default_steps(annealing: Callable[[int], float] | None) -> int:

@@ -1,14 +1,26 @@
-"""What every ``fit_`` function returns, and the options they share."""
+"""What a fit minimises, its state and checkpoint, its result, and the options that fits share."""
 
 from __future__ import annotations
 
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyroflow.checks import check_count, check_positive
+from pyroflow.io import read_data, write_data
+from pyroflow.seeds import generator_states, restore_generators
+
+# Of checkpoints; raised when the parameters of a transform, the settings or the state mean
+# something else: then no fit can go on.
+FORMAT = 4
 
 
 @dataclass
@@ -38,6 +50,193 @@ class Fit:
     skipped: int = 0
     rolled_back: int = 0
     skipped_particles: int = 0
+
+
+@dataclass
+class Objective:
+    """What a fit minimises, and the tensors and objects that it consists of.
+
+    Attributes:
+        parameters: the tensors that are trained.
+        loss: step ↦ scalar training loss; what it draws itself it draws inside ``drawing``.
+        score: () ↦ losses of fixed points or draws, shape (n,), on whose mean states are compared.
+            None where the last state is the result.
+        buffers: tensors that are not trained, but restored with the fit.
+        stateful: what else is restored, by ``state_dict`` and ``load_state_dict``.
+        exact_loss: () ↦ the exact training loss, for L-BFGS; the pairwise differences of scores
+            then also decide on stopping.
+        keep_last: end in the last state scored, for a score that cannot tell the best one.
+        groups: torch's parameter groups, each with its highest learning rate as "peak"; by
+            default one of all parameters.
+        max_norm: a gradient of a larger norm is scaled down to it.
+    """
+
+    parameters: list[Tensor]
+    loss: Callable[[int], Tensor]
+    score: Callable[[], Tensor] | None
+    buffers: list[Tensor] = field(default_factory=list)
+    stateful: Sequence[Any] = ()
+    exact_loss: Callable[[], Tensor] | None = None
+    keep_last: bool = False
+    groups: list[dict[str, Any]] | None = None
+    max_norm: float = math.inf
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers."""
+        return [*self.parameters, *self.buffers]
+
+
+@dataclass
+class State:
+    """Where a fit stands between two steps, beside its tensors; a checkpoint holds its fields.
+
+    Attributes:
+        average: the mean of the last iterates, of which ``averaged`` were; empty before.
+        best: the parameters with the best score; empty before the first.
+        worse: evaluations in a row that were clearly above the best one.
+        unimproved: evaluations of the polish loss since the best one.
+        before: the course of an earlier part, which the result begins with.
+    """
+
+    before: dict[str, Any] | None = None
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    scores: list[tuple[int, float]] = field(default_factory=list)
+    average: list[Tensor] = field(default_factory=list)
+    averaged: int = 0
+    best: list[Tensor] = field(default_factory=list)
+    best_score: Tensor = field(default_factory=lambda: torch.tensor(math.inf, device="cpu"))
+    worse: int = 0
+    unimproved: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    rolled_back: int = 0
+    polishing: bool = False
+    stopped: str = ""
+    seconds: float = 0.0
+
+    def fit(self, reason: str) -> Fit:
+        """The course of the fit, with that of the part before; why it stopped, if not early."""
+        before = Fit([], [], math.inf, 0, "", 0.0) if self.before is None else Fit(**self.before)
+        steps = before.steps + self.step
+        return Fit(
+            losses=before.losses + self.losses,
+            scores=before.scores + [(before.steps + t, score) for t, score in self.scores],
+            best_loss=self.best_score.mean().item(),
+            steps=steps,
+            stopped=self.stopped or reason or f"all {steps} steps done",
+            seconds=before.seconds + self.seconds,
+            skipped=before.skipped + self.skipped,
+            rolled_back=before.rolled_back + self.rolled_back,
+        )
+
+
+@contextmanager
+def held(path: str | Path | None) -> Iterator[None]:
+    """Keep a checkpoint for one fit at a time; of a process that is killed, the lock goes too.
+
+    Raises:
+        ValueError: If another fit, of this process or another, has it.
+    """
+    if path is None:
+        yield
+        return
+    from filelock import FileLock, Timeout  # here, to keep the import of pyroflow short
+
+    name = Path(f"{os.path.realpath(path)}.lock.partial")
+    lock = FileLock(name, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"checkpoint {path} is in use by another fit that is running: name another file, or "
+            "wait for it; where several processes do one fit, as under torchrun, pass checkpoint "
+            "in the one of rank 0 alone"
+        ) from error
+    except (OSError, NotImplementedError):  # no locks here: what is written is whole all the same
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            name.unlink(missing_ok=True)
+        lock.release()
+
+
+class Checkpoint:
+    """The file of one part of a fit.
+
+    Args:
+        path: of the file; None for none.
+        settings: what a fit must agree on to go on from it.
+    """
+
+    def __init__(self, path: str | Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = None if path is None else Path(path), settings
+        self._warned = False
+
+    def write(self, **parts: Any) -> None:
+        """Write the parts of a state, and that of the generators; where it fails, warn once."""
+        content = {"format": FORMAT, "settings": self.settings, "rng": generator_states(), **parts}
+        try:
+            write_data(self.path, content)
+        except OSError as error:  # the fit is worth more than the file
+            if not self._warned:
+                warnings.warn(
+                    f"checkpoint {self.path} cannot be written ({error}): the fit goes on, tries "
+                    "again later, and leaves an older checkpoint as it is. Make room for it, or "
+                    "name another file",
+                    stacklevel=2,
+                )
+            self._warned = True
+
+    def read(self) -> dict[str, Any]:
+        """Restore the generators, and return all that was written; empty where there is no file.
+
+        Raises:
+            ValueError: If it is no checkpoint, or of a fit with other settings.
+        """
+        content = read_checkpoint(self.path)
+        if content:
+            check_settings(self.path, content["settings"], self.settings)
+            restore_generators(content["rng"])
+        return content
+
+
+def check_settings(path: str | Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where settings differ from those of a checkpoint."""
+    differing = [name for name in settings if saved.get(name) != settings[name]]
+    if differing:
+        listed = ", ".join(f"{n}={saved.get(n)!r} (now {settings[n]!r})" for n in differing)
+        raise ValueError(
+            f"checkpoint {path} is of a fit with {listed}: repeat those settings to resume it, or "
+            "name another file to start anew"
+        )
+
+
+def read_checkpoint(path: str | Path | None) -> dict[str, Any]:
+    """The content of a checkpoint; empty where there is no file.
+
+    Raises:
+        ValueError: If the file is no checkpoint of this version.
+    """
+    if path is None or not Path(path).exists():
+        return {}
+    try:
+        content = read_data(path)
+        content["settings"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint {path} is not a checkpoint of a fit ({error}): name another file, or "
+            "remove it"
+        ) from error
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint {path} is of another version of pyroflow, whose layers may have other "
+            "parameters: name another file to start anew, or remove it"
+        )
+    return content
 
 
 def check_options(**options: Any) -> None:

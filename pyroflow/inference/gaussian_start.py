@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyroflow.inference.ascent import Points, ascend
+from pyroflow.guides import AutoFlow
 from pyroflow.inference.objectives import bound_scores, edge_factors
 from pyroflow.model.log_joint import LogJoint
-from pyroflow.seeds import drawing
+from pyroflow.seeds import drawing, seeded
 
 PATHS = 8
 TRIED = 128  # points at which a start is looked for, at each reach
@@ -29,7 +29,14 @@ TICKS = STEPS + BEST * ROUNDS[0] + ROUNDS[1]  # of a progress bar
 MOVED_BY = 256  # draws behind a move
 LEAST_MOVED_BY = 16  # of them inside the support
 TESTED_BY = 512  # draws on which they are compared
-LARGEST = 1e12  # magnitude of a location that is still one
+LARGEST = 1e12  # location of a sound Gaussian
+MOMENT_DRAWS = 4096  # behind the moments of layers that are not the identity
+
+# of the ascent
+LENGTHS = (4.0, 2.0, 1.0, 0.5, 0.25, 1 / 16, 1 / 64, 1 / 1024)  # of a step, all tried at once
+FLAT = 1e-4  # nats; a step that gains less counts as none
+FLAT_STEPS = 2  # of those in a row that end a path
+FLATTEST = 1e-6  # of a curvature, in the units of the scale before
 
 
 class Gaussian(NamedTuple):
@@ -42,21 +49,13 @@ class Gaussian(NamedTuple):
 
 @torch.no_grad()
 def best_gaussian(log_joint: LogJoint, start: Tensor, bar: tqdm | None = None) -> Gaussian | None:
-    """The Gaussian with the highest bound that several ascents lead to.
+    """The Gaussian with the highest bound that several ascents from the guide's start (D,) find.
 
-    Gaussians of the Hessians along several paths, as in Pathfinder (Zhang et al. 2022); the best
-    few are moved to where the expected gradient vanishes and the precision is the expected
-    Hessian (Opper and Archambeau 2009), the optimum among Gaussians. A density need not have
-    a mode for it: the points on the way there count alike.
-
-    Args:
-        log_joint: the log density.
-        start: the guide's own, shape (D,).
-        bar: shows how far it is, of a total of ``TICKS``.
-
-    Returns:
-        The Gaussian; None if there is no sound one, because the log joint is finite at no start,
-        or grows without end.
+    Gaussians of the Hessians along the paths, as in Pathfinder (Zhang et al. 2022), are compared,
+    so that a density need not have a mode; the best few are moved to where the expected gradient
+    vanishes and the precision is the expected Hessian, the optimum among Gaussians (Opper and
+    Archambeau 2009). The bar is of a total of ``TICKS``. None is returned if there is no sound
+    one, because the log joint is finite at no start, or grows without end.
     """
     starts = _starts(log_joint, start)
     if starts is None:
@@ -125,7 +124,7 @@ def _scored(
 ) -> tuple[list[Gaussian], Tensor]:
     """The Gaussians N(loc, scale scaleᵀ), shapes (C, D) and (C, D, D), with bounds on fixed draws.
 
-    Those without a finite bound have −∞. The second value is whether draws of each were lost.
+    The bound is −∞ where it is not finite. The second value is whether draws of each were lost.
     """
     draws = loc.unsqueeze(1) + noise @ scale.mT
     value, _ = log_joint.values_and_gradients(draws.flatten(0, 1))
@@ -141,10 +140,7 @@ def _scored(
 def _moved_on(
     log_joint: LogJoint, start: Gaussian, rounds: int, test: Tensor, tick: Callable[[], Any]
 ) -> Gaussian:
-    """Move a Gaussian to its optimum by natural gradients, unless that lowers its bound.
-
-    Rates fall as 1/t, which averages the noise of the draws.
-    """
+    """Move a Gaussian to its optimum by natural gradients, unless that lowers its bound."""
     loc, scale = start.loc, start.scale
     for t in range(rounds):
         tick()
@@ -153,7 +149,7 @@ def _moved_on(
         inside = value.isfinite() & gradient.isfinite().all(-1)
         if int(inside.sum()) < max(LEAST_MOVED_BY, 2 * len(loc)):
             break
-        rate = 1 / (2 + t / 4)
+        rate = 1 / (2 + t / 4)  # falling as 1/t averages the noise of the draws
         if bool(inside.all()):
             shift, slope = gradient.mean(0) @ scale, _slope(noise, gradient @ scale)
         else:
@@ -178,21 +174,117 @@ def _moved(
 
 
 def _slope(noise: Tensor, gradient: Tensor) -> Tensor:
-    """The negative expected Hessian, as the slope of a regression of gradients on draws.
-
-    That is exact with few draws where the density is Gaussian.
-    """
+    """The negative expected Hessian: the slope of gradients on draws, exact for a Gaussian."""
     return -torch.cholesky_solve(noise.mT @ gradient, torch.linalg.cholesky(noise.mT @ noise))
 
 
 def _cut(noise: Tensor, log_weights: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The expected gradient and negative Hessian of a bound that is cut to a support.
-
-    See :func:`~pyroflow.inference.objectives.cut_loss`.
-    """
+    """The expected gradient and negative Hessian of a bound that is cut, see ``cut_loss``."""
     inside = log_weights.isfinite()
     factor = edge_factors(log_weights, 1, noise, path=True).unsqueeze(1)
     gradient = (gradient + noise)[inside]
     hessian = gradient.mT @ noise[inside] / len(gradient) + noise.mT @ (factor * noise)
     mean = gradient.mean(0) + (factor * noise).sum(0)
     return mean, torch.eye(noise.shape[-1], dtype=noise.dtype, device=noise.device) - hessian
+
+
+@torch.no_grad()
+def initialize(guide: AutoFlow, gaussian: Gaussian) -> None:
+    """Set the affine layer so that the guide has the Gaussian's mean and covariance.
+
+    Layers that are not the identity at the start are made up for by their moments; a Student-t
+    base keeps its wider tails around the Gaussian.
+    """
+    loc, scale, affine = gaussian.loc, gaussian.scale, guide.affine
+    if affine.diagonal:  # the optimum without correlations has the precision's diagonal
+        scale = (torch.cholesky_inverse(scale).diagonal()).rsqrt()
+    with seeded(0):
+        base = guide.get_base_dist().sample((MOMENT_DRAWS,))
+    x = base
+    for t in guide.get_transforms()[:-1]:
+        x = t(x)
+    if layers_inside(guide) and not torch.allclose(x, base, atol=1e-5):
+        factor = torch.linalg.cholesky(torch.cov(x.T).reshape(len(loc), len(loc)))
+        if affine.diagonal:
+            scale = scale / x.std(0)
+            loc = loc - scale * x.mean(0)
+        else:
+            scale = torch.linalg.solve_triangular(factor, scale, upper=False, left=False)
+            loc = loc - scale @ x.mean(0)
+    affine.start_from(loc, scale)
+
+
+def layers_inside(guide: Callable) -> set[Tensor]:
+    """What is trained of the layers inside an affine one, which has to be set before."""
+    if not isinstance(guide, AutoFlow) or guide.affine is None:
+        return set()
+    inside = [t for t in guide.flow.parts if t is not guide.affine]
+    return {p for t in inside for p in t.parameters() if p.requires_grad}
+
+
+class Points(NamedTuple):
+    """Where the paths stood, in order."""
+
+    z: Tensor  # shape (T, P, D)
+    value: Tensor  # the log density, shape (T, P)
+    scale: Tensor  # F with F Fᵀ = |∇² log p|⁻¹, shape (T, P, D, D)
+
+
+@torch.no_grad()
+def ascend(
+    log_joint: LogJoint, starts: Tensor, steps: int, tick: Callable[[], Any] = int
+) -> Points:
+    """At most so many steps of Newton's method from P starts (P, D), evaluated as batches.
+
+    The Hessian's eigenvalues are taken by their absolute values (Dauphin et al. 2014), so every
+    step ascends; of several lengths the best is taken. Hessians are differences of gradients in
+    the units of the last scale, so latents of any magnitude are alike. Paths end where they gain
+    nothing.
+    """
+    z, dim = starts, starts.shape[-1]
+    scale = torch.eye(dim, dtype=z.dtype, device=z.device).expand(len(z), dim, dim)
+    lengths = z.new_tensor(LENGTHS)
+    value = log_joint.values_and_gradients(z)[0]
+    flat = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    found = []
+    for step in range(steps):
+        # The first Hessian is taken again, in units that fit.
+        for _ in range(2 if step == 0 else 1):
+            gradient, scale = rescale(log_joint, z, scale)
+        found.append(Points(z, value, scale))
+        tick()
+        if bool((flat >= FLAT_STEPS).all()):
+            break
+        direction = (scale @ scale.mT @ gradient.unsqueeze(-1)).squeeze(-1)
+        trials = z + lengths[:, None, None] * direction
+        values, gradients = log_joint.values_and_gradients(trials.reshape(-1, dim))
+        finite = values.isfinite() & gradients.isfinite().all(-1)
+        values = values.where(finite, -torch.inf).reshape(len(lengths), -1)
+        best, index = values.max(0)
+        gain = best - value
+        flat = torch.where(gain > FLAT, 0, flat + 1)
+        better = gain > 0
+        z = torch.where(
+            better.unsqueeze(-1), trials[index, torch.arange(len(z), device=z.device)], z
+        )
+        value = torch.where(better, best, value)
+    return Points(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+
+def rescale(log_joint: LogJoint, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient at z (P, D), and F with F Fᵀ = |∇² log p|⁻¹; where not finite, F before."""
+    num, dim = z.shape
+    step = torch.finfo(z.dtype).eps ** (1 / 4)
+    moves = step * torch.cat([scale.mT, -scale.mT], 1)
+    points = torch.cat([z.unsqueeze(1), z.unsqueeze(1) + moves], 1)
+    _, gradients = log_joint.values_and_gradients(points.reshape(-1, dim))
+    gradients = gradients.reshape(num, 2 * dim + 1, dim)
+    forward, backward = gradients[:, 1:].chunk(2, 1)
+    curvature = (backward - forward) @ scale / (2 * step)
+    curvature = (curvature + curvature.mT) / 2
+    largest = torch.finfo(z.dtype).max ** 0.5  # beyond it the eigenvalues do not converge
+    finite = (curvature.abs() < largest).flatten(1).all(1)[:, None, None]
+    flat = torch.eye(dim, dtype=z.dtype, device=z.device)
+    values, vectors = torch.linalg.eigh(curvature.where(finite, flat))
+    values = values.abs().clamp(min=FLATTEST)
+    return gradients[:, 0], scale @ (vectors / values.sqrt().unsqueeze(-2)) @ vectors.mT

@@ -9,19 +9,21 @@ from typing import Any
 import pyro
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
-from pyroflow.inference.annealing import AdaptiveAnnealing, described
-from pyroflow.inference.checkpoint import held
-from pyroflow.inference.fit import Fit, check_options, check_precision
-from pyroflow.inference.flow_guide import PARTICLES, STEPS, Annealing, FlowFit, refuse_nonfinite
-from pyroflow.inference.objectives import OBJECTIVES
-from pyroflow.inference.traced_guide import fit_by_traces, has_path
+from pyroflow.inference.fit import Fit, check_options, check_precision, held
+from pyroflow.inference.gaussian_start import TICKS
+from pyroflow.inference.guide_fit import GuideFit, refuse_nonfinite
+from pyroflow.inference.objectives import DRAWS, OBJECTIVES, LogJointBound, has_path
+from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, described
+from pyroflow.inference.trace_bound import TraceBound
 from pyroflow.model.bound import BoundModel
 from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
+STEPS = 3000
 TRIES = 3  # draws that a model may fail before it is refused
 
 
@@ -47,18 +49,16 @@ def fit_guide(
 ) -> Fit:
     """Fit a guide to a model by maximising the evidence lower bound.
 
-    A guide of the :class:`~pyroflow.AutoFlow` family, and a model without parameters and
+    A guide of the :class:`~pyroflow.AutoFlow` family, for a model without parameters and
     subsampled plates, is fitted to the model's log joint as a plain function, recorded once where
-    that is possible. The guide is first placed: its affine layer becomes the best Gaussian that
-    several ascents to the modes find, and the layers inside, still the identity, see a posterior
-    near N(0, I). Then all is trained by Adam along path derivatives; the rate falls along a cosine,
-    and in a hurry once the loss has stopped falling (:class:`~pyroflow.StopRule`), while the last
-    iterates are averaged. The guide ends in the state with the best bound on a fixed set of
-    draws, the Gaussian among them. A guide that was trained before goes on from where it is.
+    that is possible. The guide is first initialized: its affine layer becomes the best Gaussian
+    that several ascents to the modes find; a guide that was trained before goes on from where it
+    is. Then Adam trains all along path derivatives. Learning-rate schedule: linear warm-up, cosine
+    decay, shortened once the loss is flat (:class:`~pyroflow.StopRule`); the last iterates are
+    averaged. The guide ends in the state with the best bound on a fixed set of draws.
 
-    Any other guide, and any other model, is fitted by Pyro's ``Trace_ELBO`` with all particles
-    in one vectorised run where two vectorised draws get the log densities that they get one by
-    one; a flow's affine layer is trained first, and parameters of the model are trained too.
+    Any other guide or model is fitted by Pyro's ``Trace_ELBO``, vectorised where that is found to
+    change nothing; a flow's affine layer is trained first, and parameters of the model too.
 
     References:
         Roeder, Wu and Duvenaud, Sticking the landing, 2017, https://arxiv.org/abs/1703.09194;
@@ -71,8 +71,8 @@ def fit_guide(
         kwargs: keyword arguments of model and guide.
         steps: the most optimiser steps; by default 3000. A guide that grows takes them anew at
             each depth, and is annealed at the first.
-        num_particles: draws a step; by default 128; by way of Pyro's traces 256, or 16 if they
-            take a run each.
+        num_particles: draws a step; by default 128, or 256 by Pyro's traces, and 16 where each
+            takes a run of the model.
         lr: highest learning rate.
         seed: makes the fit reproducible, without touching the global generator, whatever other
             threads draw; fits of guides in several threads take turns. A guide that was called
@@ -82,25 +82,25 @@ def fit_guide(
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
             needs a seed.
         device: where to move a guide that is a module; its arguments are the caller's.
-        warm_start: place the guide as said above; else, and where each draw takes a run of the
-            model, its affine layer is trained first, from the guide's own start.
+        warm_start: initialize the guide as said above; else, and where each draw takes a run of
+            the model, its affine layer is trained first, from the guide's own start.
         objective: "elbo"; "iwae", the importance-weighted bound; or "dreg", the same with doubly
             reparametrised gradients, which needs pyroflow's own layers.
         group_size: draws behind each importance-weighted bound.
         annealing: step ↦ β, the weight of the log joint, such as
             :func:`~pyroflow.paper_annealing`, or an :class:`~pyroflow.AdaptiveAnnealing`. The
             stop rule is off then.
-        early_stop: whether the stop rule may hurry the end.
+        early_stop: whether the stop rule may shorten the fit.
 
     Returns:
         The course of the fit; ``best_loss`` is the negative bound that was the objective, in nats,
         and ``stopped`` says why it ended.
 
     Raises:
-        ValueError: a latent site that is discrete or that the guide does not sample (naming the
-            site), a model whose density is finite nowhere near the start (naming the sites), one
-            whose latents are not those that the guide was made for, a guide without parameters,
-            an option out of range, a checkpoint of another fit or in use by one.
+        ValueError: If a latent site is discrete or not sampled by the guide, if the density is
+            finite nowhere near the start (both name the sites), if the latents are not those that
+            the guide was made for, the guide has no parameters, an option is out of range, or the
+            checkpoint is of another fit or in use by one.
 
     Example:
         >>> from pyroflow import AutoPlanarFlow
@@ -130,46 +130,45 @@ def fit_guide(
             guide.to(device)
             check_precision(guide)
         settings["annealing"] = described(annealing, steps or STEPS)
-        common = {
-            "steps": steps,
-            "num_particles": num_particles,
-            "annealing": annealing,
-            "checkpoint": checkpoint,
-            "settings": settings,
-            "lr": lr,
-            "progress": progress,
-        }
-        alone = not problem.subsampled and not problem.learns
-        if isinstance(guide, AutoFlow) and alone:
+        bar = None
+        if isinstance(guide, AutoFlow) and not problem.subsampled and not problem.learns:
             if objective == "dreg" and not has_path(guide):
                 raise ValueError(
                     "objective='dreg' needs the path derivatives of pyroflow's own layers, and the "
                     "guide has others: use objective='iwae'"
                 )
-            options = {"objective": objective, "group_size": group_size}
-            return FlowFit(
-                problem,
-                warm_start=warm_start,
-                early_stop=early_stop,
-                seed=seed,
-                **options,
-                **common,
-            ).run()
-        if objective == "dreg" or isinstance(annealing, AdaptiveAnnealing):
+            settings |= {"objective": objective, "group_size": group_size}
+            # With much data it takes minutes until the first step.
+            bar = tqdm(total=TICKS, desc="fit_guide, start", disable=not progress)
+            bound = LogJointBound(problem, objective, group_size, num_particles, seed=seed)
+        elif objective == "dreg" or isinstance(annealing, AdaptiveAnnealing):
             raise ValueError(
                 "objective='dreg' and AdaptiveAnnealing need a guide of the AutoFlow family, and a "
                 "model without parameters and subsampled plates: use objective='iwae' or 'elbo', "
                 "and a function of the step as annealing"
             )
-        return fit_by_traces(problem, importance_weighted=objective == "iwae", **common)
+        else:
+            bound = TraceBound(problem, objective, num_particles)
+        return GuideFit(
+            bound,
+            steps=steps or STEPS,
+            annealing=annealing,
+            warm_start=warm_start,
+            early_stop=early_stop,
+            checkpoint=checkpoint,
+            settings=settings,
+            bar=bar,
+            lr=lr,
+            progress=progress,
+        ).run()
 
 
 def _check_objective(objective: str, group_size: int, num_particles: int | None) -> None:
     check_choice("objective", objective, OBJECTIVES)
     check_count("group_size", group_size, 1)
-    if objective != "elbo" and (num_particles or PARTICLES) % group_size:
+    if objective != "elbo" and (num_particles or DRAWS) % group_size:
         raise ValueError(
-            f"group_size must divide num_particles = {num_particles or PARTICLES}, got {group_size}"
+            f"group_size must divide num_particles = {num_particles or DRAWS}, got {group_size}"
         )
 
 

@@ -1,24 +1,43 @@
-"""The bounds that a flow is trained on, from the log weights of its draws."""
+"""The bounds that a flow is trained on: of log weights, and of a guide by its model's log joint."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+from pyro.distributions import TransformedDistribution
 from torch import Tensor
+
+from pyroflow.flows import draw_from, log_prob_at_fixed
+from pyroflow.guides import AutoFlow
+from pyroflow.inference.fit import trainable
+from pyroflow.inference.schedule import AdaptiveAnnealing
+from pyroflow.model.bound import BoundModel
+from pyroflow.model.log_joint import LogJoint
+from pyroflow.seeds import between_draws, quick, seeded
+from pyroflow.transforms import Bijection
+
+T = TypeVar("T")
 
 OBJECTIVES = ("elbo", "iwae", "dreg")
 NEIGHBOURS = 8  # among the draws inside, that a lost one is likened to
 LOST = 1.0  # what log q(A) counts beyond its part in the bound, see cut_loss
 
+# Draws of a step by default, and fixed draws on which states are compared.
+DRAWS, SCORED = 128, 2048
+DRAWS_ONE_BY_ONE = SCORED_ONE_BY_ONE = 16  # where each draw takes a run of the model
+
 
 def bound_loss(log_weights: Tensor, objective: str, group_size: int) -> Tensor:
     r"""The negative bound of S finite log weights log p − log q.
 
-    "elbo" is their mean. "iwae" is the importance-weighted bound, log of the mean weight of each
-    group, averaged over the groups. "dreg" has its doubly reparametrised gradient, where the
-    log weights are differentiated along the path of the draws alone: Σ w² ∇ log w with the
-    weights w normalised in each group, and the same value.
+    "elbo" is their mean; "iwae" the importance-weighted bound, log of the mean weight of each
+    group, averaged over the groups; "dreg" the same value with the doubly reparametrised gradient
+    Σ w² ∇ log w, weights w normalised in each group, for log weights that are differentiated
+    along the path of the draws alone.
 
     References:
         Burda, Grosse and Salakhutdinov, Importance weighted autoencoders, 2016, equation 8,
@@ -56,15 +75,15 @@ def cut_loss(
 ) -> Tensor:
     r"""The negative bound of a guide that is cut to A, where its log weights are finite.
 
-    Draws outside A, where the model's density is zero or NaN, have no place in a mean. Cut to A
-    the guide is q/q(A), with the bound E_{q|A}[log p − log q] + log q(A). It can be best where
-    A is q's far tail and nearly all draws are lost, so log q(A) counts twice: once for the bound
-    and once for the draws lost. A group of draws is in A if one of them is, in the bound.
+    Outside A the model's density is zero or NaN. Cut to A the guide is q/q(A), with the bound
+    E_{q|A}[log p − log q] + log q(A). It can be best where A is q's far tail and nearly all draws
+    are lost, so log q(A) counts twice: once for the bound and once for the draws lost. A group of
+    draws is in A if one of them is, in the bound.
 
     Args:
         log_weights: shape (S,).
-        objective: as in :func:`bound_loss`, like the next.
-        group_size: draws behind each importance-weighted bound.
+        objective: as in :func:`bound_loss`.
+        group_size: as in :func:`bound_loss`.
         z: the draws, shape (S, D).
         log_q: log q at the draws held fixed, shape (S,), of which the gradient counts. None where
             it is not to be had: the loss then has no gradient for what is lost.
@@ -91,10 +110,10 @@ def edge_factors(log_weights: Tensor, group_size: int, z: Tensor, *, path: bool)
     a lost draw would gain inside, with the mean log weight of its nearest neighbours there.
 
     Args:
-        log_weights: shape (S,), as in :func:`cut_loss`, like the others.
+        log_weights: shape (S,).
         group_size: 1 for the plain bound.
-        z: shape (S, D).
-        path: what ∇ log q counts in ``log_weights`` is zero, and not minus their weight.
+        z: the draws, shape (S, D).
+        path: whether ∇ log q counts nothing in ``log_weights``, and not minus their weight.
 
     Returns:
         Shape (S,), with sum zero.
@@ -123,15 +142,9 @@ def _zero_weights(log_weights: Tensor, group_size: int) -> Tensor:
 
 
 def bound_scores(log_weights: Tensor, group_size: int = 1) -> Tensor:
-    """Numbers whose mean is the negative bound of S log weights, one for each group.
+    """One number for each group of S log weights, whose mean is :func:`cut_loss`.
 
-    Args:
-        log_weights: shape (S,).
-        group_size: draws behind each importance-weighted bound, 1 for the plain one.
-
-    Returns:
-        Shape (S / group_size,); ∞ if no log weight is finite. The mean is that of
-        :func:`cut_loss`.
+    They are ∞ if no log weight is finite. A group of 1 is for the plain bound.
     """
     grouped = _zero_weights(log_weights, group_size)
     scores = math.log(group_size) - grouped.logsumexp(1)
@@ -146,3 +159,112 @@ def _log_share(grouped: Tensor) -> Tensor:
     inside = grouped.isfinite()
     groups, draws = inside.any(1).to(grouped).mean(), inside.to(grouped).mean()
     return groups.log() + LOST * draws.log()
+
+
+def fixed_draws(seed: int | Tensor, function: Callable[[], T]) -> Callable[[], T]:
+    """The function with the same random numbers in every call."""
+    drawn = quick(function)
+
+    def call() -> T:
+        with seeded(int(seed)), between_draws():
+            return drawn()
+
+    return call
+
+
+def has_path(guide: Callable) -> bool:
+    """Whether all transforms of a guide know the gradient along the path of a sample."""
+    flow = isinstance(guide, AutoFlow)
+    return flow and all(isinstance(t, Bijection) for t in guide.get_transforms())
+
+
+@contextmanager
+def path_derivative(guide: Callable, wanted: bool) -> Iterator[None]:
+    """Train with path derivatives or without, where all of the guide's transforms have them."""
+    if not has_path(guide):
+        yield
+        return
+    before, guide.path_derivative = guide.path_derivative, wanted
+    try:
+        yield
+    finally:
+        guide.path_derivative = before
+
+
+class LogJointBound:
+    """The bound of a guide by the log joint of its model as a plain function: the fast way.
+
+    Args:
+        problem: a model without parameters and subsampled plates, and a guide of the AutoFlow
+            family.
+        objective: "elbo", "iwae" or "dreg".
+        group_size: draws behind each importance-weighted bound.
+        num_particles: draws a step; None for the default.
+        seed: of the draws on which states are compared.
+    """
+
+    keep_last = False
+
+    def __init__(
+        self,
+        problem: BoundModel,
+        objective: str,
+        group_size: int,
+        num_particles: int | None,
+        *,
+        seed: int | None,
+    ) -> None:
+        self.problem, self.guide = problem, problem.guide
+        self.objective, self.group_size = objective, group_size
+        self.log_joint = LogJoint(problem, self.guide, num_particles or DRAWS)
+        costly = self.log_joint.one_by_one
+        if costly and num_particles is None:
+            self.log_joint.num = self._in_groups(DRAWS_ONE_BY_ONE)
+        self.num_particles = self.log_joint.num
+        self.scored = self._in_groups(SCORED_ONE_BY_ONE if costly else SCORED)
+        self.evaluations = 10 if costly else 25
+        self.path = objective != "iwae" and has_path(self.guide)
+        self.skipped = torch.zeros((), dtype=torch.long, device="cpu")
+        drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        self._draw_fixed = fixed_draws(drawn, lambda: self._draw(self.scored))
+
+    def _in_groups(self, num: int) -> int:
+        return max(1, num // self.group_size) * self.group_size
+
+    def _draw(self, num: int) -> tuple[TransformedDistribution, Tensor]:
+        q = self.guide.get_posterior()
+        return q, draw_from(q, (num,))
+
+    def parameters(self) -> list[Tensor]:
+        """All that is trained."""
+        return trainable(self.guide)
+
+    def buffers(self) -> list[Tensor]:
+        """What a checkpoint restores beside it."""
+        return [*self.guide.buffers(), self.skipped]
+
+    def loss(self, beta: float, annealing: AdaptiveAnnealing | None = None) -> Tensor:
+        """The loss of fresh draws, with weight β of the log joint."""
+        q, z = self._draw(self.num_particles)
+        log_p = self.log_joint(z)
+        if annealing is not None:
+            annealing.update(log_p)
+        log_weights = beta * log_p - q.log_prob(z)
+        lost = int((~log_weights.isfinite()).sum())
+        if not lost:
+            return bound_loss(log_weights, self.objective, self.group_size)
+        self.skipped += lost
+        log_q = log_prob_at_fixed(q, z)
+        return cut_loss(log_weights, self.objective, self.group_size, z, log_q, path=self.path)
+
+    def score(self) -> Tensor:
+        """The loss on fixed draws."""
+        q, z = self._draw_fixed()
+        log_weights = self.log_joint.values(z) - q.log_prob(z)
+        return bound_scores(log_weights, 1 if self.objective == "elbo" else self.group_size)
+
+    @torch.no_grad()
+    def mixing(self) -> str | None:
+        """Where draws that run side by side differ from runs alone, at the fitted guide's own."""
+        with seeded(0):
+            return self.log_joint.differs(self.guide.get_posterior().sample((3,)))

@@ -21,31 +21,25 @@ SD_PER_MAD = 1.4826  # of a normal distribution
 class StopRule:
     """Says when a noisy loss has stopped falling.
 
-    The losses are averaged in blocks of ten. The rule asks two questions whenever a block is
-    full. How long ago was the loss still ``fall`` noise sds above its recent mean? A share of
-    that time, and never less than ``window`` steps, is the stretch to look at: a loss that came
-    down slowly must have been flat for longer than one that dropped. Does the loss fall within
-    the stretch? It does not when Spearman's rank correlation of the block means with time is at
-    least zero, and then the rule stops. A fall of noncentrality δ hides from this test with
-    probability Φ(−δ), and choosing the stretch by the curve itself keeps δ large as long as
-    about one noise sd is left to gain, whether it falls along an exponential, a power of time
-    or a line. A loss that has risen may come down again: it is given five windows.
+    Losses are averaged in blocks of ten. Whenever a block is full, the rule looks at a stretch of
+    the past: ``share`` of the time since the loss was ``fall`` noise sds above its recent mean,
+    and at least ``window`` steps. It stops when Spearman's rank correlation of the block means
+    with time is not negative there. A loss that came down slowly must thus have been flat for
+    longer than one that dropped, and a fall of noncentrality δ is missed with probability Φ(−δ),
+    with δ large as long as about one noise sd is left to gain. A loss that has risen is given
+    five windows to come down again.
 
-    Ranks know no units, so the rule is invariant to the loss's scale and shift, and a spike
-    weighs no more than any other point. The noise sd is √(5) times the sd of the differences of
-    successive block means, estimated by their median absolute deviation: a steady fall does
-    not enter it, and of autocorrelated noise it counts the slow part, which is the one that
-    imitates a fall.
+    Ranks make the rule invariant to the loss's scale and shift, and robust to spikes. The noise
+    sd is √5 times the sd of the differences of successive block means, by their median absolute
+    deviation, so that a steady fall does not enter it.
 
     No rule can tell a drift from a plateau before the drift has left the noise: a slope of s
     noise sds a step takes about (12 z²/s²)^(1/3) steps to be seen at z sds, 100 steps for
     s = 0.01 and z = 3. A slower drift that follows a fast fall is stopped.
 
-    The idea of a sequential test on standardised improvements, with measured error rates, is
-    that of PyMC's ``CheckLossConvergence`` (a CUSUM, E. S. Page, "Continuous inspection
-    schemes", Biometrika 41, 1954), which waits until the fall is below a fifth of a noise sd
-    a step; the rank test is C. Spearman's. ``python tests/benchmarks/stopping.py`` measures
-    false stops and delays of both.
+    PyMC's ``CheckLossConvergence`` is a similar test (a CUSUM, E. S. Page, "Continuous inspection
+    schemes", Biometrika 41, 1954). ``python tests/benchmarks/stopping.py`` measures false stops
+    and delays of both.
 
     Args:
         window: the fewest steps that the loss must have been flat.
@@ -58,7 +52,7 @@ class StopRule:
         steps: how many losses it has seen, skipped ones included.
 
     Raises:
-        ValueError: a window below four blocks, a share outside (0, 1), a fall that is not
+        ValueError: If the window is below four blocks, the share outside (0, 1), or the fall not
             positive.
 
     Example:
@@ -89,11 +83,15 @@ class StopRule:
         if not self.reason and math.isfinite(loss):
             self._open.append(float(loss))
             if len(self._open) == BLOCK:
-                self._close_block()
+                self._means.append(math.fsum(self._open) / BLOCK)
+                self._open.clear()
+                del self._means[:-HISTORY]
+                if len(self._means) * BLOCK >= self.window:
+                    self._judge(np.asarray(self._means))
         return bool(self.reason)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rule remembers, as plain numbers and lists."""
+        """The state, as plain numbers and lists."""
         return {
             "settings": [self.window, self.share, self.fall],
             "steps": self.steps,
@@ -103,10 +101,10 @@ class StopRule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the rule that gave this state was.
+        """Restore a state.
 
         Raises:
-            ValueError: the state of a rule with other settings.
+            ValueError: If it is that of a rule with other settings.
         """
         if list(state["settings"]) != [self.window, self.share, self.fall]:
             raise ValueError(
@@ -117,13 +115,6 @@ class StopRule:
         self.steps, self.reason = state["steps"], state["reason"]
         self._open, self._means = list(state["open"]), list(state["means"])
 
-    def _close_block(self) -> None:
-        self._means.append(math.fsum(self._open) / BLOCK)
-        self._open.clear()
-        del self._means[:-HISTORY]
-        if len(self._means) * BLOCK >= self.window:
-            self._judge(np.asarray(self._means))
-
     def _judge(self, means: np.ndarray) -> None:
         least = -(-self.window // BLOCK)
         noise = _noise_sd(means[-max(least, NOISE_BLOCKS) :])
@@ -133,17 +124,14 @@ class StopRule:
         risen = level > means.min() + RISEN * noise
         length = max(least, math.ceil(self.share * since), RISEN_WINDOWS * least if risen else 0)
         stretch = means[-length:]
-        if len(stretch) == length and _trend(stretch) >= 0:
-            finding = "has risen" if risen else "has stopped falling"
-            self.reason = self._explain(finding, stretch, noise)
-
-    def _explain(self, finding: str, stretch: np.ndarray, noise: float) -> str:
+        if len(stretch) < length or _trend(stretch) < 0:
+            return
         half = len(stretch) // 2
         change = stretch[-half:].mean() - stretch[:half].mean()
-        return (
-            f"the loss {finding}: over the last {len(stretch) * BLOCK} of {self.steps} steps its "
-            f"mean was {stretch.mean():.6g} and changed by {change:+.2g} from the first half to "
-            f"the second (noise sd {noise:.2g})"
+        self.reason = (
+            f"the loss {'has risen' if risen else 'has stopped falling'}: over the last "
+            f"{len(stretch) * BLOCK} of {self.steps} steps its mean was {stretch.mean():.6g} and "
+            f"changed by {change:+.2g} from the first half to the second (noise sd {noise:.2g})"
         )
 
 

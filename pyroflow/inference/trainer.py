@@ -1,11 +1,10 @@
-"""The optimisation loop that the ``fit_`` functions share."""
+"""The trainer that the ``fit_`` functions share: Adam, then perhaps L-BFGS, over one state."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,287 +13,309 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyroflow.inference.checkpoint import read_checkpoint, write_checkpoint
-from pyroflow.inference.fit import Fit
-from pyroflow.inference.optimizers import Mark, adam, copy, lbfgs
-from pyroflow.inference.schedule import Course
-from pyroflow.inference.stop_rule import StopRule
-from pyroflow.seeds import between_draws, quick
+from pyroflow.inference.fit import Checkpoint, Fit, Objective, State
+from pyroflow.inference.schedule import LearningRateSchedule
+from pyroflow.seeds import between_draws, generator_states, quick, restore_generators
 
 EVALUATIONS = 60  # scores taken in the course of Adam's steps
 CLEARLY_WORSE = 5  # evaluations in a row, each by three standard errors, that end a fit
 ROLLED_BACK_AFTER = 20  # steps in a row without a finite loss and gradient
 MAX_SKIPPED = 100  # of those in a row that end a fit
+POLISH_ITERATIONS = 20  # of L-BFGS between two scores
 POLISH_PATIENCE = 250  # evaluations of the polish loss without a better score that end a fit
 
 
-class Loop:
-    """Adam with warm-up, cosine decay and tail averaging, then perhaps L-BFGS; best state kept.
+class Trainer:
+    """Adam with iterate averaging, then perhaps L-BFGS; the best state is kept.
+
+    A checkpoint is always of the time between two steps: one that is cut off is done again.
 
     Args:
-        parameters: the tensors that are trained.
-        fixed: tensors that are not, but belong to the state that a checkpoint restores.
-        loss: step ↦ scalar training loss; what it draws itself it draws inside ``drawing``.
-        score: () ↦ losses of fixed points or draws, shape (n,). States are compared on their
-            mean; with a ``polish_loss``, pairwise differences also decide on stopping.
-        before: the course of an earlier part, which the result begins with.
-        steps: Adam's steps.
+        objective: what is minimised.
+        schedule: of Adam's learning rate; says how many steps to take.
         lr: Adam's highest learning rate.
         settings: what a checkpoint must agree on to be resumed.
         label: the progress bar's.
-        keep_last: end in the last state, for a score that cannot tell the best one.
-        polish_loss: () ↦ the exact training loss. Where the loss is a deterministic function
-            of few parameters, L-BFGS gains what thousands of noisy steps do not.
-        polish: evaluations of ``polish_loss``, about.
-        stop_rule: hurries the fall of the rate, see :class:`~pyroflow.inference.schedule.Course`.
-        evaluations: scores taken in the course of Adam's steps.
-        stateful: what else a checkpoint restores, by ``state_dict`` and ``load_state_dict``.
+        progress: whether there is one.
+        checkpoint: the file, if there is to be one.
         resume: whether to go on from a checkpoint that exists; else it is written over.
-
-    A checkpoint is always of the time between two steps: one that is cut off is done again.
+        before: the course of an earlier part, which the result begins with.
+        polish: evaluations of the exact loss for L-BFGS, which gains what thousands of noisy
+            steps do not where that loss is a function of few parameters.
+        evaluations: scores taken in the course of Adam's steps.
+        save_every: Adam's steps between two checkpoints; by default a tenth of all.
     """
-
-    SAVED = (
-        "step", "losses", "scores", "skipped", "skipped_in_a_row", "average", "averaged", "worse",
-        "unimproved", "before", "best", "best_score", "seconds", "stopped", "polishing",
-        "rolled_back",
-    )  # fmt: skip
 
     def __init__(
         self,
-        parameters: list[Tensor],
-        loss: Callable[[int], Tensor],
-        score: Callable[[], Tensor],
+        objective: Objective,
+        schedule: LearningRateSchedule,
         *,
-        fixed: list[Tensor] = (),
-        before: Fit | None = None,
-        steps: int,
         lr: float,
         settings: dict[str, Any],
         label: str,
         progress: bool = True,
         checkpoint: str | Path | None = None,
-        keep_last: bool = False,
-        polish_loss: Callable[[], Tensor] | None = None,
-        polish: int = 0,
-        stop_rule: StopRule | None = None,
-        evaluations: int = EVALUATIONS,
-        stateful: Sequence[Any] = (),
         resume: bool = True,
+        before: Fit | None = None,
+        polish: int = 0,
+        evaluations: int = EVALUATIONS,
+        save_every: int | None = None,
     ) -> None:
-        self.parameters, self.fixed, self.keep_last = parameters, fixed, keep_last
-        self.loss, self.score = quick(loss), quick(score)
-        self.polish_loss = None if polish_loss is None else quick(polish_loss)
-        self.steps, self.total, self.lr = steps, steps + polish, lr
-        self.settings = settings | {"steps": steps, "polish": polish, "lr": lr}
-        self.settings["shapes"] = [list(t.shape) for t in [*parameters, *fixed]]
+        self.objective, self.schedule, self.lr = objective, schedule, lr
+        self.parameters, self.loss = objective.parameters, quick(objective.loss)
+        self.score = objective.score and quick(objective.score)
+        self.total, self.polishable = schedule.steps + polish, polish > 0
+        shapes = [list(t.shape) for t in objective.tensors]
+        own = {"steps": schedule.steps, "polish": polish, "lr": lr, "shapes": shapes}
+        self.checkpoint, self.resume = Checkpoint(checkpoint, settings | own), resume
         self.label, self.progress = label, progress
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.course, self.every = Course(steps, stop_rule), max(1, steps // evaluations)
-        self.stateful, self.resume = [self.course, *stateful], resume
-        self.optimizer: torch.optim.Optimizer = adam(self.parameters, lr)
-        self.before = None if before is None else asdict(before)
-        self.step = self.skipped = self.skipped_in_a_row = self.averaged = 0
-        self.worse = self.unimproved = self.rolled_back = 0
-        self.losses: list[float] = []
-        self.scores: list[tuple[int, float]] = []
-        self.average: list[Tensor] = []
-        self.best: list[Tensor] = []
-        self.best_score = torch.tensor(math.inf, device="cpu")
-        self.seconds, self.stopped, self.polishing, self.warned = 0.0, "", False, False
+        self.every = max(1, schedule.steps // evaluations)
+        self.save_every = save_every or max(1, schedule.steps // 10)
+        self.stateful = [schedule, *objective.stateful]
+        self.state = State(before=None if before is None else asdict(before))
+        self.phase: Descent | Polish = Descent(self)
         self.mark: Mark | None = None
-        self.spare: list[Tensor] = []  # for the next mark: that of now stays whole meanwhile
 
     @between_draws()
     def run(self) -> Fit:
         """Take the steps that are left; the parameters end in their best state, come what may."""
         self._resume()
-        shown = {"total": self.total, "initial": self.step, "desc": self.label}
+        shown = {"total": self.total, "initial": self.state.step, "desc": self.label}
         try:
             with tqdm(**shown, disable=not self.progress) as bar:
                 self._take_steps(bar)
             self._save()
         except BaseException:
-            if self.mark and not self.polishing:  # L-BFGS's last state is in the file already
+            if self.mark and not self.state.polishing:  # L-BFGS's last state is in the file already
                 self.mark.restore(self)
                 self._save()
             raise
         finally:
-            if self.best:
-                copy(self.best, self.parameters)
-        return self._result()
+            if self.state.best:
+                copy_tensors(self.state.best, self.parameters)
+        return self.state.fit(self.schedule.reason)
 
     def _take_steps(self, bar: tqdm) -> None:
-        began = time.perf_counter() - self.seconds
+        began = time.perf_counter() - self.state.seconds
         self._note()
-        if not self.best:
-            self._evaluate()
+        if not self.state.best:
+            self.evaluate()
         while not self._ended():
             self._note()
-            descends = self._descending()
-            if self.step % max(1, self.steps // 10) == 0 or not descends:
+            descends = self._descends()
+            if self.state.step % self.save_every == 0 or not descends:
                 self._save()
-            (self._descend if descends else self._polish)()
-            self.seconds = time.perf_counter() - began
+            if not descends and not self.state.polishing:
+                self.phase = Polish(self)
+            self.phase.step()
+            self.state.seconds = time.perf_counter() - began
             self._show(bar)
 
-    def _note(self) -> None:
-        """Note the state between two steps of Adam, if a checkpoint is to have it."""
-        if self.checkpoint is not None and not self.polishing:
-            old = self.mark
-            self.mark = Mark(self, self.spare)
-            self.spare = old.copies if old else []
-
-    def _descending(self) -> bool:
+    def _descends(self) -> bool:
         """Whether Adam goes on.
 
         At a high rate the held-out loss may rise for other reasons than overfitting: a fit that
         can be polished is polished then, from its best state.
         """
-        polishable = self.total > self.steps
-        ended = self.polishing or (polishable and self.worse >= CLEARLY_WORSE)
-        return self.step < self.course.end and not ended
+        ended = self.polishable and self.state.worse >= CLEARLY_WORSE
+        return self.state.step < self.schedule.end and not (ended or self.state.polishing)
 
     def _ended(self) -> bool:
-        last = self.course.end if self.total == self.steps else self.total
-        return self.step >= last or bool(self.stopped)
+        last = self.total if self.polishable else self.schedule.end
+        return self.state.step >= last or bool(self.state.stopped)
 
-    def _descend(self) -> None:
-        """One step of Adam, or none where loss or gradient is not finite."""
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Score the average, or the iterate while there is none, and keep it if it is best."""
+        if self.score is None:
+            return
+        state, current = self.state, [p.detach().clone() for p in self.parameters]
+        candidate = state.average or current
+        copy_tensors(candidate, self.parameters)
+        score = self.score().double().cpu()
+        score = torch.where(score.isnan(), torch.inf, score)
+        copy_tensors(current, self.parameters)
+        state.scores.append((state.step, score.mean().item()))
+        better = score.mean() < state.best_score.mean()
+        if not state.best or self.objective.keep_last or better:
+            state.best_score, state.best, state.worse = score, [t.clone() for t in candidate], 0
+        elif self.objective.exact_loss is not None and len(score) > 1:
+            excess = score - state.best_score
+            clear = excess.mean() > 3 * excess.std() / len(excess) ** 0.5
+            state.worse = state.worse + 1 if clear else 0
+
+    def _show(self, bar: tqdm) -> None:
+        state = self.state
+        bar.update(min(state.step, self.total) - bar.n)
+        if state.step % 20 == 0 or state.polishing:
+            best = state.best_score.mean()
+            bar.set_postfix(loss=f"{state.losses[-1]:.4f}", best=f"{best:.4f}", refresh=False)
+
+    def _note(self) -> None:
+        """Note the state between two steps of Adam, if a checkpoint is to have it."""
+        if self.checkpoint.path is not None and not self.state.polishing:
+            self.mark = Mark(self, self.mark)
+
+    def _save(self) -> None:
+        if self.checkpoint.path is not None:
+            self.checkpoint.write(
+                state=vars(self.state),
+                stateful=[part.state_dict() for part in self.stateful],
+                tensors=[t.detach() for t in self.objective.tensors],
+                optimizer=self.phase.optimizer.state_dict(),
+            )
+
+    def _resume(self) -> None:
+        saved = self.checkpoint.read() if self.resume else {}
+        if not saved:
+            return
+        self.state = State(**saved["state"])
+        for part, state in zip(self.stateful, saved["stateful"], strict=True):
+            part.load_state_dict(state)
+        copy_tensors(saved["tensors"], self.objective.tensors)
+        if self.state.polishing:
+            self.phase = Polish(self)
+        self.phase.optimizer.load_state_dict(saved["optimizer"])
+
+
+class Descent:
+    """Steps of Adam, fused where all parameters allow it: a third of the time."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.parameters = trainer, trainer.parameters
+        groups = trainer.objective.groups or [{"params": self.parameters, "peak": trainer.lr}]
+        kinds = {(p.device.type, p.is_floating_point()) for p in self.parameters}
+        fused = kinds <= {("cpu", True), ("cuda", True)}
+        self.optimizer = torch.optim.Adam(groups, lr=trainer.lr, fused=fused)
+
+    def step(self) -> None:
+        """One step, or none where loss or gradient is not finite."""
+        trainer, state = self.trainer, self.trainer.state
+        rate = trainer.schedule.rate(state.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * self.course.rate(self.step) * 0.5**self.rolled_back
+            group["lr"] = group["peak"] * rate * 0.5**state.rolled_back
         self.optimizer.zero_grad()
-        loss = self.loss(self.step)
+        loss = trainer.loss(state.step)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, trainer.objective.max_norm)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
             self.optimizer.step()
             for p in self.parameters:
                 torch.autograd.graph.increment_version(p)  # fused Adam does not
-        self.skipped += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.losses.append(loss.item() if finite else math.nan)
-        self.course.update(self.step, self.losses[-1])
-        self.step += 1
-        if self.skipped_in_a_row and self.skipped_in_a_row % ROLLED_BACK_AFTER == 0:
-            self._roll_back()
+        state.skipped += not finite
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        state.losses.append(loss.item() if finite else math.nan)
+        trainer.schedule.update(state.step, state.losses[-1])
+        state.step += 1
         self._watch()
 
-    def _roll_back(self) -> None:
-        """Go back to the best state, with a fresh optimiser at half the rate."""
-        copy(self.best, self.parameters)
-        self.optimizer = adam(self.parameters, self.lr)
-        self.rolled_back += 1
-
     def _watch(self) -> None:
-        if self.course.averages(self.step):
-            self._add_to_average()
-        if self.step % self.every == 0 or self.step == self.course.end:
-            self._evaluate()
-        if self.skipped_in_a_row >= MAX_SKIPPED:
-            self.stopped = f"loss or gradient not finite for {MAX_SKIPPED} steps in a row"
-        elif self.worse >= CLEARLY_WORSE and self.total == self.steps:
-            step, score = min(self.scores, key=lambda pair: pair[1])
+        trainer, state = self.trainer, self.trainer.state
+        lost = state.skipped_in_a_row
+        if state.best and lost and lost % ROLLED_BACK_AFTER == 0:
+            copy_tensors(state.best, self.parameters)
+            trainer.phase = Descent(trainer)  # with a fresh optimiser, at half the rate
+            state.rolled_back += 1
+        if trainer.schedule.averages(state.step):
+            self._average()
+        if state.step % trainer.every == 0 or state.step == trainer.schedule.end:
+            trainer.evaluate()
+        if lost >= MAX_SKIPPED:
+            state.stopped = f"loss or gradient not finite for {MAX_SKIPPED} steps in a row"
+        elif state.worse >= CLEARLY_WORSE and not trainer.polishable:
+            step, score = min(state.scores, key=lambda pair: pair[1])
             above = f"clearly above its {score:.4f} at step {step}"
-            self.stopped = f"overfitting: held-out loss {above}"
+            state.stopped = f"overfitting: held-out loss {above}"
 
-    def _polish(self) -> None:
-        """Some iterations of L-BFGS, at first from the best state that Adam found."""
-        if not self.polishing:
-            copy(self.best, self.parameters)
-            self.optimizer, self.average, self.polishing = lbfgs(self.parameters), [], True
-        before, best = self.step, self.best_score
+    @torch.no_grad()
+    def _average(self) -> None:
+        state, now = self.trainer.state, [p.detach() for p in self.parameters]
+        state.averaged += 1
+        state.average = state.average or [p.clone() for p in now]
+        state.average = torch._foreach_lerp(state.average, now, 1 / state.averaged)
+
+
+class Polish:
+    """L-BFGS on the exact loss, from the best state that Adam found."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.parameters = trainer, trainer.parameters
+        self.loss = quick(trainer.objective.exact_loss)
+        if not trainer.state.polishing:
+            copy_tensors(trainer.state.best, self.parameters)
+            trainer.state.average, trainer.state.polishing = [], True
+        for p in self.parameters:  # each gradient is viewed as a flat vector
+            p.data = p.data.contiguous()
+        self.optimizer = torch.optim.LBFGS(
+            self.parameters,
+            max_iter=POLISH_ITERATIONS,
+            history_size=100,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
+        )
+
+    def step(self) -> None:
+        """Some iterations."""
+        trainer, state = self.trainer, self.trainer.state
+        before, best = state.step, state.best_score
         self.optimizer.step(self._closure)
         if not all(bool(p.isfinite().all()) for p in self.parameters):
-            self.stopped = "L-BFGS left the finite numbers; the best state before it is kept"
+            state.stopped = "L-BFGS left the finite numbers; the best state before it is kept"
             return
-        self._evaluate()
-        self.unimproved = 0 if self.best_score is not best else self.unimproved + self.step - before
-        if self.unimproved >= POLISH_PATIENCE:
-            self.stopped = f"held-out loss has not improved for {self.unimproved} evaluations"
+        trainer.evaluate()
+        improved = state.best_score is not best
+        state.unimproved = 0 if improved else state.unimproved + state.step - before
+        if state.unimproved >= POLISH_PATIENCE:
+            state.stopped = f"held-out loss has not improved for {state.unimproved} evaluations"
 
     def _closure(self) -> Tensor:
         self.optimizer.zero_grad()
-        loss = self.polish_loss()
+        loss = self.loss()
         loss.backward()
-        self.losses.append(loss.item())
-        self.step += 1
+        self.trainer.state.losses.append(loss.item())
+        self.trainer.state.step += 1
         return loss
 
-    @torch.no_grad()
-    def _add_to_average(self) -> None:
-        self.averaged += 1
-        self.average = self.average or [p.detach().clone() for p in self.parameters]
-        now = [p.detach() for p in self.parameters]
-        self.average = torch._foreach_lerp(self.average, now, 1 / self.averaged)
+
+class Mark:
+    """The state between two steps of Adam, to go back to where a step is cut off.
+
+    Noted before every step of a fit with a checkpoint, it copies all tensors in one call, into
+    those of the mark before the last: the last one stays whole meanwhile.
+    """
 
     @torch.no_grad()
-    def _evaluate(self) -> None:
-        """Score the average, or the iterate while there is none, and keep it if it is best."""
-        current = [p.detach().clone() for p in self.parameters]
-        candidate = self.average or current
-        copy(candidate, self.parameters)
-        score = self.score().double().cpu()
-        score = torch.where(score.isnan(), torch.inf, score)
-        copy(current, self.parameters)
-        self.scores.append((self.step, score.mean().item()))
-        if not self.best or self.keep_last or score.mean() < self.best_score.mean():
-            self.best_score, self.best, self.worse = score, [t.clone() for t in candidate], 0
-        elif self.polish_loss is not None and len(score) > 1:
-            excess = score - self.best_score
-            clear = excess.mean() > 3 * excess.std() / len(excess) ** 0.5
-            self.worse = self.worse + 1 if clear else 0
+    def __init__(self, trainer: Trainer, last: Mark | None) -> None:
+        state = self.state = copy.copy(trainer.state)
+        self.lengths = len(state.losses), len(state.scores)  # they only grow
+        self.stateful = [part.state_dict() for part in trainer.stateful]
+        self.phase = trainer.phase
+        moments = [t for found in self.phase.optimizer.state.values() for t in found.values()]
+        self.started = bool(moments)
+        self.live = [*trainer.objective.tensors, *moments]
+        spare = last.spare if last else []
+        self.copies = spare if len(spare) == len(self.live) else [t.clone() for t in self.live]
+        torch._foreach_copy_(self.copies, self.live)
+        self.spare: list[Tensor] = last.copies if last else []
+        self.rng = generator_states()
 
-    def _show(self, bar: tqdm) -> None:
-        bar.update(min(self.step, self.total) - bar.n)
-        if self.step % 20 == 0 or self.polishing:
-            best = self.best_score.mean()
-            bar.set_postfix(loss=f"{self.losses[-1]:.4f}", best=f"{best:.4f}", refresh=False)
-
-    def _result(self) -> Fit:
-        nothing = dict.fromkeys(("steps", "seconds", "skipped", "rolled_back"), 0)
-        before = self.before or {"losses": [], "scores": [], **nothing}
-        steps = before["steps"] + self.step
-        return Fit(
-            losses=before["losses"] + self.losses,
-            scores=before["scores"] + [(before["steps"] + t, score) for t, score in self.scores],
-            best_loss=self.best_score.mean().item(),
-            steps=steps,
-            stopped=self.stopped or self.course.reason or f"all {steps} steps done",
-            seconds=before["seconds"] + self.seconds,
-            skipped=before["skipped"] + self.skipped,
-            rolled_back=before["rolled_back"] + self.rolled_back,
-        )
-
-    def _save(self) -> None:
-        """Write the checkpoint; where that fails the fit is worth more than the file."""
-        if self.checkpoint is None:
-            return
-        loop = {name: getattr(self, name) for name in self.SAVED}
-        loop["states"] = [part.state_dict() for part in self.stateful]
-        loop["tensors"] = [t.detach() for t in [*self.parameters, *self.fixed]]
-        try:
-            write_checkpoint(self.checkpoint, self.settings, loop, self.optimizer.state_dict())
-        except OSError as error:
-            if not self.warned:
-                warnings.warn(
-                    f"checkpoint {self.checkpoint} cannot be written ({error}): the fit goes on, "
-                    "tries again later, and leaves an older checkpoint as it is. Make room for it, "
-                    "or name another file",
-                    stacklevel=2,
-                )
-            self.warned = True
-
-    def _resume(self) -> None:
-        if self.checkpoint is None or not self.resume or not self.checkpoint.exists():
-            return
-        loop, optimizer = read_checkpoint(self.checkpoint, self.settings)
-        for name in self.SAVED:
-            setattr(self, name, loop[name])
-        for part, state in zip(self.stateful, loop["states"], strict=True):
+    def restore(self, trainer: Trainer) -> None:
+        """Put the trainer back into that state."""
+        trainer.state, trainer.phase = self.state, self.phase
+        del self.state.losses[self.lengths[0] :], self.state.scores[self.lengths[1] :]
+        for part, state in zip(trainer.stateful, self.stateful, strict=True):
             part.load_state_dict(state)
-        copy(loop["tensors"], [*self.parameters, *self.fixed])
-        if self.polishing:
-            self.optimizer = lbfgs(self.parameters)
-        self.optimizer.load_state_dict(optimizer)
+        if not self.started:
+            self.phase.optimizer.state.clear()
+        copy_tensors(self.copies, self.live)
+        restore_generators(self.rng)
+
+
+@torch.no_grad()
+def copy_tensors(values: list[Tensor], targets: list[Tensor]) -> None:
+    """Set tensors to the values of others."""
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)

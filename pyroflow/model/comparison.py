@@ -52,9 +52,7 @@ def differs(
     A model that indexes its latents from the left, or reduces over all of a tensor, mixes
     draws that run side by side, often without an error. So, draw by draw and site by site,
     log densities (or the values that follow from others) must agree, and the gradients of the
-    log joint; and no draw may have a gradient in another one's latents, which is exactly zero
-    otherwise. Two numbers agree if they differ by less than :func:`tolerance` of the
-    largest of them among the draws: elementwise, so that it does not grow with the data.
+    log joint; and no draw may have a gradient in another one's latents.
 
     Args:
         runs: the model.
@@ -75,7 +73,7 @@ def differs(
         found = outcome(way, points, num, gradients=not runs.predict)
     except FAILURES:
         return "the log joint"
-    if way in runs.trusted:
+    if not runs.compared:
         return None
     if runs.predict:
         latents = {name: s.values for name, s in found.sites.items() if is_random(s.record)}
@@ -129,7 +127,10 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors (S, *) are equal but for rounding, against the largest of S draws."""
+    """Whether two tensors (S, *) are equal but for :func:`tolerance` of the largest of S draws.
+
+    Elementwise, so that it does not grow with the data.
+    """
     if found.shape != expected.shape:
         return False
     if not expected.is_floating_point():

@@ -15,7 +15,7 @@ from torch import Size, Tensor
 from torch.distributions.constraints import Constraint
 
 from pyroflow.model.sites import Description, LatentSite
-from pyroflow.model.supports import base_of, bijection, remember, same_support
+from pyroflow.model.supports import base_of, bijection, same_support
 
 Site = dict[str, Any]  # a node of a trace
 Values = Mapping[str, Tensor]
@@ -83,10 +83,8 @@ class Latents:
         """Values by site, (*B, *shape), at z (*B, D), and log |det ∂values/∂z|, (*B)."""
         values, log_dets = {}, []
         for name, latent in self.unpack(z).items():
-            support = self.sites[name].support
-            transform = bijection(support)
-            values[name] = remember(transform(latent), latent, support)
-            log_dets.append(transform.log_abs_det_jacobian(latent, values[name]))
+            values[name], log_det = self.sites[name].constrain(latent)
+            log_dets.append(log_det)
         return values, _summed(log_dets, z.dim() - 1)
 
     def unconstrain(self, values: Values, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,34 +117,26 @@ class Latents:
         """
         now = {n: site["fn"] for n, site in trace.nodes.items() if _is_continuous_latent(site)}
         for name in [*now, *self.sites]:
-            difference = self._difference(name, now)
-            if difference is not None:
-                raise ValueError(
-                    f"{difference}. A guide needs the same latents in every call: make a new guide "
-                    "for this model and these arguments, or let the model sample all of them each "
-                    "time"
-                )
-
-    def _difference(self, name: str, now: Mapping[str, dist.Distribution]) -> str | None:
-        if name not in self.sites:
-            return (
-                f"the model samples site {name!r}, which was not there when the guide was set up "
-                f"with the sites {sorted(self.sites)}"
+            fn, then = now.get(name), self.sites.get(name)
+            if then is None:
+                found = f"the model samples site {name!r}, which was not there when the guide was "
+                found += f"set up with the sites {sorted(self.sites)}"
+            elif fn is None:
+                found = f"the guide samples site {name!r}, which the model does not: its latent "
+                found += f"sites are {sorted(now)}"
+            else:
+                shapes = tuple(fn.batch_shape + fn.event_shape), tuple(then.value.shape)
+                supports = base_of(fn.support), base_of(then.support)
+                pair = shapes if shapes[0] != shapes[1] else supports
+                if pair is supports and same_support(*supports):
+                    continue
+                kind = "shape" if pair is shapes else "support"
+                found = f"site {name!r} has {kind} {pair[0]} in the model, and had {pair[1]} when "
+                found += "the guide was set up"
+            raise ValueError(
+                f"{found}. A guide needs the same latents in every call: make a new guide for this "
+                "model and these arguments, or let the model sample all of them each time"
             )
-        if name not in now:
-            return (
-                f"the guide samples site {name!r}, which the model does not: its latent sites are "
-                f"{sorted(now)}"
-            )
-        then, shape = self.sites[name], tuple(now[name].batch_shape + now[name].event_shape)
-        if shape != then.value.shape:
-            pair = f"shape {shape} in the model, and had {tuple(then.value.shape)}"
-        elif not same_support(then.support, now[name].support):
-            supports = base_of(now[name].support), base_of(then.support)
-            pair = "support {} in the model, and had {}".format(*supports)
-        else:
-            return None
-        return f"site {name!r} has {pair} when the guide was set up"
 
     def describe(self, describe: Callable[[Constraint], Any]) -> list[Description]:
         """The sites as plain data, for a file. ``describe`` does that for a support."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro.distributions import Delta, Distribution, MaskedDistribution, Unit
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, constraints
+from torch.overrides import TorchFunctionMode
 
-from pyroflow.model.supports import base_of, concatenated
+from pyroflow.model.supports import base_of, concatenated, moved
 
 ROUNDING = 1e-6  # by which a parameter may pass the bound of its constraint
 
@@ -34,6 +40,15 @@ class SiteRuns:
     values: Tensor
     log_prob: Tensor | None
     record: Record
+
+    @classmethod
+    def of(cls, record: Record, size: int, single: Record) -> SiteRuns:
+        """From the record of a run of S draws; ``single``: of one draw in a run of its own."""
+        values = _draws_first(record["value"], size, single["value"], single["fn"].event_dim)
+        log_prob = single.get("log_prob")
+        if log_prob is not None:
+            log_prob = _draws_first(record["log_prob"], size, log_prob)
+        return cls(values, log_prob, single)
 
     @property
     def compared(self) -> Tensor:
@@ -212,3 +227,61 @@ def joined(parts: Sequence[Sites]) -> Sites:
         log_prob = torch.cat([part[name].log_prob for part in parts]) if scored else None
         found[name] = SiteRuns(values, log_prob, first.record)
     return found
+
+
+def _draws_first(value: Any, size: int, single: Any, event_dim: int = 0) -> Tensor:
+    """A run's tensor as (S, *shape), without the dimensions that vectorising brings in."""
+    single = tensor_of(single)
+    batch = single.shape[: single.dim() - event_dim]
+
+    def move(t: Tensor, event_dim: int) -> Tensor:
+        event = t.shape[t.dim() - event_dim :]
+        if t.shape[: t.dim() - event_dim].numel() == batch.numel():  # the same for all draws
+            return t.reshape(1, *batch, *event).expand(size, *batch, *event)
+        if t.shape[0] != size:
+            raise ValueError("the draws are not along the first dimension")
+        return t.reshape(size, *batch, *event)
+
+    return moved(tensor_of(value), move, event_dim)
+
+
+class _SingularIsNaN(TorchFunctionMode):
+    """A matrix without a Cholesky factor is one bad draw among others, and no error."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.linalg.cholesky:
+            return func(*args, **(kwargs or {}))
+        factor, failed = torch.linalg.cholesky_ex(*args, **(kwargs or {}))
+        return factor.masked_fill((failed > 0)[..., None, None], torch.nan)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Runs in which one bad draw is no error: no validation, and no warning of NaN."""
+    with pyro.validation_enabled(False), warnings.catch_warnings(), _SingularIsNaN():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Given(Messenger):
+    """Lets latents, and the rows of plates, take given values; they stay latents."""
+
+    def __init__(self, values: Values) -> None:
+        self.values = values
+
+    def _pyro_sample(self, msg: Record) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+
+
+class Unobserve(UnconditionMessenger):
+    """Pyro's, save that sites which follow from others keep their values.
+
+    Sampled, a ``pyro.deterministic`` in a plate would be repeated along the plate once more.
+    """
+
+    def _pyro_sample(self, msg: Record) -> None:
+        if not (is_deterministic(msg) or is_factor(msg)):
+            super()._pyro_sample(msg)

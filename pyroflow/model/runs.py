@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pyroflow.model.comparison import FAILURES, Outcome, Way, differs, disagreement, with_slopes
 from pyroflow.model.records import (
-    Record,
+    Given,
     Run,
     SiteRuns,
     Sites,
+    Unobserve,
     Values,
     check_latents,
     check_same_sites,
     is_deterministic,
-    is_factor,
     is_random,
     joined,
     log_joint,
     outside_support,
+    quietly,
     tensor_of,
     tensors_of,
 )
@@ -56,15 +52,12 @@ class Runs:
         depth: how many dimensions its plates take; None if it is not to run in a plate.
         predict: whether the observed sites are sampled as well, and not read from the data.
         by_vmap: whether torch's ``vmap`` is tried.
-        compared: whether ways to run are compared with runs of their own; else the first that
-            runs is taken.
+        compared: whether ways to run are compared; else the first that runs is taken.
 
     Attributes:
         subsample: by name, the rows that plates drew, which all runs share; cleared by the owner.
         records: Pyro's records of a run of its own, once there was one.
-        inspected: what one draw got in a run of its own, as one of the three to compare with.
-        trusted: ways that are taken if only they run.
-        known: whether ``vmap`` was right where nothing was sampled.
+        inspected: what one draw got in a run of its own, to compare with.
         chosen: whether the way to run is settled.
 
     Example:
@@ -86,14 +79,13 @@ class Runs:
         compared: bool = True,
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs or {}
-        self.depth, self.predict = depth, predict
+        self.depth, self.predict, self.compared = depth, predict, compared
         self.subsample: Values = {}
         self.records: Run = {}
         self.inspected: Outcome | None = None
         self._ways = [self.by_vmap] if by_vmap else []
         self._ways += [self.in_plate, self.one_by_one]
-        self.trusted = [] if compared else list(self._ways)
-        self.known = self.chosen = False
+        self._right_by_vmap = self.chosen = False
 
     @property
     def sequential(self) -> bool:
@@ -109,7 +101,7 @@ class Runs:
         """The same with the data sampled."""
         ahead = Runs(self.model, self.args, self.kwargs, self.depth, predict=True)
         ahead.records = self.records
-        ahead.known = self.chosen and self.way == self.by_vmap
+        ahead._right_by_vmap = self.chosen and self.way == self.by_vmap
         return ahead
 
     @torch.no_grad()
@@ -128,7 +120,7 @@ class Runs:
         """
         chunks = [range(i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
         parts = []
-        if self.known and not self.chosen:
+        if self._right_by_vmap and not self.chosen:
             parts = self._sampled(_rows(latents, chunks[0]), len(chunks[0]))
         if not self.chosen:
             few = _few(size)
@@ -204,7 +196,7 @@ class Runs:
                 free = [name for name, site in self.records.items() if not site["is_observed"]]
                 latents = {name: drawn[name] for name in free if name in drawn}
                 moving = {name: leaf for name, leaf in moving.items() if name in latents}
-                sites = {name: _site(site, 1, site) for name, site in self.records.items()}
+                sites = {name: SiteRuns.of(site, 1, site) for name, site in self.records.items()}
                 self.inspected = with_slopes(latents, moving, sites)
         except FAILURES:  # a model that torch cannot differentiate
             trace = self._trace(self.model, {name: value[0] for name, value in drawn.items()})
@@ -240,7 +232,7 @@ class Runs:
         }
         plate = pyro.plate(PLATE, size, dim=-1 - self.depth)
         run = self._run(plate(self.model), values, inside)
-        return {name: _site(run[name], size, record) for name, record in self.records.items()}
+        return {name: SiteRuns.of(run[name], size, record) for name, record in self.records.items()}
 
     def one_by_one(self, latents: Values, size: int, inside: Iterable[str] = ()) -> Sites:
         """A run for each draw."""
@@ -250,7 +242,9 @@ class Runs:
             run = self._run(self.model, _rows(latents, index), inside)
             first = first or run
             check_same_sites(run, first)
-            parts.append({name: _site(run[name], 1, record) for name, record in first.items()})
+            parts.append(
+                {name: SiteRuns.of(run[name], 1, record) for name, record in first.items()}
+            )
         return joined(parts)
 
     def _run(self, model: Callable, values: Values, inside: Iterable[str] = ()) -> Run:
@@ -261,7 +255,7 @@ class Runs:
         return run
 
     def _trace(self, model: Callable, values: Values) -> Trace:
-        given = _Given(values)(_Unobserve()(model) if self.predict else model)
+        given = Given(values)(Unobserve()(model) if self.predict else model)
         with poutine.block():
             return poutine.trace(given).get_trace(*self.args, **self.kwargs)
 
@@ -292,74 +286,9 @@ def _few(size: int) -> list[int]:
     return sorted({0, size // 2, size - 1})
 
 
-class _SingularIsNaN(TorchFunctionMode):
-    """A matrix without a Cholesky factor is one bad draw among others, and no error."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not torch.linalg.cholesky:
-            return func(*args, **(kwargs or {}))
-        factor, failed = torch.linalg.cholesky_ex(*args, **(kwargs or {}))
-        return factor.masked_fill((failed > 0)[..., None, None], torch.nan)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Runs in which one bad draw is no error: no validation, and no warning of NaN."""
-    with pyro.validation_enabled(False), warnings.catch_warnings(), _SingularIsNaN():
-        warnings.simplefilter("ignore")
-        yield
-
-
-class _Given(Messenger):
-    """Lets latents, and the rows of plates, take given values; they stay latents."""
-
-    def __init__(self, values: Values) -> None:
-        self.values = values
-
-    def _pyro_sample(self, msg: Record) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
-
-
-class _Unobserve(UnconditionMessenger):
-    """Pyro's, save that sites which follow from others keep their values.
-
-    Sampled, a ``pyro.deterministic`` in a plate would be repeated along the plate once more.
-    """
-
-    def _pyro_sample(self, msg: Record) -> None:
-        if not (is_deterministic(msg) or is_factor(msg)):
-            super()._pyro_sample(msg)
-
-
 def _rows(values: Values, index: Sequence[int] | int) -> Values:
     def move(t: Tensor, _: int) -> Tensor:
         whole = isinstance(index, int)
         return t[index] if whole else t[torch.tensor(list(index), device=t.device)]
 
     return {name: moved(value, move) for name, value in values.items()}
-
-
-def _site(record: Record, size: int, single: Record) -> SiteRuns:
-    values = _draws_first(record["value"], size, single["value"], single["fn"].event_dim)
-    if "log_prob" not in single:
-        return SiteRuns(values, None, single)
-    return SiteRuns(values, _draws_first(record["log_prob"], size, single["log_prob"]), single)
-
-
-def _draws_first(value: Any, size: int, single: Any, event_dim: int = 0) -> Tensor:
-    """A run's tensor as (S, *shape), without the dimensions that vectorising brings in."""
-    single = tensor_of(single)
-    batch = single.shape[: single.dim() - event_dim]
-
-    def move(t: Tensor, event_dim: int) -> Tensor:
-        event = t.shape[t.dim() - event_dim :]
-        if t.shape[: t.dim() - event_dim].numel() == batch.numel():  # the same for all draws
-            return t.reshape(1, *batch, *event).expand(size, *batch, *event)
-        if t.shape[0] != size:
-            raise ValueError("the draws are not along the first dimension")
-        return t.reshape(size, *batch, *event)
-
-    return moved(tensor_of(value), move, event_dim)

@@ -89,17 +89,23 @@ class LatentSite:
         """The site with ``move`` applied to its tensors, such as the bounds of an interval."""
         return replace(self, support=_mapped(self.support, move), value=move(self.value))
 
+    def constrain(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """The value at its latents, and log |det ∂value/∂latents| for each event of the support."""
+        transform = bijection(self.support)
+        value = remember(transform(latent), latent, self.support)
+        return value, transform.log_abs_det_jacobian(latent, value)
+
     def point(self, latent: Tensor, masked: bool) -> Point:
         """The distribution of a draw at its latents; masked: no density is asked for."""
-        transform, log_density = bijection(self.support), 0.0
-        value, event_dim = transform(latent), len(self.event_shape)
-        if not masked:
-            log_det = transform.log_abs_det_jacobian(latent, value)
-            log_density = -sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
-        return Point(value, log_density, event_dim, Preimage(latent, self.support))
+        event_dim, origin = len(self.event_shape), Preimage(latent, self.support)
+        if masked:
+            return Point(bijection(self.support)(latent), 0.0, event_dim, origin)
+        value, log_det = self.constrain(latent)
+        log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
+        return Point(value, -log_det, event_dim, origin)
 
     def unconstrain(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The latents at a value, and log |det ∂value/∂latents| for each event of the support."""
+        """The inverse of :meth:`constrain`, with the same log-determinant."""
         transform = bijection(self.support)
         if self.support.check(value).all():
             latent = transform.inv(value)

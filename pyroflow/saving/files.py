@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow
-from pyroflow.io import packed, read_data, write_whole
+from pyroflow.io import read_data, write_data
 from pyroflow.saving.guides import (
     GUIDES,
     describe_flow,
@@ -65,7 +65,7 @@ def save(obj: Flow | AutoFlow, path: str | os.PathLike) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path {path} is in a folder that does not exist: make it first")
     content = {"pyroflow": version("pyroflow"), "format": FORMAT} | _described(obj)
-    write_whole(path, packed(content))
+    write_data(path, content)
 
 
 _WAY_OUT = (

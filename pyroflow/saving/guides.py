@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
@@ -33,10 +34,9 @@ def describe_flow(flow: Flow) -> Description:
     Raises:
         UndescribedError: If a base or a transform is not in the table.
     """
-    state = flow.state_dict().items()
     return {
         "parts": describe(flow),
-        "state": {name: stored(v) if isinstance(v, Tensor) else v for name, v in state},
+        "state": tree_map_only(Tensor, stored, dict(flow.state_dict())),
         "frozen": [name for name, p in flow.named_parameters() if not p.requires_grad],
         "training": flow.training,
     }

@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
 from pyroflow.model.latents import Latents, started_anywhere
@@ -23,7 +24,7 @@ def check_model(guide: AutoContinuous, sites: list[Description]) -> None:
     """Compare the guide's model with the sites of the file: now, or at the call that can run it.
 
     Raises:
-        ValueError: now or at that call, with the site and the difference.
+        ValueError: If they differ, now or at that call, with the site and the difference.
     """
     check = _Check(sites)
     signature = _signature(guide.model)
@@ -85,7 +86,7 @@ def _sites_of(model: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     """The latents of a run of the model, as a file would describe them.
 
     Raises:
-        ValueError: a latent that a guide is refused for: an older file may have one.
+        ValueError: If a guide is refused for a latent: an older file may have one.
     """
     probe = AutoContinuous(model, init_loc_fn=started_anywhere(init_to_median))
     with seeded(0), torch.no_grad():
@@ -99,11 +100,7 @@ def _sites_of(model: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str,
 
 def _comparable(value: Any) -> Any:
     """Plain data without tensors, which have no truth value when compared."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {key: _comparable(member) for key, member in value.items()}
-    return [_comparable(member) for member in value] if isinstance(value, list) else value
+    return tree_map_only(Tensor, Tensor.tolist, value)
 
 
 def _shown(key: str, value: Any) -> str:

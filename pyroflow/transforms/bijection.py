@@ -26,6 +26,14 @@ class Pair(NamedTuple):
     recorded: bool  # with a graph
     stamp: list
 
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, intermediates: Any, parameters: Parameters) -> Pair | None:
+        """The pair as it is now; None in inference mode, where edits cannot be noticed."""
+        if any([t.is_inference() for t in (x, y, *parameters)]):
+            return None
+        stamp = _stamp(x, y, parameters)
+        return cls(x, y, intermediates, parameters, torch.is_grad_enabled(), stamp)
+
     def unchanged(self, parameters: Parameters) -> bool:
         """Whether x, y and the parameters are what they were."""
         return self.stamp == _stamp(self.x, self.y, parameters)
@@ -36,9 +44,9 @@ class PairCache:
 
     The first lets a sample be scored without a root search, in a chain of transforms as well; the
     second only hands its intermediates on to ``log_abs_det_jacobian``. A pair serves the very
-    tensors it was made with, while they and the parameters are unchanged: neither an optimiser
-    step nor an edit in place leaves a wrong answer behind (pyro issues #2718 and #2564). Only an
-    edit in place through ``.data`` escapes, as it escapes autograd. Copies and pickles are empty.
+    tensors it was made with, while they and the parameters are unchanged, so that no optimiser
+    step or edit in place leaves a wrong answer behind (pyro issues #2718 and #2564), but for an
+    edit in place through ``.data``, which escapes autograd too. Copies and pickles are empty.
     """
 
     def __init__(self) -> None:
@@ -50,14 +58,14 @@ class PairCache:
 
     def made_together(self, x: Tensor, y: Tensor, parameters: Parameters) -> Pair | None:
         """The pair of these very tensors."""
-        for pair in (self.forward, self.inverse):
+        for pair in () if torch.compiler.is_compiling() else (self.forward, self.inverse):
             if pair is not None and pair.x is x and pair.y is y and pair.unchanged(parameters):
                 return pair if pair.recorded or not torch.is_grad_enabled() else None
         return None
 
     def made_from(self, y: Tensor, origin: Tensor, parameters: Parameters) -> Pair | None:
         """The forward pair, where it made ``origin``, a tensor with the values of y."""
-        pair = self.forward
+        pair = None if torch.compiler.is_compiling() else self.forward
         if pair is None or pair.y is not origin or origin.shape != y.shape:
             return None
         return pair if pair.unchanged(parameters) else None
@@ -66,19 +74,15 @@ class PairCache:
 class Bijection(Transform):
     """A bijection of R^D: a formula, the tensors that it takes, and a :class:`PairCache`.
 
-    A family sets ``event_dims``, holds a tensor under each of its names, and implements
-    ``_forward(x, parameters)`` and ``_invert(y, parameters, cached)``, which return the image and
-    intermediates, and ``_log_det(intermediates)``. Where the result of an inversion is known,
-    ``cached`` holds it, else None.
+    A family holds a tensor under each name of ``event_dims``, whose values are their numbers of
+    dimensions without a batch; the first one's last size is D, and those in ``fixed`` are not
+    trained. It implements ``_forward(x, parameters)`` and ``_invert(y, parameters, cached)``, which
+    return the image and intermediates, and ``_log_det(intermediates)``. ``cached`` is the pair
+    that holds the solution, or None.
 
     As with torch's cached transforms, the x found for a sample that carries its graph is the x
     it was made from: gradients flow on to the parameters, and not into the sample as such. For
     the latter clone the sample, or use :class:`~pyroflow.flows.AlongPath`.
-
-    Attributes:
-        event_dims: the number of dimensions of each parameter without its batch, by name and in
-            the order in which the formula takes them; the first parameter's last size is D.
-        fixed: the names of those that are not trained.
     """
 
     domain = codomain = constraints.real_vector
@@ -111,8 +115,7 @@ class Bijection(Transform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return log |det dy/dx|, shape (*B), for y = t(x)."""
         parameters = self._map_parameters()
-        compiling = torch.compiler.is_compiling()
-        pair = None if compiling else self._cache.made_together(x, y, parameters)
+        pair = self._cache.made_together(x, y, parameters)
         if pair is None:
             self._check("x", x, parameters)
         found = pair.intermediates if pair else precisely(self._forward, x, parameters)[1]
@@ -136,8 +139,7 @@ class Bijection(Transform):
         """
         parameters = self._map_parameters()
         self._check("y", y, parameters)
-        compiling = torch.compiler.is_compiling()
-        pair = None if compiling else self._cache.made_from(y, origin, parameters)
+        pair = self._cache.made_from(y, origin, parameters)
         fixed = tuple(t.detach() for t in parameters)
         x, intermediates = precisely(self._invert, y, fixed, pair)
         return x, self._log_det(intermediates).to(y.dtype), pair.x if pair else x
@@ -188,7 +190,7 @@ class Bijection(Transform):
         last = self._cache.inverse
         if last is not None and last.x is _origin(x) and last.unchanged(parameters):
             _remember_origin(y, _origin(last.y))
-        self._cache.forward = _pair(x, y, intermediates, parameters)
+        self._cache.forward = Pair.of(x, y, intermediates, parameters)
         return y, intermediates
 
     def _cached_inverse(self, y: Tensor) -> tuple[Tensor, Any]:
@@ -205,7 +207,7 @@ class Bijection(Transform):
         x, intermediates = precisely(self._invert, y, parameters, pair)
         if pair is not None:
             _remember_origin(x, pair.x)
-        self._cache.inverse = _pair(x, y, intermediates, parameters)
+        self._cache.inverse = Pair.of(x, y, intermediates, parameters)
         return x, intermediates
 
 
@@ -268,13 +270,6 @@ def precisely(
         return evaluate(value, parameters, *cached)
     with torch.autocast(device, enabled=False):
         return evaluate(value, parameters, *cached)
-
-
-def _pair(x: Tensor, y: Tensor, intermediates: Any, parameters: Parameters) -> Pair | None:
-    if any([t.is_inference() for t in (x, y, *parameters)]):  # their edits cannot be noticed
-        return None
-    stamp = _stamp(x, y, parameters)
-    return Pair(x, y, intermediates, parameters, torch.is_grad_enabled(), stamp)
 
 
 def _remember_origin(value: Tensor, origin: Tensor) -> None:

@@ -86,9 +86,9 @@ class Conditional(ConditionalTransformModule):
     Args:
         input_dim: D.
         context_dim: C; ``condition`` takes a context of shape (*B, C).
-        *sizes: further arguments of the unconditional transform.
+        *sizes: further sizes of the unconditional transform.
         hidden_dims: sizes of the network's hidden layers; () for a linear map.
-        **options: further arguments of the unconditional transform, by keyword.
+        **options: further arguments of the unconditional transform.
 
     Raises:
         ValueError: If a size is out of range or an option unknown; at a call, if a context's last
@@ -130,10 +130,7 @@ class ConditionalLayers(Conditional):
 
 
 class ConditionalPlanar(ConditionalLayers):
-    """Planar layers whose parameters depend on a context: see :class:`Conditional`.
-
-    Their further arguments are those of :class:`Planar`: ``num_layers``, ``nonlinearity`` and
-    ``negative_slope``.
+    """A :class:`Conditional` of :class:`Planar` layers, whose further arguments it takes.
 
     Example:
         >>> import torch
@@ -150,9 +147,7 @@ class ConditionalPlanar(ConditionalLayers):
 
 
 class ConditionalRadial(ConditionalLayers):
-    """Radial layers whose parameters depend on a context: see :class:`Conditional`.
-
-    Their further argument is that of :class:`Radial`: ``num_layers``.
+    """A :class:`Conditional` of :class:`Radial` layers, whose further arguments it takes.
 
     Example:
         >>> import torch
@@ -166,10 +161,7 @@ class ConditionalRadial(ConditionalLayers):
 
 
 class ConditionalSylvester(ConditionalLayers):
-    """Sylvester layers whose parameters depend on a context: see :class:`Conditional`.
-
-    Their further arguments are those of :class:`Sylvester`: ``num_units``, ``num_layers`` and
-    ``orthogonal``.
+    """A :class:`Conditional` of :class:`Sylvester` layers, whose further arguments it takes.
 
     Example:
         >>> import torch
@@ -183,9 +175,7 @@ class ConditionalSylvester(ConditionalLayers):
 
 
 class ConditionalAffine(Conditional):
-    """An affine layer whose parameters depend on a context: see :class:`Conditional`.
-
-    Its further arguments are those of :class:`Affine`: ``kind``, ``init_loc``, ``init_scale``.
+    """A :class:`Conditional` of an :class:`Affine` layer, whose further arguments it takes.
 
     Example:
         >>> import torch

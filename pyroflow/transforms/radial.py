@@ -107,9 +107,9 @@ class Radial(Bijection, TransformModule):
         return ((D - 1) * f.log() + g.log()).sum(0)
 
     def _columns(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, ...]:
-        """A copy of x (D, *B), as short sums are fast over the first axis, and the parameters.
+        """A copy of x (D, *B), x0 (K, D, *P), α and s (K, *P), with P as long as the full batch B.
 
-        B is the full batch shape. x0 has shape (K, D, *P), α and s (K, *P), with P as long as B.
+        Short sums are fast over the first axis.
         """
         x0, raw_alpha, beta = parameters
         batch = torch.broadcast_shapes(x.shape[:-1], batch_shape(parameters, self.event_dims))
@@ -122,8 +122,7 @@ class Radial(Bijection, TransformModule):
 def constrain(raw_alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """α = ln(1 + e^raw_alpha) > 0 and s = α + β̂ = ln(1 + e^β) > 0 (appendix A.2).
 
-    Both stay above 9e-13 in float32 and 7e-139 in float64, beside which a distance too short to
-    be squared does not count.
+    They stay so large that a distance too short to be squared does not count beside them.
     """
     least = _nearest(beta.dtype) / torch.finfo(beta.dtype).eps
     return softplus(raw_alpha).clamp(min=least), softplus(beta).clamp(min=least)
@@ -140,10 +139,9 @@ def _length(d: Tensor) -> Tensor:
 
 
 def _preimage(length: Tensor, alpha: Tensor, s: Tensor) -> Tensor:
-    """The r ≥ 0 that solves r (r + s) / (r + α) = length.
+    """The r ≥ 0 with r (r + s) / (r + α) = length, the positive root of r² + q r − α length.
 
-    It is the positive root of r² + q r − α length with q = s − length. Of the two ways to write
-    it, each sign of q takes the one that adds.
+    Of the two ways to write it, each sign of q = s − length takes the one that adds.
     """
     length = length - _nearest(length.dtype)  # so that r is 0 at the centre
     q, product = s - length, alpha * length

@@ -38,8 +38,8 @@ class Sylvester(Stack, TransformModule):
         num_layers: L; 0 is the identity.
         orthogonal: how Q is made: a product of M "householder" reflections; the orthogonal factor
             of a "qr" decomposition; or "triangular", where Q is fixed, in turn the first columns
-            of the identity and the last ones in reverse. That is meant for M = D: where 2 M < D
-            the D − 2 M coordinates between stay as they are.
+            of the identity and the last ones in reverse: meant for M = D, as of D > 2 M
+            coordinates D − 2 M stay as they are.
 
     Attributes:
         frame: what Q is made of, shape (L, M, D); a buffer where Q is fixed.

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from pyroflow import datasets
-from pyroflow.datasets.synthetic import ring, ring_log_prob, two_moons, two_moons_log_prob
+from pyroflow.datasets import (
+    SINE_ENTROPY,
+    ring,
+    ring_log_prob,
+    sine,
+    sine_log_prob,
+    two_moons,
+    two_moons_log_prob,
+)
 
 SETS = {"ring": (ring, ring_log_prob), "two_moons": (two_moons, two_moons_log_prob)}
 each = pytest.mark.parametrize("name", list(SETS))
@@ -140,7 +148,76 @@ def test_points_follow_the_density(name: str) -> None:
     assert ratio.mean().item() == pytest.approx(1.0, abs=5 * error)
 
 
+def test_sine_entropy_value() -> None:
+    # ln 6 = 1.791759, and half the log of 2 pi e / 100 is -0.883646.
+    assert pytest.approx(0.908113, abs=1e-6) == SINE_ENTROPY
+
+
+def test_sine_shape_and_moments() -> None:
+    y = sine(200_000, seed=3)
+    assert y.shape == (200_000, 2)
+    assert y.dtype == torch.float32
+    assert y[:, 1].abs().max() <= 3
+    # 5 standard errors: U(-3, 3) has variance 3, the noise 0.01.
+    assert y[:, 1].mean().item() == pytest.approx(0.0, abs=5 * math.sqrt(3 / 200_000))
+    assert y[:, 1].var().item() == pytest.approx(3.0, abs=5 * 3 * math.sqrt(0.8 / 200_000))
+    noise = y[:, 0] - y[:, 1].sin()
+    assert noise.std().item() == pytest.approx(0.1, abs=5 * 0.1 / math.sqrt(400_000))
+    assert noise.mean().item() == pytest.approx(0.0, abs=5 * 0.1 / math.sqrt(200_000))
+
+
+def test_sine_arguments() -> None:
+    assert torch.equal(sine(50), sine(50, seed=0))
+    assert not torch.equal(sine(50), sine(50, seed=1))
+    with pytest.raises(ValueError, match="n expects a positive number of points, got 0"):
+        sine(0)
+
+
+def test_sine_leaves_the_global_state() -> None:
+    before = torch.get_rng_state()
+    sine(100)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sine_entropy_by_monte_carlo() -> None:
+    losses = -sine_log_prob(sine(400_000, seed=1).double())
+    # Deviation of a point sqrt(1/2): standard error 0.0011, tolerance four of them.
+    assert losses.mean().item() == pytest.approx(SINE_ENTROPY, abs=0.0045)
+
+
+def test_sine_log_prob_known_values() -> None:
+    y = torch.tensor([[0.0, 0.0], [1.2, math.pi / 2], [0.0, 3.01]], dtype=torch.float64)
+    # On the curve -ln 6 - ln(0.1 sqrt(2 pi)) = -0.408113; two deviations away 2 less.
+    expected = torch.tensor([-0.408113, -2.408113, -math.inf], dtype=torch.float64)
+    assert torch.allclose(sine_log_prob(y), expected, atol=1e-6)
+
+
+def test_sine_density_integrates_to_one() -> None:
+    y1 = torch.linspace(-2, 2, 1001, dtype=torch.float64)
+    y2 = (torch.arange(600, dtype=torch.float64) + 0.5) / 100 - 3
+    density = sine_log_prob(torch.cartesian_prod(y1, y2)).exp()
+    assert (density.sum() * 0.004 * 0.01).item() == pytest.approx(1.0, abs=1e-9)
+
+
+def test_sine_log_prob_shapes() -> None:
+    assert sine_log_prob(torch.zeros(2)).shape == ()
+    assert sine_log_prob(torch.zeros(6, 5, 2)).shape == (6, 5)
+    with pytest.raises(ValueError, match=r"last dimension 2, got shape \(5, 3\)"):
+        sine_log_prob(torch.zeros(5, 3))
+
+
+def test_sine_log_prob_keeps_nan() -> None:
+    assert sine_log_prob(torch.tensor([[0.0, math.nan]])).isnan().all()
+
+
+@pytest.mark.parametrize("draw", [sine, ring, two_moons])
+def test_points_do_not_depend_on_the_default_dtype(draw: Callable[..., Tensor]) -> None:
+    expected = draw(50, seed=1)
+    torch.set_default_dtype(torch.float32)
+    found = draw(50, seed=1)
+    torch.set_default_dtype(torch.float64)
+    assert torch.equal(found, expected)
+
+
 def test_datasets_offer_the_sets() -> None:
-    assert datasets.ring is ring
-    assert datasets.two_moons_log_prob is two_moons_log_prob
     assert set(datasets.__all__) >= {"sine", "ring", "two_moons", "read_table"}

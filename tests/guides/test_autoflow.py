@@ -16,7 +16,7 @@ from torch.distributions.transforms import AffineTransform, IndependentTransform
 
 import pyroflow as pf
 from pyroflow.guides import AutoFlow, AutoPlanarFlow
-from pyroflow.inference import flow_guide
+from pyroflow.inference import guide_fit
 from pyroflow.targets import eight_schools_noncentered, toy_model
 
 
@@ -194,12 +194,12 @@ def test_affine_layer_is_placed_before_the_layers_inside_it(
 ) -> None:
     trained = []
 
-    class Watched(flow_guide.Loop):
+    class Watched(guide_fit.Trainer):
         def run(self) -> pf.Fit:
-            trained.append({id(p) for p in self.parameters})
+            trained.append({id(p) for p in self.objective.parameters})
             return super().run()
 
-    monkeypatch.setattr(flow_guide, "Loop", Watched)
+    monkeypatch.setattr(guide_fit, "Trainer", Watched)
     guide = AutoFlow(toy_model, mixed_layers, affine=affine)
     options = {"steps": 10, "num_particles": 4, "seed": 0, "progress": False}
     fit = pf.fit_guide(toy_model, guide, warm_start=False, **options)

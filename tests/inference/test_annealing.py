@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyroflow.inference.annealing import AdaptiveAnnealing
+from pyroflow.inference.schedule import AdaptiveAnnealing
 
 D = 6
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import pyroflow as pf
-from pyroflow.inference.checkpoint import held
-from pyroflow.inference.trainer import Loop
+from pyroflow.inference.fit import held
+from pyroflow.inference.trainer import Trainer
 from pyroflow.io import read_data
 
 DATA = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).tanh()
@@ -34,10 +34,10 @@ def fitted(**options: Any) -> tuple[pf.Fit, list[torch.Tensor]]:
 
 
 def at_step(step: int, act: Callable[[], object]) -> Callable:
-    """In place of ``Loop._show``: act once a fit has taken so many steps."""
+    """In place of ``Trainer._show``: act once a fit has taken so many steps."""
 
-    def show(loop: Loop, bar: object) -> None:
-        if loop.step == step:
+    def show(trainer: Trainer, bar: object) -> None:
+        if trainer.state.step == step:
             act()
 
     return show
@@ -70,15 +70,15 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_fit(
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if step:
-            patch.setattr(Loop, "_show", at_step(step, lambda: FAILURES[failure](patch, path)))
+            patch.setattr(Trainer, "_show", at_step(step, lambda: FAILURES[failure](patch, path)))
         else:
-            plain = Loop._take_steps
+            plain = Trainer._take_steps
 
-            def take_steps(loop: Loop, bar: object) -> None:
+            def take_steps(trainer: Trainer, bar: object) -> None:
                 FAILURES[failure](patch, path)
-                plain(loop, bar)
+                plain(trainer, bar)
 
-            patch.setattr(Loop, "_take_steps", take_steps)
+            patch.setattr(Trainer, "_take_steps", take_steps)
         fit, found = fitted(checkpoint=path)
     (warning,) = caught
     assert str(path) in str(warning.message)
@@ -88,7 +88,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_fit(
     if failure != "no folder":
         assert [file.name for file in path.parent.iterdir()] == ([path.name] if step else [])
     if failure != "no folder" and step:
-        assert read_data(path)["loop"]["step"] == 10
+        assert read_data(path)["state"]["step"] == 10
         resumed, found = fitted(checkpoint=path)
         assert resumed.losses == whole.losses
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -111,7 +111,8 @@ def test_room_that_is_made_is_used(tmp_path: Path) -> None:
     path = tmp_path / "fit.pt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        patch.setattr(Loop, "_show", at_step(7, lambda: patch.setattr(os, "fsync", lambda _: None)))
+        full_until = at_step(7, lambda: patch.setattr(os, "fsync", lambda _: None))
+        patch.setattr(Trainer, "_show", full_until)
         with pytest.warns(UserWarning, match="cannot be written"):
             fit, _ = fitted(checkpoint=path)
     assert fitted(checkpoint=path)[0].losses == fit.losses
@@ -132,7 +133,7 @@ def test_a_checkpoint_is_of_one_fit_at_a_time(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from pyroflow.inference.checkpoint import held
+from pyroflow.inference.fit import held
 with held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

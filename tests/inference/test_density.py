@@ -10,7 +10,9 @@ import torch
 
 import pyroflow as pf
 from pyroflow import datasets
-from pyroflow.inference.trainer import Loop
+from pyroflow.inference.fit import Objective
+from pyroflow.inference.schedule import LearningRateSchedule
+from pyroflow.inference.trainer import Trainer
 
 SHORT = {"steps": 60, "polish": 40, "progress": False}
 
@@ -119,7 +121,7 @@ def test_checkpoint_resumes_where_it_stopped(
     options = {"seed": 0, "checkpoint": tmp_path / "fit.pt", **SHORT}
     flow = pf.planar_flow(2, 4)
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_show", _interrupt(interrupted_at))
+        patch.setattr(Trainer, "_show", _interrupt(interrupted_at))
         with pytest.raises(KeyboardInterrupt):
             pf.fit_density(flow, sine, **options)
     with torch.no_grad():
@@ -132,8 +134,8 @@ def test_checkpoint_resumes_where_it_stopped(
 
 
 def _interrupt(step: int) -> Callable:
-    def show(self: Loop, bar: object) -> None:
-        if self.step >= step:
+    def show(self: Trainer, bar: object) -> None:
+        if self.state.step >= step:
             raise KeyboardInterrupt
 
     return show
@@ -176,11 +178,12 @@ def test_skips_steps_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> Non
         return weight.detach().square().reshape(1)
 
     options = {"lr": 0.1, "settings": {}, "label": "", "progress": False}
-    fit = Loop([weight], loss, score, steps=300, **options).run()
+    fit = Trainer(Objective([weight], loss, score), LearningRateSchedule(300), **options).run()
     assert fit.skipped == 100
     assert sum(math.isnan(value) for value in fit.losses) == 100
     assert abs(weight.item()) < 0.05
-    hopeless = Loop([weight], lambda step: weight * math.nan, score, steps=300, **options).run()
+    objective = Objective([weight], lambda step: weight * math.nan, score)
+    hopeless = Trainer(objective, LearningRateSchedule(300), **options).run()
     assert hopeless.steps == 100
     assert "not finite for 100 steps in a row" in hopeless.stopped
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.inference.trainer import Loop
+from pyroflow.inference.trainer import Trainer
 
 
 def gaussian_energy(z: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def test_paper_annealing_weighs_the_energy_alone(monkeypatch: pytest.MonkeyPatch
     assert [pf.paper_annealing(t) for t in (0, 5000, 9900, 20_000)] == [0.01, 0.51, 1.0, 1.0]
     losses = {}
     monkeypatch.setattr(
-        Loop, "run", lambda self: losses.update({t: self.loss(t) for t in (0, 9900)})
+        Trainer, "run", lambda self: losses.update({t: self.loss(t) for t in (0, 9900)})
     )
     flow = pf.planar_flow(2, 0, affine=None)
     with pytest.warns(UserWarning, match="does not rise along coordinate 0, 1"):
@@ -77,7 +77,7 @@ def test_paper_annealing_weighs_the_energy_alone(monkeypatch: pytest.MonkeyPatch
 
 
 def test_default_steps_outlast_the_annealing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Loop, "run", lambda self: self.steps)
+    monkeypatch.setattr(Trainer, "run", lambda self: self.schedule.steps)
     flow = pf.planar_flow(2, 1)
     assert pf.fit_energy(flow, gaussian_energy, annealing=pf.paper_annealing) == 14_900
     assert pf.fit_energy(flow, gaussian_energy) == 5000

@@ -1,4 +1,4 @@
-"""fit_guide on guides of the AutoFlow family: placed, resumed, grown, and what it refuses."""
+"""fit_guide on guides of the AutoFlow family: initialized, resumed, grown, and what it refuses."""
 
 import math
 from pathlib import Path
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.inference import flow_guide
-from pyroflow.inference.trainer import Loop
+from pyroflow.inference import guide_fit, objectives
+from pyroflow.inference.objectives import LogJointBound
+from pyroflow.inference.trainer import Trainer
 from pyroflow.targets import (
     TOY_LOG_EVIDENCE,
     eight_schools_centered,
@@ -54,14 +55,14 @@ def test_scales_and_correlations_of_any_size_are_met_by_the_start_alone() -> Non
 
 def test_ends_no_worse_than_the_gaussian_it_starts_from() -> None:
     placed = []
-    place = flow_guide.place
+    initialize = guide_fit.initialize
 
     def watched(guide: pf.AutoFlow, gaussian: object) -> None:
-        place(guide, gaussian)
+        initialize(guide, gaussian)
         placed.append(gaussian.bound)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow_guide, "place", watched)
+        patch.setattr(guide_fit, "initialize", watched)
         guide = pf.AutoPlanarFlow(eight_schools_noncentered, 4)
         fit = pf.fit_guide(eight_schools_noncentered, guide, steps=1, lr=10.0, **QUICK)
     assert fit.best_loss <= fit.scores[0][1]
@@ -84,13 +85,13 @@ def test_killed_fit_resumes_bit_by_bit(tmp_path: Path, warm_start: bool, killed:
         options |= {"steps": 40, "warm_start": warm_start}
         return pf.fit_guide(banana, guide, **options, **QUICK), state(guide)
 
-    def show(self: Loop, bar: object) -> None:
-        if self.label == "fit_guide" and self.step == killed:
+    def show(self: Trainer, bar: object) -> None:
+        if self.label == "fit_guide" and self.state.step == killed:
             raise KeyboardInterrupt
 
     whole, expected = fit()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_show", show)
+        patch.setattr(Trainer, "_show", show)
         with pytest.raises(KeyboardInterrupt):
             fit(checkpoint=tmp_path / "fit.pt")
     resumed, found = fit(checkpoint=tmp_path / "fit.pt")
@@ -105,14 +106,14 @@ def test_growing_fit_resumes_bit_by_bit(tmp_path: Path, layers: int) -> None:
         guide = pf.AutoPlanarFlow(banana, num_layers="auto")
         return pf.fit_guide(banana, guide, steps=30, **options, **QUICK), guide
 
-    def show(self: Loop, bar: object) -> None:
-        if self.settings["num_layers"] == layers and self.step == 20:
+    def show(self: Trainer, bar: object) -> None:
+        if self.checkpoint.settings["num_layers"] == layers and self.state.step == 20:
             raise KeyboardInterrupt
 
     whole, expected = fit()
     assert expected.num_layers >= 8
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_show", show)
+        patch.setattr(Trainer, "_show", show)
         with pytest.raises(KeyboardInterrupt):
             fit(checkpoint=tmp_path / "fit.pt")
     resumed, found = fit(checkpoint=tmp_path / "fit.pt")
@@ -145,14 +146,14 @@ def test_draws_without_a_finite_weight_are_left_out_and_counted() -> None:
 def test_fit_goes_back_to_its_best_state_where_all_is_lost() -> None:
     guide = pf.AutoPlanarFlow(banana, 2)
     guide.setup()
-    calls, plain = [], flow_guide.bound_loss
+    calls, plain = [], objectives.bound_loss
 
     def broken(*args: object) -> Tensor:
         calls.append(len(calls))
         return plain(*args) * (math.nan if 10 <= len(calls) < 31 else 1.0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow_guide, "bound_loss", broken)
+        patch.setattr(objectives, "bound_loss", broken)
         fit = pf.fit_guide(banana, guide, steps=60, **QUICK)
     assert (fit.skipped, fit.rolled_back) == (21, 1)
     assert all(p.isfinite().all() for p in guide.parameters())
@@ -232,9 +233,9 @@ def test_used_annealing_and_models_without_latents_are_refused() -> None:
 
 
 def test_cut_off_guide_object_goes_on_bit_by_bit(tmp_path: Path) -> None:
-    plain, count = flow_guide.FlowFit._loss, []
+    plain, count = LogJointBound.loss, []
 
-    def cut(self: flow_guide.FlowFit, *args: object, **kwargs: object) -> Tensor:
+    def cut(self: LogJointBound, *args: object, **kwargs: object) -> Tensor:
         count.append(0)
         loss = plain(self, *args, **kwargs)  # the draws are made, and the step is lost
         if len(count) == 12:
@@ -247,7 +248,7 @@ def test_cut_off_guide_object_goes_on_bit_by_bit(tmp_path: Path) -> None:
     pyro.clear_param_store()
     guide, path = pf.AutoPlanarFlow(banana, 2), tmp_path / "fit.pt"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow_guide.FlowFit, "_loss", cut)
+        patch.setattr(LogJointBound, "loss", cut)
         with pytest.raises(KeyboardInterrupt):
             pf.fit_guide(banana, guide, checkpoint=path, **options)
     found = pf.fit_guide(banana, guide, checkpoint=path, **options)

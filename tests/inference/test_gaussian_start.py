@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.inference.ascent import ascend, rescale
-from pyroflow.inference.flow_guide import place
-from pyroflow.inference.gaussian_start import Gaussian, best_gaussian
+from pyroflow.inference.gaussian_start import (
+    Gaussian,
+    ascend,
+    best_gaussian,
+    initialize,
+    rescale,
+)
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.targets import eight_schools_centered
@@ -233,7 +237,7 @@ def placed_guide(affine: str, num_layers: int = 3) -> pf.AutoPlanarFlow:
 @pytest.mark.parametrize("num_layers", [0, 3])
 def test_full_affine_layer_is_the_gaussian(num_layers: int) -> None:
     guide = placed_guide("full", num_layers)
-    place(guide, PLACED)
+    initialize(guide, PLACED)
     loc, scale = guide.affine.loc_and_scale()
     assert torch.allclose(loc, PLACED.loc)
     assert torch.allclose(scale, PLACED.scale)
@@ -242,7 +246,7 @@ def test_full_affine_layer_is_the_gaussian(num_layers: int) -> None:
 def test_diagonal_affine_layer_is_the_mean_field_optimum() -> None:
     """The KL divergence of a diagonal Gaussian from a full one has its gradient zero there."""
     guide = placed_guide("diagonal")
-    place(guide, PLACED)
+    initialize(guide, PLACED)
     loc, scale = guide.affine.loc_and_scale()
     assert torch.allclose(loc, PLACED.loc)
     assert torch.allclose(scale, torch.inverse(PLACED.scale @ PLACED.scale.mT).diagonal() ** -0.5)
@@ -263,7 +267,7 @@ def test_layers_that_are_not_the_identity_are_made_up_for(affine: str) -> None:
         for t in guide.get_transforms()[:-1]:
             inside = t(inside)
     assert (inside.var(0) - 1).abs().max() > 0.3  # so there is something to make up for
-    place(guide, PLACED)
+    initialize(guide, PLACED)
     z = guide.get_posterior().sample((50_000,)).detach()
     covariance = PLACED.scale @ PLACED.scale.mT
     if affine == "full":

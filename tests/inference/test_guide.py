@@ -215,20 +215,20 @@ def test_keyword_arguments_and_float64_and_predictive() -> None:
 
 
 def test_checkpoint_resumes(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
-    from pyroflow.inference.trainer import Loop
+    from pyroflow.inference.trainer import Trainer
 
     def fit(**options: object) -> pf.Fit:
         pyro.clear_param_store()
         options = {"steps": 40, "num_particles": 8, "seed": 0, "progress": False} | options
         return pf.fit_guide(toy_model, pf.AutoPlanarFlow(toy_model, 2), **options)
 
-    def show(self: Loop, bar: object) -> None:
-        if self.label == "fit_guide" and self.step == 20:
+    def show(self: Trainer, bar: object) -> None:
+        if self.label == "fit_guide" and self.state.step == 20:
             raise KeyboardInterrupt
 
     whole, path = fit(), tmp_path / "guide.pt"
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_show", show)
+        patch.setattr(Trainer, "_show", show)
         with pytest.raises(KeyboardInterrupt):
             fit(checkpoint=path)
     assert fit(checkpoint=path).losses == pytest.approx(whole.losses, rel=1e-9)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.inference import density, flow_guide
-from pyroflow.inference.trainer import Loop
+from pyroflow.inference import density, guide_fit
+from pyroflow.inference.guide_fit import GuideFit
+from pyroflow.inference.objectives import LogJointBound
+from pyroflow.inference.trainer import Descent, Trainer
 from pyroflow.targets import energy
 
 
@@ -90,11 +92,11 @@ POINTS = {
     "Adam": (torch.optim.Adam, "step", False),
     "Adam done": (torch.optim.Adam, "step", True),
     "kernel": (torch, "_fused_adam_", False),
-    "average": (Loop, "_add_to_average", True),
-    "bookkeeping": (Loop, "_watch", True),
-    "shown": (Loop, "_show", False),
-    "noted": (Loop, "_note", True),
-    "saved": (Loop, "_save", True),
+    "average": (Descent, "_average", True),
+    "bookkeeping": (Descent, "_watch", True),
+    "shown": (Trainer, "_show", False),
+    "noted": (Trainer, "_note", True),
+    "saved": (Trainer, "_save", True),
     "moved": (os, "replace", False),
     "flushed": (os, "fsync", True),
     "line search": (torch.optim.LBFGS, "_directional_evaluate", True),
@@ -116,13 +118,13 @@ def test_interrupted_between_evaluations(tmp_path: Path, point: str, call: int) 
 def test_an_interrupted_fit_leaves_the_best_state(tmp_path: Path, call: int) -> None:
     flow, kept = planar(), []
     with cut(density, "_negative_log_prob", call), pytest.MonkeyPatch.context() as patch:
-        plain = Loop._evaluate
+        plain = Trainer.evaluate
 
-        def watched(loop: Loop) -> None:
-            plain(loop)
-            kept[:] = [loop.best_score.mean()]
+        def watched(trainer: Trainer) -> None:
+            plain(trainer)
+            kept[:] = [trainer.state.best_score.mean()]
 
-        patch.setattr(Loop, "_evaluate", watched)
+        patch.setattr(Trainer, "evaluate", watched)
         with pytest.raises(KeyboardInterrupt):
             fit_density(flow, checkpoint=tmp_path / "fit.pt")
     again = fit_density(flow, checkpoint=tmp_path / "other.pt", steps=1, polish=0)
@@ -163,8 +165,8 @@ CUTS = {"Gaussian": 3, "Gaussian's end": 6, "first": 7, "middle": 15, "grown": 3
 def test_a_growing_fit_with_annealing(
     tmp_path: Path, where: str, annealing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow_guide, "DEEPEST", 8)
-    monkeypatch.setattr(flow_guide, "LEAST_GAIN", -1e9)
+    monkeypatch.setattr(guide_fit, "DEEPEST", 8)
+    monkeypatch.setattr(guide_fit, "LEAST_GAIN", -1e9)
 
     def fit(guide: pf.AutoFlow, **options: Any) -> pf.Fit:
         options = {"steps": 30, "num_particles": 8, "seed": 0, "progress": False} | options
@@ -174,25 +176,24 @@ def test_a_growing_fit_with_annealing(
         return found
 
     def cutting() -> Any:
-        return cut(flow_guide.FlowFit, "_loss", CUTS[where], after=True)
+        return cut(LogJointBound, "loss", CUTS[where], after=True)
 
     assert_ends_alike(fit, growing, cutting, tmp_path / "fit.pt")
 
 
-@pytest.mark.parametrize("name", ["_train", "_score"])
+@pytest.mark.parametrize(("owner", "name"), [(GuideFit, "_train"), (LogJointBound, "score")])
 def test_a_guide_cut_off_between_its_parts(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow_guide, "DEEPEST", 8)
-    monkeypatch.setattr(flow_guide, "LEAST_GAIN", -1e9)
+    monkeypatch.setattr(guide_fit, "DEEPEST", 8)
+    monkeypatch.setattr(guide_fit, "LEAST_GAIN", -1e9)
 
     def fit(guide: pf.AutoFlow, **options: Any) -> pf.Fit:
         options = {"steps": 20, "num_particles": 8, "seed": 0, "progress": False} | options
         return pf.fit_guide(banana, guide, **options)
 
-    assert_ends_alike(
-        fit, growing, lambda: cut(flow_guide.FlowFit, name, 1, after=True), tmp_path / "fit.pt"
-    )
+    cutting = lambda: cut(owner, name, 1, after=True)  # noqa: E731
+    assert_ends_alike(fit, growing, cutting, tmp_path / "fit.pt")
 
 
 @pytest.mark.parametrize("call", [2, 4, 5, 18])
@@ -219,7 +220,7 @@ def test_a_guide_fitted_by_traces(tmp_path: Path, call: int) -> None:
 
 def test_a_fit_with_the_stop_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut off after the rule has fired: the fall of the rate goes on."""
-    monkeypatch.setattr(flow_guide, "WINDOW", 40)
+    monkeypatch.setattr(guide_fit, "WINDOW", 40)
 
     def fit(guide: pf.AutoFlow, **options: Any) -> pf.Fit:
         options = {"steps": 900, "num_particles": 4, "seed": 0, "progress": False} | options
@@ -233,7 +234,7 @@ def test_a_fit_with_the_stop_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return pf.AutoPlanarFlow(banana, 0).setup()
 
     def cutting() -> Any:
-        return cut(flow_guide.FlowFit, "_loss", 333)
+        return cut(LogJointBound, "loss", 333)
 
     assert_ends_alike(fit, make, cutting, tmp_path / "fit.pt")
 

@@ -1,4 +1,4 @@
-"""The course of the learning rate, and the bounds that a flow is trained on."""
+"""The schedule of the learning rate, and the bounds that a flow is trained on."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroflow.inference.objectives import LOST, bound_loss, cut_loss
-from pyroflow.inference.schedule import Course
+from pyroflow.inference.schedule import LearningRateSchedule
 from pyroflow.inference.stop_rule import StopRule
 
 
@@ -26,85 +26,87 @@ class FiresAt:
         return bool(self.reason)
 
 
-def driven(steps: int, fires_at: int) -> Course:
-    course = Course(steps, FiresAt(fires_at))
+def driven(steps: int, fires_at: int) -> LearningRateSchedule:
+    schedule = LearningRateSchedule(steps, FiresAt(fires_at))
     step = 0
-    while step < course.end:
-        course.update(step, 1.0)
+    while step < schedule.end:
+        schedule.update(step, 1.0)
         step += 1
-    assert step == course.end
-    return course
+    assert step == schedule.end
+    return schedule
 
 
 def test_rate_warms_up_and_falls_along_a_cosine() -> None:
-    course = Course(300)  # ten steps of warm-up
-    assert course.rate(0) == pytest.approx(0.1)
-    assert course.rate(4) == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 4 / 300)))
-    assert course.rate(100) == pytest.approx(0.75)
-    assert course.rate(150) == pytest.approx(0.5)
-    assert course.rate(200) == pytest.approx(0.25)
-    assert course.rate(300) == pytest.approx(0.0)
-    rates = [course.rate(step) for step in range(10, 300)]
+    schedule = LearningRateSchedule(300)  # ten steps of warm-up
+    assert schedule.rate(0) == pytest.approx(0.1)
+    assert schedule.rate(4) == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 4 / 300)))
+    assert schedule.rate(100) == pytest.approx(0.75)
+    assert schedule.rate(150) == pytest.approx(0.5)
+    assert schedule.rate(200) == pytest.approx(0.25)
+    assert schedule.rate(300) == pytest.approx(0.0)
+    rates = [schedule.rate(step) for step in range(10, 300)]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] > 0
-    assert Course(1).rate(0) == 1.0
+    assert LearningRateSchedule(1).rate(0) == 1.0
 
 
 def test_last_quarter_is_averaged() -> None:
-    course = Course(400)
-    assert [course.averages(step) for step in (1, 300, 301, 400)] == [False, False, True, True]
+    schedule = LearningRateSchedule(400)
+    assert [schedule.averages(step) for step in (1, 300, 301, 400)] == [False, False, True, True]
 
 
 def test_without_a_rule_losses_change_nothing() -> None:
-    course = Course(50)
-    course.update(10, 1.0)
-    assert (course.end, course.reason, course.fired) == (50, "", None)
+    schedule = LearningRateSchedule(50)
+    schedule.update(10, 1.0)
+    assert (schedule.end, schedule.reason, schedule.fired) == (50, "", None)
 
 
 @pytest.mark.parametrize(("fires_at", "end"), [(999, 1700), (99, 400)])
-def test_fall_is_hurried_once_the_rule_fires(fires_at: int, end: int) -> None:
-    course = driven(4000, fires_at)
+def test_decay_is_shortened_once_the_rule_fires(fires_at: int, end: int) -> None:
+    schedule = driven(4000, fires_at)
     fired = fires_at + 1
-    assert (course.fired, course.end, course.reason) == (fired, end, "flat")
+    assert (schedule.fired, schedule.end, schedule.reason) == (fired, end, "flat")
     level = 0.5 * (1 + math.cos(math.pi * fired / 4000))
     third, half = (2 * fired + end) / 3, (fired + end) // 2
-    assert course.rate(fired) == pytest.approx(level)
-    assert course.rate(third) == pytest.approx(0.75 * level)
-    assert course.rate(half) == pytest.approx(0.5 * level)
-    assert course.rate(end) == pytest.approx(0.0, abs=1e-15)
-    assert not course.averages(half)
-    assert course.averages(half + 1)
+    assert schedule.rate(fired) == pytest.approx(level)
+    assert schedule.rate(third) == pytest.approx(0.75 * level)
+    assert schedule.rate(half) == pytest.approx(0.5 * level)
+    assert schedule.rate(end) == pytest.approx(0.0, abs=1e-15)
+    assert not schedule.averages(half)
+    assert schedule.averages(half + 1)
 
 
-def test_rate_does_not_jump_where_the_fall_is_hurried() -> None:
-    assert driven(4000, 999).rate(1000) == pytest.approx(Course(4000).rate(1000), rel=1e-12)
+def test_rate_does_not_jump_where_the_decay_is_shortened() -> None:
+    assert driven(4000, 999).rate(1000) == pytest.approx(
+        LearningRateSchedule(4000).rate(1000), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 40, 400, 1000, 4000])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.6, 0.99])
 def test_never_longer_than_asked_for(steps: int, share: float) -> None:
-    course = driven(steps, int(share * steps))
-    assert 1 <= course.end <= steps
-    assert (course.reason == "flat") == (course.end < steps)
-    assert all(0 <= course.rate(step) <= 1 for step in range(course.end))
+    schedule = driven(steps, int(share * steps))
+    assert 1 <= schedule.end <= steps
+    assert (schedule.reason == "flat") == (schedule.end < steps)
+    assert all(0 <= schedule.rate(step) <= 1 for step in range(schedule.end))
 
 
 def test_rule_that_fires_late_is_ignored() -> None:
     """1,999 + 1 + 1,400 steps would end within the quarter that is averaged anyway."""
-    course = driven(4000, 1999)
-    assert (course.end, course.reason, course.fired) == (4000, "", None)
+    schedule = driven(4000, 1999)
+    assert (schedule.end, schedule.reason, schedule.fired) == (4000, "", None)
     assert driven(4000, 1763).end == 1764 + 1235 < 3000
 
 
 def test_state_goes_on_where_it_was() -> None:
     noise = random.Random(0)
     losses = [20 * 0.98**t + noise.gauss(0, 1) for t in range(3000)]
-    whole = Course(3000, StopRule())
+    whole = LearningRateSchedule(3000, StopRule())
     for step, loss in enumerate(losses):
         whole.update(step, loss)
     assert whole.end < 3000
     for cut in (whole.fired // 2, whole.fired + 10):
-        first, second = (Course(3000, StopRule()) for _ in range(2))
+        first, second = (LearningRateSchedule(3000, StopRule()) for _ in range(2))
         for step in range(cut):
             first.update(step, losses[step])
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
@@ -115,11 +117,11 @@ def test_state_goes_on_where_it_was() -> None:
 
 
 def test_state_without_a_rule() -> None:
-    course = Course(10)
-    state = course.state_dict()
+    schedule = LearningRateSchedule(10)
+    state = schedule.state_dict()
     assert state["rule"] is None
-    course.load_state_dict(state)
-    assert course.state_dict() == state
+    schedule.load_state_dict(state)
+    assert schedule.state_dict() == state
 
 
 LOG_WEIGHTS = torch.tensor([0.5, 0.25, 2.0, 1.0], dtype=torch.float64).log()

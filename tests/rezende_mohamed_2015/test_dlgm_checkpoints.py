@@ -29,7 +29,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path, stopped: 
     with pytest.raises(KeyboardInterrupt):
         train(broken, IMAGES, SCHEDULE, checkpoint=checkpoint, every=4, progress=False)
     kept = torch.load(checkpoint, weights_only=True)["state"]
-    assert kept["updates"] == stopped
+    assert kept["step"] == stopped
     resumed = small(seed=9)
     done = train(resumed, IMAGES, SCHEDULE, checkpoint=checkpoint, every=4, progress=False)
     assert torch.equal(parameters(resumed), parameters(trained()))
@@ -52,12 +52,12 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     trained(checkpoint=checkpoint)
     longer = Schedule(13, lr=0.01, flow_lr=0.02, **LENGTHS)
     for schedule, seed in ((longer, 0), (SCHEDULE, 1)):
-        with pytest.raises(ValueError, match=r"run\.pt is a checkpoint of .*remove it or name"):
+        with pytest.raises(ValueError, match=r"run\.pt is of a fit with .*Remove it or name"):
             trained(schedule, seed, checkpoint=checkpoint)
     others = ((1 - IMAGES, ALONE), (IMAGES, Processes(0, 2)))
     for images, processes in others:
         options = {"checkpoint": checkpoint, "processes": processes, "progress": False}
-        with pytest.raises(ValueError, match=r"run\.pt is a checkpoint of .*remove it or name"):
+        with pytest.raises(ValueError, match=r"run\.pt is of a fit with .*Remove it or name"):
             train(small(), images, SCHEDULE, **options)
 
 
@@ -79,7 +79,7 @@ def test_a_checkpoint_without_its_settings_is_refused(tmp_path: Path) -> None:
     kept = torch.load(checkpoint)
     del kept["settings"]
     torch.save(kept, checkpoint)
-    with pytest.raises(ValueError, match=r"run\.pt is no whole checkpoint: remove it"):
+    with pytest.raises(ValueError, match=r"run\.pt is not a checkpoint .*Remove it"):
         trained(checkpoint=checkpoint)
 
 
@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_refused_and_kept(tmp_path: Path, damage: bytes 
     whole = checkpoint.read_bytes()
     damaged = whole[: len(whole) // 2] if damage is None else damage
     checkpoint.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"run\.pt .*remove it"):
+    with pytest.raises(ValueError, match=r"run\.pt .*Remove it"):
         trained(checkpoint=checkpoint)
     assert checkpoint.read_bytes() == damaged
 
@@ -108,5 +108,5 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run.pt"
     trained(checkpoint=checkpoint)
     other = DLGM(6, latent_dim=3, hidden_dim=8)
-    with pytest.raises(ValueError, match=r"run\.pt .*another model"):
+    with pytest.raises(ValueError, match=r"run\.pt is of a fit with shapes="):
         train(other, IMAGES, SCHEDULE, checkpoint=checkpoint, progress=False)

@@ -224,10 +224,10 @@ def zipped(path: Path, pickled: bytes, **options: Any) -> Path:
     return path
 
 
-def shaped(size: tuple, stride: tuple, count: int = 8) -> bytes:
+def shaped(size: tuple, stride: tuple, count: int = 8, storage: str = "DoubleStorage") -> bytes:
     """A pickle, in text, of a tensor on a part with eight float64."""
     numbers = ("(" + "".join(f"I{n}\n" for n in numbers) + "t" for numbers in (size, stride))
-    text = "ctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\nDoubleStorage\nV0\nVcpu\n"
+    text = f"ctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\n{storage}\nV0\nVcpu\n"
     text += f"I{count}\ntQI0\n{''.join(numbers)}I00\nccollections\nOrderedDict\n(tRtR."
     return text.encode()
 
@@ -241,6 +241,12 @@ def test_views_that_are_larger_than_what_they_show_are_refused(tmp_path: Path) -
         refused(zipped(path, shaped(size, stride)), read_data)
     many = b"(" + 100 * shaped((8,), (1,))[:-1] + b"l."
     assert "claim more than the file" in refused(zipped(path, many), read_data)
+
+
+def test_quantized_numbers_are_refused(tmp_path: Path) -> None:
+    """Torch crashes where it makes a tensor of them."""
+    path = zipped(tmp_path / "quantized.pt", shaped((2, 4), (4, 1), storage="QInt8Storage"))
+    assert "it asks for torch.QInt8Storage, which no tensor needs" in refused(path, read_data)
 
 
 def test_a_claim_of_a_part_to_be_longer_is_not_believed(tmp_path: Path) -> None:

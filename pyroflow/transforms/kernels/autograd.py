@@ -171,27 +171,18 @@ class _Pass(Function):
     """A pass of the kernels as an autograd function; second derivatives take the general path."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        W: Tensor,
-        U: Tensor,
-        b: Tensor,
-        s: Tensor | None,
-        done: Pass,
-        call: _Call,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, done, ctx.call = inputs
         image = done.image.detach()
-        read = image if call.kernels is per_point else None  # then nobody may edit it
-        ctx.save_for_backward(z, W, U, b, s, read, *done[2:])
-        ctx.call = call
+        read = image if ctx.call.kernels is per_point else None  # then nobody may edit it
+        ctx.save_for_backward(*tensors, read, *done[2:])
         ctx.set_materialize_grads(False)
         return image, done.log_det.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         z, W, U, b, s, image, *rest = ctx.saved_tensors
-        call, (grad_image, grad_log_det) = ctx.call, grads
+        (grad_image, grad_log_det), call = grads, ctx.call
         # is_grads_batched has a mechanism of its own, beside that of torch.func
         batched = any(
             t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in grads
@@ -218,7 +209,7 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """The gradients by the general path, as functions of the inputs.
 
-    It is evaluated at aliases of the inputs, so that no path from one input to another is followed.
+    At aliases of the inputs, so that no path that leads from one to another is followed.
     """
     with torch.enable_grad():
         z, *parameters = aliases = [t if t is None else t.view_as(t) for t in inputs]
@@ -226,12 +217,8 @@ def _differentiable_gradients(
         image, log_det, _ = reference.evaluate(z, units, call.inverse, None, TANH)
     outputs = [(out, g) for out, g in zip((image, log_det), grads, strict=True) if g is not None]
     needed = [t is not None and t.requires_grad for t in aliases]
-    found = torch.autograd.grad(
-        [out for out, _ in outputs],
-        [t for t, need in zip(aliases, needed, strict=True) if need],
-        [grad for _, grad in outputs],
-        create_graph=True,
-        allow_unused=True,
-    )
-    found = iter(found)
+    wanted = [t for t, need in zip(aliases, needed, strict=True) if need]
+    values, given = zip(*outputs, strict=True)
+    options = {"create_graph": True, "allow_unused": True}
+    found = iter(torch.autograd.grad(values, wanted, given, **options))
     return [next(found) if need else None for need in needed]

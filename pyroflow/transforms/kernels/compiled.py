@@ -25,12 +25,6 @@ def stack(
     return done.image.contiguous(), done.log_det, done.h, done.pq
 
 
-@stack.register_fake
-def _(z: Tensor, W: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    N, K = z.shape[0], W.shape[-2]
-    return z.new_empty(z.shape), z.new_empty(N), z.new_empty(K, N), z.new_empty(K, N)
-
-
 @torch.library.custom_op("pyroflow::stack_gradients", mutates_args=())
 def stack_gradients(
     inputs: Sequence[Tensor], found: Sequence[Tensor], size: int, inverse: bool
@@ -46,9 +40,9 @@ def stack_gradients(
     return [t.contiguous() for t in grads]
 
 
-@stack_gradients.register_fake
-def _(inputs: Sequence[Tensor], *_: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in inputs]
+def _shapes(z: Tensor, W: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    N, K = z.shape[0], W.shape[-2]
+    return z.new_empty(z.shape), z.new_empty(N), z.new_empty(K, N), z.new_empty(K, N)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -63,4 +57,6 @@ def _differentiate(ctx: Any, grad_image: Tensor, grad_log_det: Tensor, *_: Tenso
     return *stack_gradients(inputs, found, ctx.size, ctx.inverse), None, None
 
 
+stack.register_fake(_shapes)
+stack_gradients.register_fake(lambda inputs, *_: [t.new_empty(t.shape) for t in inputs])
 stack.register_autograd(_differentiate, setup_context=_save)

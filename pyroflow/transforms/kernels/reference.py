@@ -79,20 +79,14 @@ def _shift(x: Tensor, u_hat: Tensor, h: Tensor) -> Tensor:
 
 
 class _System(Function):
-    """r ↦ a. The forward pass is the recursion, the backward pass its linearisation.
+    """(r, N, s, upper, solution, activation) ↦ a: the recursion, and backwards its linearisation.
 
     Only the strict triangle of N that ``upper`` names is read; ``solution`` is a, where known.
     """
 
     @staticmethod
-    def forward(
-        r: Tensor,
-        N: Tensor,
-        s: Tensor | None,
-        upper: bool,
-        solution: Tensor | None,
-        activation: Activation,
-    ) -> Tensor:
+    def forward(*inputs: Any) -> Tensor:
+        r, N, s, upper, solution, activation = inputs
         if solution is not None:
             return solution.clone()
         a, h = r.clone(), torch.zeros_like(r)

@@ -31,10 +31,9 @@ EARLIEST_END = 3  # before that some element is hardly ever close enough: do not
 
 
 class Pass(NamedTuple):
-    """What either direction finds at its N points.
+    """Image (N, D); log |det dy/dx| (N); h = tanh(a) and pq = σ(2a) σ(−2a) (K, N); G = W Ûᵀ.
 
-    image (N, D); log |det dy/dx| (N); h = tanh(a) and pq (K, N), where pq = σ(2a) σ(−2a) is a
-    quarter of tanh'(a), to full relative precision; G = W Ûᵀ.
+    pq is a quarter of tanh'(a), to full relative precision.
     """
 
     image: Tensor

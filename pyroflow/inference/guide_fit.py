@@ -1,0 +1,216 @@
+"""The fit of a guide in parts: its affine layer, all of it, and more layers where they gain."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyroflow.guides import AutoFlow
+from pyroflow.inference.fit import Fit, Objective, check_settings, read_checkpoint
+from pyroflow.inference.gaussian_start import best_gaussian, initialize, layers_inside
+from pyroflow.inference.objectives import LogJointBound, path_derivative
+from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, LearningRateSchedule
+from pyroflow.inference.stop_rule import StopRule
+from pyroflow.inference.trace_bound import TraceBound
+from pyroflow.inference.trainer import Trainer
+from pyroflow.model.bound import BoundModel
+from pyroflow.model.draws import draw
+from pyroflow.seeds import between_draws, drawing, seeded
+
+GAUSSIAN_PART = 0.2  # of the steps, on the affine layer alone
+ANNEALED_PART = 0.5  # of the rest, where a guide is fitted by traces
+WINDOW = 800  # steps that the loss must have been flat; the noise of a bound hides slow gains
+WIDEST_WARM_START = 256  # latents, beyond which the Hessians cost more than they save
+LEAST_GAIN = 0.02  # nats, that more layers must have brought
+DEEPEST = 64
+
+# The parts of a fit, one of which a checkpoint is of.
+GAUSSIAN, FLOW, GROWN = "affine layer alone", "all", "all, after growing"
+
+
+class GuideFit:
+    """The fit of one guide; see :func:`~pyroflow.fit_guide` for the options.
+
+    By its log joint, a guide starts from the best Gaussian, or spends the first fifth of the
+    steps on its affine layer alone, and may grow. By Pyro's traces it does the latter, and β then
+    rises from 0.1 to 1 over half of the steps left, while the entropy keeps its weight (equation
+    20 of Rezende & Mohamed 2015).
+
+    Args:
+        bound: what is minimised.
+        settings: what a checkpoint must agree on.
+        bar: of what comes before the first step.
+        shared: what every part of the fit passes on to its :class:`Trainer`.
+    """
+
+    def __init__(
+        self,
+        bound: LogJointBound | TraceBound,
+        *,
+        steps: int,
+        annealing: Annealing,
+        warm_start: bool,
+        early_stop: bool,
+        checkpoint: str | Path | None,
+        settings: dict[str, Any],
+        bar: tqdm | None = None,
+        **shared: Any,
+    ) -> None:
+        self.bound, self.guide, self.annealing, self.bar = bound, bound.guide, annealing, bar
+        self.by_log_joint = isinstance(bound, LogJointBound)
+        self.warm_start = warm_start and self.by_log_joint and not bound.log_joint.one_by_one
+        self.early_stop = early_stop and self.by_log_joint and annealing is None
+        self.steps, self.spent = steps, 0  # of the steps, on the affine layer alone
+        own = {"num_particles": bound.num_particles, "early_stop": self.early_stop}
+        self.settings = settings | own | {"steps in all": self.steps}
+        self.saved = read_checkpoint(checkpoint).get("settings", {})
+        self.part = self.saved.get("part")  # that was cut off
+        self.shared = shared | {"checkpoint": checkpoint}
+        used = isinstance(annealing, AdaptiveAnnealing) and annealing.steps > 0
+        if used and self.part in (None, GAUSSIAN):
+            raise ValueError(
+                "annealing is an AdaptiveAnnealing that another fit has used, and is at its end: "
+                "pass a new one"
+            )
+
+    @between_draws()
+    def run(self) -> Fit:
+        """Initialize the guide, train it, and grow it if it is to grow."""
+        guide, before = self.guide, None
+        grows = self.by_log_joint and getattr(guide, "grows", False)
+        untouched = not self.by_log_joint or _untouched(guide)
+        if self.saved:
+            check_settings(self.shared["checkpoint"], self.saved, self.settings)
+        if isinstance(guide, AutoFlow):
+            guide.flow.fitted = True
+        if self.part in (FLOW, GROWN):
+            self.spent = self.steps - self.saved["steps"]
+            if self.part == GROWN and grows:  # before it was cut off
+                self._grow(self.saved["num_layers"] - guide.num_layers)
+        elif untouched or self.part == GAUSSIAN:
+            before = self._initialize()
+        part = GROWN if self.part == GROWN else FLOW
+        fit, gain = self._train(before, part, resume=self.part == part)
+        while grows and guide.num_layers < DEEPEST and gain >= LEAST_GAIN:
+            self._grow(min(guide.num_layers, DEEPEST - guide.num_layers))
+            fit, gain = self._train(fit, GROWN, resume=False)
+        self._warn_of_mixing()
+        return replace(fit, skipped_particles=int(self.bound.skipped))
+
+    def _initialize(self) -> Fit | None:
+        """Set the affine layer to the best Gaussian, found without training or with it."""
+        guide = self.guide
+        small = self.warm_start and guide.latent_dim <= WIDEST_WARM_START
+        if small and guide.affine is not None and self.part is None:
+            found = best_gaussian(self.bound.log_joint, guide._init_loc(), self.bar)
+            if found is not None:
+                initialize(guide, found)
+                return None
+            refuse_nonfinite(self.bound.problem)
+        inner = layers_inside(guide)
+        self.spent = round(GAUSSIAN_PART * self.steps) if inner else 0
+        if self.by_log_joint and inner:
+            self.spent = max(1, self.spent)
+        if not self.spent:
+            return None
+        gaussian = [p for p in self.bound.parameters() if p not in inner]
+        objective = self._objective(gaussian, lambda step: self.bound.loss(1.0))
+        schedule, settings = LearningRateSchedule(self.spent), self.settings | {"part": GAUSSIAN}
+        label = "fit_guide, Gaussian"
+        fit = self._run(Trainer(objective, schedule, label=label, settings=settings, **self.shared))
+        guide.affine.recentre()
+        return fit
+
+    def _train(self, before: Fit | None, part: str, *, resume: bool) -> tuple[Fit, float]:
+        """Train all parameters; return the fit, and by how much it bettered the one before."""
+        bound, annealing = self.bound, self.annealing
+        if part == GROWN:
+            annealing = None  # the flow has found its modes
+        steps = self.steps - self.spent
+        if isinstance(annealing, AdaptiveAnnealing):
+            objective = self._objective(
+                bound.parameters(), lambda step: bound.loss(annealing.beta, annealing)
+            )
+            objective.stateful = [annealing]
+        else:
+            beta = annealing or self._default_annealing(steps)
+            objective = self._objective(bound.parameters(), lambda step: bound.loss(beta(step)))
+        depth = getattr(self.guide, "num_layers", None)
+        trainer = Trainer(
+            objective,
+            LearningRateSchedule(steps, StopRule(window=WINDOW) if self.early_stop else None),
+            label="fit_guide",
+            settings=self.settings | {"num_layers": depth, "part": part},
+            resume=resume,
+            before=before,
+            evaluations=bound.evaluations,
+            **self.shared,
+        )
+        fit, before = self._run(trainer), trainer.state.before
+        return fit, before["best_loss"] - fit.best_loss if before else math.inf
+
+    def _default_annealing(self, steps: int) -> Callable[[int], float]:
+        if self.by_log_joint or not self.spent:
+            return lambda step: 1.0
+        return lambda step: min(1.0, 0.1 + 0.9 * step / (ANNEALED_PART * steps))
+
+    def _objective(self, parameters: list[Tensor], loss: Callable[[int], Tensor]) -> Objective:
+        bound = self.bound
+        options = {"buffers": bound.buffers(), "keep_last": bound.keep_last}
+        return Objective(parameters, loss, bound.score, **options)
+
+    def _run(self, trainer: Trainer) -> Fit:
+        if self.bar is not None:
+            self.bar.leave = self.bar.n > 0  # nothing is left of one that was not needed
+            self.bar.close()
+        # Validation of every distribution would cost as much as the rest of a step, and a draw with
+        # a density of NaN the fit.
+        with pyro.validation_enabled(False), path_derivative(self.guide, self.bound.path):
+            return trainer.run()
+
+    def _grow(self, num: int) -> None:
+        if num > 0:
+            with drawing():
+                self.guide.grow(num)
+
+    def _warn_of_mixing(self) -> None:
+        site = self.bound.mixing()
+        if site is not None:
+            warnings.warn(
+                f"the model mixes draws that run side by side, at {site}, where the fitted guide "
+                "is: its control flow or its indices depend on the latents. The fit is not to be "
+                "trusted there; diagnose runs the draws one by one. Write the model with "
+                "torch.where, and with indices from the right, as in z[..., 0]",
+                stacklevel=6,
+            )
+
+
+def _untouched(guide: AutoFlow) -> bool:
+    """Whether the affine layer, if there is one, is still where the guide's set-up put it."""
+    if guide.affine is None:
+        return True
+    offset, _, *lower = guide.affine.trained()
+    moved = bool(guide.affine.centre.any())
+    return not moved and torch.equal(offset, guide._init_loc()) and not any(t.any() for t in lower)
+
+
+def refuse_nonfinite(problem: BoundModel) -> None:
+    """Raise ``ValueError`` if the density of 32 draws is never finite, and say at which sites."""
+    with seeded(0), pyro.validation_enabled(False):
+        draws = draw(problem, 32)
+    if not bool(draws.log_weights.isfinite().any()):
+        sites = ", ".join(repr(name) for name in draws.nonfinite) or "its sites together"
+        raise ValueError(
+            "the model's log density is not finite where the guide starts nor near it: look at "
+            f"{sites}. Mend the model or its data there, or let the guide start elsewhere by "
+            "init_loc_fn"
+        )
