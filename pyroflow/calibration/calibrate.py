@@ -22,7 +22,7 @@ from pyroflow.seeds import seeded
 from pyroflow.threads import one_at_a_time
 
 # The names of sites whose values become data, each with the model's argument that takes them too.
-Sites = dict[str, str | None]
+SimulatedSites = dict[str, str | None]
 
 
 @one_at_a_time
@@ -121,11 +121,14 @@ def calibrate(
         return summarise({n: torch.stack([row[n] for row in rows]) for n in rows[0]}, level)
 
 
-def _sites_to_simulate(bound: BoundModel, data: Mapping[str, str] | Iterable[str] | None) -> Sites:
+def _sites_to_simulate(
+    bound: BoundModel, data: Mapping[str, str] | Iterable[str] | None
+) -> SimulatedSites:
     """The sites to simulate; what has no sampler is refused."""
     records = prune_subsample_sites(bound.model_trace).nodes
     sampled = {name: record for name, record in records.items() if record["type"] == "sample"}
-    data = bound.observed if data is None else [data] if isinstance(data, str) else data
+    if data is None or isinstance(data, str):
+        data = bound.observed if data is None else [data]
     sites = dict(data) if isinstance(data, Mapping) else dict.fromkeys(data)
     factors = [name for name, record in sampled.items() if is_factor(record)]
     if factors:
@@ -153,7 +156,7 @@ def _sites_to_simulate(bound: BoundModel, data: Mapping[str, str] | Iterable[str
 
 
 def _with_data(
-    model: Callable, args: tuple, kwargs: dict[str, Any], sites: Sites, values: Values
+    model: Callable, args: tuple, kwargs: dict[str, Any], sites: SimulatedSites, values: Values
 ) -> tuple[tuple, dict[str, Any]]:
     """The arguments, with the simulated data in those that take them."""
     named = {site: argument for site, argument in sites.items() if argument is not None}
