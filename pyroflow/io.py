@@ -10,7 +10,7 @@ import pickle
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
@@ -107,7 +107,8 @@ def read_data(path: str | os.PathLike, device: torch.device | str = "cpu") -> An
     try:
         records = _records(content)
         data = _Reader(records, device).load()
-        _check_sharing(data, len(records["data.pkl"]))
+        for _ in walk(data, len(records["data.pkl"])):
+            pass
     except Exception as error:  # other bytes may end in any of them
         raise ValueError(f"{path} is not whole, or no file of tensors: {error}") from error
     return data
@@ -169,13 +170,18 @@ class _Reader(pickle._Unpickler):
     dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
 
 
-def _check_sharing(data: Any, most: int) -> None:
-    """Refuse lists in lists whose members, each written once, are too many when walked through."""
+def walk(data: Any, most: float = math.inf) -> Iterator[Any]:
+    """All that plain data are made of, themselves included, however deep.
+
+    Raises:
+        ValueError: If there are more than ``most``, as in lists of lists that are written once and
+            repeated.
+    """
     pending, seen = [data], 0
     while pending:
-        value = pending.pop()
+        yield (part := pending.pop())
         seen += 1
-        if isinstance(value, dict | list | tuple):
-            pending.extend(value.values() if isinstance(value, dict) else value)
+        if isinstance(part, dict | list | tuple):
+            pending.extend(part.values() if isinstance(part, dict) else part)
         if seen + len(pending) > most:
             raise ValueError("its lists claim more than the file holds")
