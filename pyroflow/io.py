@@ -36,24 +36,13 @@ _STORAGES = {
 
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all, in a folder that exists.
 
     The content goes to the disk under a name of its own and is then moved, in one step, to its
     place. A link stays a link, and an existing file keeps its permissions.
 
-    Args:
-        path: Of the file, in a folder that exists.
-        content: All of it.
-
     Raises:
         OSError: If the file cannot be written; then nothing of it is left, and an older file stays.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "numbers.txt")
-        >>> write_whole(path, b"1 2 3")
-        >>> path.read_bytes(), len(list(path.parent.iterdir()))
-        (b'1 2 3', 1)
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -91,10 +80,6 @@ def read_data(path: str | os.PathLike, device: torch.device | str = "cpu") -> An
     Where ``torch.load`` compares no checksum and believes the sizes that a file claims, here each
     part is checked, none may be compressed, and all tensors together take no more memory than the
     file. A call that the file asks for is never made.
-
-    Args:
-        path: Of the file.
-        device: Where the tensors go.
 
     Raises:
         OSError: If there is no such file, or it cannot be read; the message says why.
