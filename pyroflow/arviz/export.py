@@ -158,9 +158,11 @@ def _weighted(draws: Draws, resample: bool) -> tuple[Draws, labels.Group, float]
 
 def _fitted(bound: BoundModel, draws: Draws) -> dict[str, labels.Group]:
     """The groups for the arguments of the fit."""
-    sites, data, ahead = draws.all_sites, bound.observed, bound.runs.predictive()
+    sites, data = draws.all_sites, bound.observed
     others = [name for name in sites if name not in data and not is_factor(sites[name].record)]
-    predictive = _tried(ahead, draws.sites, len(draws), "posterior_predictive is")
+    # What runs where the latents are given need not run where they are sampled.
+    ahead = [bound.runs.predictive(), bound.runs.predictive()]
+    predictive = _tried(ahead[:1], draws.sites, len(draws), "posterior_predictive is")
     prior = _tried(ahead, {}, len(draws), "prior and prior_predictive are")
     observed = {name: labels.observed_values(sites[name].record) for name in data}
     return {
@@ -174,13 +176,15 @@ def _fitted(bound: BoundModel, draws: Draws) -> dict[str, labels.Group]:
     }
 
 
-def _tried(ahead: Runs, latents: dict[str, Tensor], size: int, groups: str) -> Sites:
+def _tried(ahead: list[Runs], latents: dict[str, Tensor], size: int, groups: str) -> Sites:
     """The sites with the data sampled; none, and a warning, where the model has no sampler."""
-    try:
-        return ahead.evaluate(latents, size)
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        warnings.warn(f"{groups} left out, as the model cannot be sampled: {error!r}", stacklevel=5)
-        return {}
+    for runs in ahead:
+        try:
+            return runs.evaluate(latents, size)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            why = f"{groups} left out, as the model cannot be sampled: {error!r}"
+    warnings.warn(why, stacklevel=5)
+    return {}
 
 
 def _predicted(new: BoundModel, draws: Draws) -> dict[str, labels.Group]:

@@ -104,6 +104,18 @@ def test_improper_priors_are_left_out_with_a_warning() -> None:
     assert rows(idata, "posterior_predictive", "y").shape == (30,)
 
 
+def test_a_model_without_data_has_a_prior() -> None:
+    """With its latents given nothing is random, and draws run in a way that cannot sample them."""
+
+    def model() -> None:
+        v = pyro.sample("v", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(torch.zeros(3), v.exp()).to_event(1))
+
+    idata = pf.to_arviz(model, AutoNormal(model), num_samples=30)
+    assert idata["prior"]["x"].shape == (1, 30, 3)
+    assert rows(idata, "prior", "v").unique().numel() == 30
+
+
 def test_a_likelihood_without_sampler_costs_only_its_predictive_groups() -> None:
     class Scored(dist.Normal):
         def rsample(self, *args: Any) -> Tensor:
