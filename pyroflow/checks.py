@@ -48,27 +48,14 @@ def check_data(
     varying: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""Turns data into a float tensor, or says why no density can be fitted to it.
+    r"""Data of shape :math:`(n, d)`, n >= 2, as a float tensor that a density can be fitted to.
 
-    Args:
-        data: Tensor, array or nested list with shape :math:`(n, d)`, at least two rows.
-        width: The :math:`d` that is wanted; any if None.
-        name: What the messages call the data.
-        varying: Whether constant columns are refused.
-        dtype: The dtype that is wanted.
-
-    Returns:
-        A tensor with shape :math:`(n, d)`, in ``dtype`` if it is given. Otherwise float32 and
-        float64 are kept; integers, other floats and lists become torch's default dtype.
+    Float32 and float64 are kept where no ``dtype`` is given; integers, other floats and lists
+    become torch's default dtype. ``varying`` data have no constant columns.
 
     Raises:
         ValueError: If the data are not numbers, have another shape, hold NaN or inf, if a column
             is constant up to the rounding of its values, or if the dtype cannot hold them.
-
-    Example:
-        >>> from pyroflow.checks import check_data
-        >>> check_data([[0, 1], [1, 3], [2, 2]]).shape
-        torch.Size([3, 2])
     """
     tensor = to_tensor(data, name, dtype)
     check_shape(tensor, width, name)

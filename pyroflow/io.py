@@ -10,7 +10,7 @@ import pickle
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
@@ -36,24 +36,13 @@ _STORAGES = {
 
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all, in a folder that exists.
 
     The content goes to the disk under a name of its own and is then moved, in one step, to its
     place. A link stays a link, and an existing file keeps its permissions.
 
-    Args:
-        path: Of the file, in a folder that exists.
-        content: All of it.
-
     Raises:
         OSError: If the file cannot be written; then nothing of it is left, and an older file stays.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "numbers.txt")
-        >>> write_whole(path, b"1 2 3")
-        >>> path.read_bytes(), len(list(path.parent.iterdir()))
-        (b'1 2 3', 1)
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -92,10 +81,6 @@ def read_data(path: str | os.PathLike, device: torch.device | str = "cpu") -> An
     part is checked, none may be compressed, and all tensors together take no more memory than the
     file. A call that the file asks for is never made.
 
-    Args:
-        path: Of the file.
-        device: Where the tensors go.
-
     Raises:
         OSError: If there is no such file, or it cannot be read; the message says why.
         ValueError: If it is of another kind, not whole, damaged or hostile.
@@ -107,7 +92,8 @@ def read_data(path: str | os.PathLike, device: torch.device | str = "cpu") -> An
     try:
         records = _records(content)
         data = _Reader(records, device).load()
-        _check_sharing(data, len(records["data.pkl"]))
+        for _ in walk(data, len(records["data.pkl"])):
+            pass
     except Exception as error:  # other bytes may end in any of them
         raise ValueError(f"{path} is not whole, or no file of tensors: {error}") from error
     return data
@@ -169,13 +155,18 @@ class _Reader(pickle._Unpickler):
     dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
 
 
-def _check_sharing(data: Any, most: int) -> None:
-    """Refuse lists in lists whose members, each written once, are too many when walked through."""
+def walk(data: Any, most: float = math.inf) -> Iterator[Any]:
+    """All that plain data are made of, themselves included, however deep.
+
+    Raises:
+        ValueError: If there are more than ``most``, as in lists of lists that are written once and
+            repeated.
+    """
     pending, seen = [data], 0
     while pending:
-        value = pending.pop()
+        yield (part := pending.pop())
         seen += 1
-        if isinstance(value, dict | list | tuple):
-            pending.extend(value.values() if isinstance(value, dict) else value)
+        if isinstance(part, dict | list | tuple):
+            pending.extend(part.values() if isinstance(part, dict) else part)
         if seen + len(pending) > most:
             raise ValueError("its lists claim more than the file holds")

@@ -43,7 +43,7 @@ def set_exact(guide: pf.AmortizedPlanarGuide, y: Tensor = Y) -> None:
         flow.tables[3].copy_(SHRINK * y[:, None] - flow.affine.offset)
     else:
         flow.affine.offset.copy_(SHRINK * guide.context.loc)
-        flow.linear[0].weight.copy_(SHRINK * guide.context.scale)
+        flow.linear.nn.weight.copy_(SHRINK * guide.context.scale)
 
 
 def exact_guide(context: str | None = "y") -> pf.AmortizedPlanarGuide:
@@ -69,5 +69,5 @@ def exact_effects(y: Tensor) -> tuple[pf.AmortizedPlanarGuide, float]:
     flow.affine.raw_scale.fill_(raw(0.2**0.5))
     flow.affine.offset.copy_((4 * guide.context.loc + loc) / 5)
     weights = torch.stack([4 * guide.context.scale[0] / 5, torch.tensor(sd / 5)])
-    flow.linear[0].weight.copy_(2 * weights)  # which the layer divides by their number
+    flow.linear.nn.weight.copy_(2 * weights)  # which the layer divides by their number
     return guide, marginal.log_prob(y).item()

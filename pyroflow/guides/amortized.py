@@ -13,14 +13,109 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor, nn
 
 from pyroflow.checks import check_choice, check_count, check_positive
+from pyroflow.flows import StandardNormal
 from pyroflow.guides.base import MARGINAL_DRAWS, ModuleGuide, Values, marginal_quantiles
 from pyroflow.guides.layered import AutoPlanarFlow
-from pyroflow.guides.local_flow import LocalFlow, check_sizes
 from pyroflow.guides.rows import Context, RowContext, Rows, draw_of
 from pyroflow.model.latents import Latents, started_anywhere
+from pyroflow.transforms import Affine, Planar
 from pyroflow.transforms.affine import AffineKind
+from pyroflow.transforms.conditional import Hypernet
 
+EMBEDDING = 8  # numbers learned of each row, where its flow also depends on the globals
 AT_ONCE = 100_000  # draws times rows that quantiles hold in memory
+
+# How fast the planar parameters learn, beside location and scale. As fast, they would take part
+# in the long way from the start to the posterior, and keep what they bent on it.
+GAIN = 0.05
+
+
+class LocalFlow(nn.Module):
+    """q(z | row): standard normal base, K planar layers, an affine layer; base to latents.
+
+    The parameters are start values that the rows share, plus what a network and a linear map of
+    the features add, plus what a table has for the row. Network, map and table start at zero, so
+    the flow starts as one Gaussian for all rows. The linear map goes to the location: where the
+    posterior mean is linear in the features, as in Gaussian models, it is found exactly.
+
+    Args:
+        init_loc: the location at the start, shape (D,); its dtype and device are the flow's.
+        num_layers: K; 0 leaves a Gaussian.
+        features: C, numbers that are known of each row.
+        shared: G, numbers that all rows depend on.
+        rows: N, rows whose parameters are learned in a table; 0 for no table.
+        affine: "full" or "diagonal".
+        init_scale: standard deviation of each latent at the start.
+        hidden_dims: sizes of the network's hidden layers.
+    """
+
+    def __init__(
+        self,
+        init_loc: Tensor,
+        num_layers: int,
+        *,
+        features: int = 0,
+        shared: int = 0,
+        rows: int = 0,
+        affine: AffineKind = "full",
+        init_scale: float = 0.1,
+        hidden_dims: Sequence[int] = (64, 64),
+    ) -> None:
+        super().__init__()
+        D, embedded = len(init_loc), EMBEDDING if rows and shared else 0
+        self.embedding = nn.Parameter(torch.randn(rows, embedded)) if embedded else None
+        self.base = StandardNormal(D)
+        planar = Planar(D, num_layers)
+        self._planar = (planar,)  # within a tuple, so that it is neither trained nor saved
+        for name in ("w", "u", "b"):  # where every row starts; not trained
+            self.register_buffer(name, getattr(planar, name).detach())
+        self.affine = Affine(D, affine, init_loc=init_loc, init_scale=init_scale)
+        shapes, known = [t.shape for t in self._start()], features + embedded + shared
+        self.net = Hypernet(known, hidden_dims, shapes) if known else None
+        self.linear = Hypernet(known, (), [init_loc.shape]) if known else None
+        tables = [torch.zeros(rows, *shape) for shape in shapes] if rows else []
+        self.tables = nn.ParameterList(nn.Parameter(t) for t in tables)
+        self.to(init_loc)
+
+    def forward(
+        self,
+        index: Tensor,
+        features: Tensor | None = None,
+        shared: Tensor | None = None,
+        trailing: int = 0,
+    ) -> dist.TransformedDistribution:
+        """The distribution over the latents of B rows, batch shape (*S, B, 1, ..., 1).
+
+        Args:
+            index: their numbers in the table, shape (B,).
+            features: shape (B, C).
+            shared: shape (*S, 1, ..., 1, G).
+            trailing: how many ones stand at the end.
+        """
+        ones, start = (1,) * trailing, self._start()
+        known = [features] if self.embedding is None else [self.embedding[index]]
+        known = [t.reshape(len(index), *ones, t.shape[-1]) for t in known if t is not None]
+        known += [] if shared is None else [shared]
+        added = [torch.zeros_like(value) for value in start]
+        if known:
+            batch = torch.broadcast_shapes(*(t.shape[:-1] for t in known))
+            inputs = torch.cat([t.expand(*batch, t.shape[-1]) for t in known], -1)
+            # Adam moves all weights of a sum by its rate at once. Divided by their number, the sum
+            # moves by that rate too, so one rate suits networks of any width.
+            width = self.net.hidden_dims[-1] if self.net.hidden_dims else inputs.shape[-1]
+            added = [t / width for t in self.net(inputs, added)]
+            (shift,) = self.linear(inputs, [torch.zeros_like(start[3])])
+            added[3] = added[3] + shift / inputs.shape[-1]  # the affine layer's offset
+        if len(self.tables):
+            index = index.reshape(-1, *ones)
+            added = [a + table[index] for a, table in zip(added, self.tables, strict=True)]
+        gains = (GAIN, GAIN, GAIN, 1.0, 1.0, 1.0)
+        values = [v + gain * a for v, a, gain in zip(start, added, gains, strict=False)]
+        planar = self._planar[0].at(*values[:3])
+        return dist.TransformedDistribution(self.base(), [planar, self.affine.at(*values[3:])])
+
+    def _start(self) -> list[Tensor]:
+        return [self.w, self.u, self.b, *self.affine.trained()]
 
 
 class AmortizedPlanarGuide(ModuleGuide):
@@ -106,7 +201,7 @@ class AmortizedPlanarGuide(ModuleGuide):
         self.condition_on_globals = condition_on_globals
         self._both = {"affine": affine, "init_scale": check_positive("init_scale", init_scale)}
         self._local = {"num_layers": check_count("num_layers", num_layers, 0)}
-        self._local["hidden_dims"] = check_sizes("hidden_dims", hidden_dims)
+        self._local["hidden_dims"] = _check_sizes("hidden_dims", hidden_dims)
         self._global = {"num_layers": check_count("global_layers", global_layers, 0)}
         self._global["init_loc_fn"] = init_loc_fn
         self.global_guide = None
@@ -186,3 +281,10 @@ class AmortizedPlanarGuide(ModuleGuide):
             found.append(marginal_quantiles(draws, levels))
         result = {} if latent is None else self.global_guide.quantiles(levels)
         return result | {name: torch.cat([f[name] for f in found], 1) for name in found[0]}
+
+
+def _check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes of hidden layers, none or some of at least 1, else raise ``ValueError``."""
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise ValueError(f"{name} must be a sequence such as (64, 64), got {sizes!r}")
+    return tuple(check_count(name, size, 1) for size in sizes)

@@ -122,10 +122,7 @@ def fit_guide(
         if set_up:
             guide.check_model(start.model_trace)  # whether it was made for these latents
         problem = _inspected(model, guide, args, kwargs)
-        if not problem.latents:
-            raise ValueError(
-                "the model has no latent sites to infer: every sample site is observed"
-            )
+        problem.check_latents()
         if isinstance(guide, nn.Module):
             guide.to(device)
             check_precision(guide)

@@ -14,6 +14,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 
 from pyroflow.model.comparison import PROBES, differs, spread
@@ -27,9 +28,9 @@ from pyroflow.seeds import seeded
 class BoundModel:
     """A model with its arguments and, where there is one, a guide for its latents.
 
-    One run of the guide, which sets it up, and one of the model at the guide's draw say all that
-    is asked of their structure. Without a guide the model runs at always the same latents, with
-    its parameters at their start values, and one bad draw is no error there.
+    One run of the guide, which sets it up, and one of the model at the guide's draw say what
+    their structure is. Without a guide the model runs at always the same latents, with its
+    parameters at their start values; one bad draw is no error there.
 
     Args:
         model: a Pyro model.
@@ -46,7 +47,7 @@ class BoundModel:
             follows from other sites.
         plates: by name, the vectorised plates around its sites, as Pyro's frames.
         depth: how many dimensions the plates of model and guide take.
-        subsampling: names of the plates that draw a part of their rows, which makes the log joint
+        subsampled: names of the plates that draw a part of their rows, so that the log joint is
             an estimate.
         learns: whether the model has parameters of its own to train.
         runs: the model at given latents.
@@ -80,7 +81,7 @@ class BoundModel:
             self._run_at_draw()
         self._read(prune_subsample_sites(self.model_trace))
         self.runs.depth = self.depth
-        if self.learns or self.subsampling:  # later runs have other parameters, or other rows
+        if self.learns or self.subsampled:  # later runs have other parameters, or other rows
             self.runs.inspected = None
         # A flow's layers have no batching rules. Pyro's autoguides are made to go into a plate, and
         # some of their transforms cannot score what another run has drawn.
@@ -129,12 +130,11 @@ class BoundModel:
         self.observed = [name for name, site in sampled.items() if _has_data(site)]
         if self.guide_trace is not None:
             self._check_covered()
-        frames = {f.name: f for s in sampled.values() for f in s["cond_indep_stack"]}
-        self.plates = {name: frame for name, frame in frames.items() if frame.vectorized}
-        self.depth = max(_depth(self.model_trace), _depth(self.guide_trace))
-        self.subsampling = [
-            name for name, site in self.model_trace.nodes.items() if _draws_subsample(site)
-        ]
+        self.plates = _plates(self.model_trace)
+        plates = self.plates | _plates(self.guide_trace or Trace())
+        self.depth = max((-frame.dim for frame in plates.values()), default=0)
+        nodes = self.model_trace.nodes.items()
+        self.subsampled = [name for name, site in nodes if _draws_subsample(site)]
 
     def _check_covered(self) -> None:
         for name in self.latents:
@@ -147,18 +147,22 @@ class BoundModel:
                 )
 
     def check_whole(self) -> None:
-        """Refuse plates that subsample, where the log joint itself is needed.
-
-        Raises:
-            ValueError: If a plate subsamples.
-        """
-        if self.subsampling:
-            name = self.subsampling[0]
+        """Raise ``ValueError`` if a plate subsamples, where the log joint itself is needed."""
+        if self.subsampled:
+            name = self.subsampled[0]
             plate = self.model_trace.nodes[name]["fn"]
             raise ValueError(
                 f"the plate {name!r} takes {plate.subsample_size} of {plate.size} rows a run, so "
                 "that the model's log joint is an estimate and weights are noise: use the same "
                 "model, or arguments, with its plates in full, without subsample_size"
+            )
+
+    def check_latents(self) -> None:
+        """Raise ``ValueError`` if there are none."""
+        if not self.latents:
+            raise ValueError(
+                "the model has no latent sites: everything it samples is observed, so there is "
+                "nothing for a guide to approximate; leave out obs= at the sites to infer"
             )
 
     def check_sites(self) -> None:
@@ -168,11 +172,7 @@ class BoundModel:
             ValueError: If there are no latents, a shape is another in the guide, or the guide has
                 a site of its own that is not auxiliary.
         """
-        if not self.latents:
-            raise ValueError(
-                "the model has no latent sites: everything it samples is observed, so there is "
-                "nothing for a guide to approximate; leave out obs= at the sites to infer"
-            )
+        self.check_latents()
         for name in self.latents:
             site = self.model_trace.nodes[name]
             expected, got = site["fn"].shape(), site["value"].shape
@@ -197,11 +197,6 @@ class BoundModel:
         trace = prune_subsample_sites(self.model_trace)
         with torch.no_grad(), pyro.validation_enabled(False):
             return f"{float(trace.log_prob_sum()):.6g}"
-
-    @property
-    def subsampled(self) -> bool:
-        """Whether a plate draws a part of the data, so that the log joint is an estimate."""
-        return bool(self.subsampling)
 
     @property
     def sequential(self) -> bool:
@@ -243,10 +238,9 @@ def _has_data(site: Record) -> bool:
     return site["is_observed"] and not (is_deterministic(site) or is_factor(site))
 
 
-def _depth(trace: Trace | None) -> int:
-    sites = [] if trace is None else trace.nodes.values()
-    stacks = [site["cond_indep_stack"] for site in sites if site["type"] == "sample"]
-    return max((-f.dim for frames in stacks for f in frames if f.vectorized), default=0)
+def _plates(trace: Trace) -> dict[str, CondIndepStackFrame]:
+    stacks = [s["cond_indep_stack"] for s in trace.nodes.values() if s["type"] == "sample"]
+    return {frame.name: frame for stack in stacks for frame in stack if frame.vectorized}
 
 
 def _draws_subsample(site: Record) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,25 +24,17 @@ PROBES = (1.0, -1.0, 3.0)  # factors of the normal moves to where draws are comp
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, KeyError)
 
 
-class Outcome(NamedTuple):
-    """What S draws get.
+@dataclass
+class Outcome:
+    """What S draws get: their sites, and by latent the gradient of the log joint, shape (S, *).
 
-    Attributes:
-        latents: the draws, shapes (S, *shape of the site).
-        sites: the model's sites there.
-        slopes: by latent, the gradient of the log joint, shape (S, *shape of the site).
-        mixed: whether the first draw has a gradient in the latents of another.
+    ``mixed``: whether the first draw has a gradient in the latents of another.
     """
 
     latents: Values
     sites: Sites
     slopes: Values
     mixed: bool = False
-
-    def followed_by(self, other: Outcome) -> Outcome:
-        """These draws, and then others."""
-        slopes = {n: torch.cat([value, other.slopes[n]]) for n, value in self.slopes.items()}
-        return Outcome(other.latents, joined([self.sites, other.sites]), slopes)
 
 
 def differs(
@@ -54,12 +47,7 @@ def differs(
     log densities (or the values that follow from others) must agree, and the gradients of the
     log joint; and no draw may have a gradient in another one's latents.
 
-    Args:
-        runs: the model.
-        latents: by name, S draws.
-        size: S.
-        way: how they run side by side.
-        before: a draw to compare as well, whose run of its own there was already.
+    ``before`` is a draw to compare as well, whose run of its own there was already.
 
     Returns:
         It in words; "the log joint" if it is not one site, or the runs fail.
@@ -70,20 +58,22 @@ def differs(
         points = {n: torch.cat([value, latents[n]]) for n, value in before.latents.items()}
         num = size + 1
     try:
-        found = outcome(way, points, num, gradients=not runs.predict)
+        found = outcome(way, points, num, runs.predict)
     except FAILURES:
         return "the log joint"
     if not runs.compared:
         return None
     if runs.predict:
         latents = {name: s.values for name, s in found.sites.items() if is_random(s.record)}
-    expected = outcome(runs.one_by_one, latents, size, gradients=not runs.predict)
+    alone = outcome(runs.one_by_one, latents, size, runs.predict)
+    sites, slopes = alone.sites, alone.slopes
     if before is not None:
-        expected = before.followed_by(expected)
-    if site := disagreement(found.sites, expected.sites):
+        sites = joined([before.sites, sites])
+        slopes = {n: torch.cat([value, slopes[n]]) for n, value in before.slopes.items()}
+    if site := disagreement(found.sites, sites):
         return f"site {site!r}"
-    same = found.slopes.keys() == expected.slopes.keys() and not found.mixed
-    same = same and all(agree(found.slopes[name], s) for name, s in expected.slopes.items())
+    same = found.slopes.keys() == slopes.keys() and not found.mixed
+    same = same and all(agree(found.slopes[name], slope) for name, slope in slopes.items())
     return None if same else "the log joint"
 
 
@@ -95,9 +85,9 @@ def disagreement(found: Sites, expected: Sites) -> str | None:
     return None
 
 
-def outcome(way: Way, latents: Values, size: int, *, gradients: bool) -> Outcome:
-    """What S draws get in one way; ``gradients``: of the log joint, too."""
-    if not gradients:
+def outcome(way: Way, latents: Values, size: int, predict: bool = False) -> Outcome:
+    """What S draws get in one way; no gradients where the data are sampled as well."""
+    if predict:
         return Outcome(latents, way(latents, size), {})
     leaves = {name: value.detach().clone() for name, value in latents.items()}
     moving = {n: v.requires_grad_() for n, v in leaves.items() if v.is_floating_point()}
@@ -106,7 +96,7 @@ def outcome(way: Way, latents: Values, size: int, *, gradients: bool) -> Outcome
 
 
 def with_slopes(latents: Values, moving: Values, sites: Sites) -> Outcome:
-    """The outcome with gradients in the latents that ``moving`` names, which the sites know."""
+    """An outcome whose sites have a graph that leads to ``moving``, some of the latents."""
     total = log_joint(sites)
     if not moving or not total.requires_grad:
         return Outcome(latents, sites, {})

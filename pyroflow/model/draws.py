@@ -82,8 +82,8 @@ def draw(
 ) -> Draws:
     """Draw from the guide and score the draws under model and guide.
 
-    Pyro's validation is off meanwhile, so that one draw outside a support costs its own weight
-    and not the run. Where a plate subsamples the data, ``log_p`` is an estimate.
+    One draw outside a support costs its own weight and not the run. Where a plate subsamples the
+    data, ``log_p`` is an estimate.
 
     Args:
         bound: model and guide.
@@ -92,8 +92,8 @@ def draw(
         keep_all: whether all sites of the model are kept, with the log densities of the data.
 
     Raises:
-        ValueError: If the model has no latent sites; if a site changes its shape, is not in every
-            run, or is one of the guide only; if num_samples is below 1.
+        ValueError: If the model has no latent sites, a site changes its shape, is not in every
+            run or is one of the guide only, or num_samples is below 1.
 
     Example:
         >>> from pyroflow import AutoPlanarFlow
@@ -143,15 +143,10 @@ def _rounded(
 
     A prior is scored at the unconstrained latents, whatever their value is rounded to; a
     likelihood has the value alone, and needs not mind. Each value that lost its latents is moved
-    by one of their units, away from the edge. By how much the log density changes, times the
-    units lost, is what rounding may have cost.
-
-    Args:
-        latents: by site, values of shape (S, *shape of the site).
-        scores: what the model says of them.
-        rescore: the same at other values of some sites.
+    by one of their units, away from the edge. By how much the log density changes (``rescore``
+    at the moved sites), times the units lost, is what rounding may have cost.
     """
-    lost, moved = {}, {}
+    lost, moved, cost = {}, {}, 0.0
     for name, value in latents.items():
         if (origin := preimage(value)) is None:
             continue
@@ -163,15 +158,9 @@ def _rounded(
             moved[name] = remember(bijection(support)(kept - off.sign()), latent, support)
     if not moved:
         return {}
-    change = _change(scores, rescore(moved), torch.finfo(latent.dtype).eps)
-    counts = {name: int((off * change > ALLOWED).sum()) for name, off in lost.items()}
+    rounding = 8 * torch.finfo(latent.dtype).eps  # of the sums
+    for name, score in rescore(moved).items():
+        change = (score - scores[name]).abs() - rounding * scores[name].abs()
+        cost = cost + change.nan_to_num(0.0, torch.inf).clamp(min=0)
+    counts = {name: int((off * cost > ALLOWED).sum()) for name, off in lost.items()}
     return {name: count for name, count in counts.items() if count}
-
-
-def _change(before: Scores, after: Scores, eps: float) -> Tensor:
-    """By how much the sites' log densities change, beyond the rounding of their sums."""
-    total = 0.0
-    for name, score in before.items():
-        change = (after[name] - score).abs() - 8 * eps * score.abs()
-        total = total + change.nan_to_num(0.0, torch.inf).clamp(min=0)
-    return total

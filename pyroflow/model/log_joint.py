@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflow.model.bound import BoundModel
-from pyroflow.model.comparison import FAILURES, PROBES, Way, agree, differs, moves
+from pyroflow.model.comparison import FAILURES, PROBES, Outcome, Way, agree, differs, moves
 from pyroflow.model.records import log_joint
 from pyroflow.seeds import quick, seeded
 
@@ -126,19 +126,15 @@ class LogJoint:
         return z, *self._value_and_gradient(z)
 
     def _alone(self) -> Points:
-        """What it says of three points in runs of their own, of the inspected draw without one."""
-        z = self._spread_points(len(PROBES))
-        known = self._inspected(z)
-        if known is not None:
-            z = z[1:]
-        points = z, *self._value_and_gradient(z, self.runs.one_by_one)
-        return points if known is None else tuple(map(torch.cat, zip(known, points, strict=True)))
-
-    def _inspected(self, like: Tensor) -> Points | None:
-        """What the run said that the model was inspected in."""
-        known = self.runs.inspected
+        """What it says of three points in runs of their own; one is the inspected draw."""
+        known, z = self.runs.inspected, self._spread_points(len(PROBES))
         if known is None or known.slopes.keys() != self.guide.latents.sites.keys():
-            return None
+            return z, *self._value_and_gradient(z, self.runs.one_by_one)
+        others = z[1:], *self._value_and_gradient(z[1:], self.runs.one_by_one)
+        return tuple(map(torch.cat, zip(self._of(known, z), others, strict=True)))
+
+    def _of(self, known: Outcome, like: Tensor) -> Points:
+        """An outcome in terms of the unconstrained latents."""
         z = self.guide.latents.unconstrain(known.latents, like)[0].detach().requires_grad_()
         with torch.enable_grad():
             latents, log_det = self.guide.latents.constrain(z)

@@ -46,9 +46,7 @@ class Runs:
     (:func:`~pyroflow.model.comparison.differs`).
 
     Args:
-        model: the Pyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+        model: the Pyro model; ``args`` and ``kwargs``: its arguments.
         depth: how many dimensions its plates take; None if it is not to run in a plate.
         predict: whether the observed sites are sampled as well, and not read from the data.
         by_vmap: whether torch's ``vmap`` is tried.
@@ -106,17 +104,9 @@ class Runs:
 
     @torch.no_grad()
     def evaluate(self, latents: Values, size: int) -> Sites:
-        """Run the model at S draws of its latents; those that are missing are sampled.
+        """Run the model at S draws of its latents (S, *shape); those missing are sampled.
 
-        Args:
-            latents: by name, values of shape (S, *shape of the site).
-            size: S.
-
-        Returns:
-            The sites in the model's order, with those of ``pyro.factor``.
-
-        Raises:
-            ValueError: If a site is not in every run, or changes its shape.
+        Raises ``ValueError`` if a site is not in every run, or changes its shape.
         """
         chunks = [range(i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
         parts = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow
-from pyroflow.io import read_data, write_data
+from pyroflow.io import read_data, walk, write_data
 from pyroflow.saving.guides import (
     GUIDES,
     describe_flow,
@@ -140,9 +140,9 @@ def load(
     file = _read(path, device)
     if file["kind"] == "flow" and model is not None:
         raise TypeError(f"path {path} holds a flow, which takes no model: leave model out")
-    content = file["content"]
     try:
-        with Bounded(sum(part.numel() for part in _parts(file) if isinstance(part, Tensor))):
+        content = file["content"]
+        with Bounded(sum(part.numel() for part in walk(file) if isinstance(part, Tensor))):
             restored = (
                 restore_flow(content) if file["kind"] == "flow" else restore_guide(content, model)
             )
@@ -174,8 +174,8 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
             f"is {version('pyroflow')}, which reads up to {FORMAT}: install that version or a "
             "later one"
         )
-    kinds = {str(part.get("kind")) for part in _parts(file) if isinstance(part, dict)}
-    if written == 1 and any("Sylvester" in kind for kind in kinds):
+    described = (part for part in walk(file) if isinstance(part, dict))
+    if written == 1 and any("Sylvester" in str(part.get("kind")) for part in described):
         raise ValueError(
             f"path {path} has Sylvester layers in format 1, which bound their diagonals in another "
             "way: fit anew, as this version would give them another density"
@@ -183,31 +183,19 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
     return file
 
 
-def _parts(content: Any) -> Iterator[Any]:
-    """All that a content is made of, itself included, however deep."""
-    pending = [content]
-    while pending:
-        yield (part := pending.pop())
-        if isinstance(part, dict | list | tuple):
-            pending.extend(part.values() if isinstance(part, dict) else part)
-
-
-# Of the numbers in a file, what the start values of its modules may take, which it then replaces.
-TIMES, SPARE = 32, 10_000
+# The start values of modules, which the file's then replace, may take so many numbers.
+FACTOR, ALLOWANCE = 32, 10_000
 
 
 class Bounded(TorchDispatchMode):
-    """Inside, what would take far more memory than a file's numbers is refused before it is done.
+    """Refuses, before it is done, what takes far more memory than the numbers that a file holds.
 
     What an operation makes is asked of torch's "meta" device, which makes nothing.
-
-    Args:
-        held: How many numbers the file holds.
     """
 
     def __init__(self, held: int) -> None:
         super().__init__()
-        self.held, self.left = held, SPARE + TIMES * held
+        self.held, self.left = held, ALLOWANCE + FACTOR * held
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

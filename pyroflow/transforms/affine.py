@@ -37,8 +37,7 @@ class Affine(Bijection, TransformModule):
     Example:
         >>> import torch
         >>> from pyroflow import Affine
-        >>> t = Affine(3)
-        >>> t(torch.zeros(5, 3)).shape
+        >>> Affine(3)(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
 
@@ -151,7 +150,7 @@ class Affine(Bijection, TransformModule):
         return intermediates
 
     def _spread(self, scale: Tensor, inner: tuple | None, image: Tensor) -> Tensor:
-        """The log-determinant, the same for each row of an image."""
+        """The log-determinant, which every row of an image shares."""
         diagonal = scale if self.diagonal else scale.diagonal(dim1=-2, dim2=-1)
         diagonal = diagonal * inner[1] if inner else diagonal
         return diagonal.log().sum(-1).expand(image.shape[:-1])

@@ -46,15 +46,12 @@ class PairCache:
     second only hands its intermediates on to ``log_abs_det_jacobian``. A pair serves the very
     tensors it was made with, while they and the parameters are unchanged, so that no optimiser
     step or edit in place leaves a wrong answer behind (pyro issues #2718 and #2564), but for an
-    edit in place through ``.data``, which escapes autograd too. Copies and pickles are empty.
+    edit in place through ``.data``, which escapes autograd too.
     """
 
     def __init__(self) -> None:
         self.forward: Pair | None = None
         self.inverse: Pair | None = None
-
-    def __reduce__(self) -> tuple:
-        return PairCache, ()
 
     def made_together(self, x: Tensor, y: Tensor, parameters: Parameters) -> Pair | None:
         """The pair of these very tensors."""
@@ -116,10 +113,10 @@ class Bijection(Transform):
         """Return log |det dy/dx|, shape (*B), for y = t(x)."""
         parameters = self._map_parameters()
         pair = self._cache.made_together(x, y, parameters)
-        if pair is None:
-            self._check("x", x, parameters)
-        found = pair.intermediates if pair else precisely(self._forward, x, parameters)[1]
-        return self._log_det(found).to(x.dtype)
+        if pair is not None:
+            return self._log_det(pair.intermediates).to(x.dtype)
+        self._check("x", x, parameters)
+        return self._log_det(precisely(self._forward, x, parameters)[1]).to(x.dtype)
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return t(x) and log |det dy/dx|, reading the parameters once."""
@@ -153,6 +150,9 @@ class Bijection(Transform):
         return shape
 
     inverse_shape = forward_shape
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_cache": PairCache()}
 
     def _name(self) -> str:
         return type(self).__name__

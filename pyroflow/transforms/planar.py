@@ -21,10 +21,9 @@ class Planar(Stack, TransformModule):
 
     Base to data: ``t(x) = y``. û is the paper's constrained u, so every parameter value is
     a bijection, with log |det| = ln |1 + ûᵀψ(x)|, ψ(x) = h'(wᵀx + b) w (equations 10 to 13). The
-    layers act in order, layer 1 first, and together cost two matrix products and a
-    recursion in K numbers. The inverse solves K monotone scalar equations to rounding
-    level and has gradients of every order; a sample that the transform just made is scored
-    without solving anything.
+    layers act in order, layer 1 first, and together cost two matrix products and a recursion in
+    K numbers. The inverse solves K monotone scalar equations to rounding level; a sample that the
+    transform just made is scored without solving anything.
 
     References:
         Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015,

@@ -112,7 +112,7 @@ def test_context_forms_agree() -> None:
         guide = pf.AmortizedPlanarGuide(model, "rows", context, encoder=encoder)
         guide.setup(a, b=b)
         with torch.no_grad():
-            guide.local_flow.net[-1].weight.normal_()
+            guide.local_flow.net.nn.layers[-1].weight.normal_()
         pyro.set_rng_seed(2)
         found.append(guide(a, b=b)["z"])
     assert torch.allclose(found[0], found[1])

@@ -124,6 +124,7 @@ DAMAGE = {
     "another size": lambda c: c["content"]["state"].update({"parts.0.w": torch.zeros(16, 3)}),
     "a tensor less": lambda c: c["content"]["state"].pop("parts.0.w"),
     "another argument": lambda c: c["content"]["parts"]["arguments"].update(code="1"),
+    "no content": lambda c: c.pop("content"),
     "no parts": lambda c: c["content"].pop("parts"),
     "impossible": lambda c: c["content"]["parts"]["arguments"].update(order=[7]),
 }

@@ -18,6 +18,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyroflow.flows import Flow, StandardNormal
 from pyroflow.transforms import Affine, ConditionalPlanar, Planar
+from pyroflow.transforms.kernels.units import LeakyReLU
 
 
 def step(t: nn.Module, loss: Tensor) -> None:
@@ -173,6 +174,16 @@ def test_an_edit_between_two_transforms_of_a_chain() -> None:
     between = affine.inv(y)
     between.detach().mul_(0.5)
     assert torch.allclose(planar.inv(between), planar.inv(between.clone()), atol=1e-9)
+
+
+def test_a_shallow_copy_has_a_cache_of_its_own() -> None:
+    t, x = layers(), torch.randn(5, D)
+    y = t(x)
+    twin = copy.copy(t)
+    twin.activation = LeakyReLU(0.5)  # the same parameters, another map
+    expected = twin.log_abs_det_jacobian(x.clone(), y)
+    assert torch.equal(twin.log_abs_det_jacobian(x, y), expected)
+    assert not torch.allclose(t.log_abs_det_jacobian(x, y), expected)
 
 
 def test_one_input_for_a_batch_of_parameters() -> None:

@@ -108,13 +108,8 @@ def monotone_root(r: Tensor, s: Tensor, *, return_steps: bool = False) -> Tensor
     The left side is odd and strictly increasing for every s > 0. For r ≥ 0 it is concave where
     s ≥ 1 and convex where s < 1, so Newton's method from the bounds of :func:`_outer_bound`
     moves monotonically to the root: no bracket, no bisection and no case that fails. It ends
-    once every residual is at rounding level.
-
-    Args:
-        r: right-hand sides, of any shape.
-        s: slopes at the origin, 1 + wᵀû > 0, broadcastable to the shape of r. Taking s and
-            not c = s − 1 keeps the digits of layers that almost fold (s → 0).
-        return_steps: also return the number of Newton steps taken.
+    once every residual is at rounding level. Taking s and not c = s − 1 keeps the digits of layers
+    that almost fold (s → 0). With ``return_steps`` the number of Newton steps comes along.
     """
     with torch.no_grad():
         size, s = r.abs(), s.clamp(min=torch.finfo(r.dtype).tiny)
