@@ -27,6 +27,7 @@ from pyroflow.arviz.labels import (
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import pareto_smooth, systematic
 from pyroflow.model.bound import BoundModel
+from pyroflow.model.comparison import FAILURES
 from pyroflow.model.draws import Draws, draw
 from pyroflow.model.records import Sites, is_factor
 from pyroflow.model.runs import Runs
@@ -198,7 +199,7 @@ def _tried(ahead: Runs, latents: dict[str, Tensor], size: int, groups: str) -> S
     """The sites with the data sampled; none, and a warning, where the model has no sampler."""
     try:
         return ahead.evaluate(latents, size)
-    except (NotImplementedError, RuntimeError, ValueError) as error:
+    except FAILURES as error:
         warnings.warn(f"{groups} left out, as the model cannot be sampled: {error!r}", stacklevel=4)
         return {}
 
