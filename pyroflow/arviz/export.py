@@ -17,6 +17,7 @@ from pyroflow.arviz import labels
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import pareto_smooth, systematic
 from pyroflow.model.bound import BoundModel
+from pyroflow.model.comparison import FAILURES
 from pyroflow.model.draws import Draws, draw
 from pyroflow.model.records import Sites, is_factor
 from pyroflow.model.runs import Runs
@@ -181,7 +182,7 @@ def _tried(ahead: list[Runs], latents: dict[str, Tensor], size: int, groups: str
     for runs in ahead:
         try:
             return runs.evaluate(latents, size)
-        except (NotImplementedError, RuntimeError, ValueError) as error:
+        except FAILURES as error:
             why = f"{groups} left out, as the model cannot be sampled: {error!r}"
     warnings.warn(why, stacklevel=5)
     return {}

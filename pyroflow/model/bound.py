@@ -131,8 +131,9 @@ class BoundModel:
         if self.guide_trace is not None:
             self._check_covered()
         self.plates = _plates(self.model_trace)
-        plates = self.plates | _plates(self.guide_trace or Trace())
-        self.depth = max((-frame.dim for frame in plates.values()), default=0)
+        guided = _plates(self.guide_trace or Trace())
+        frames = [*self.plates.values(), *guided.values()]
+        self.depth = max((-frame.dim for frame in frames), default=0)
         nodes = self.model_trace.nodes.items()
         self.subsampled = [name for name, site in nodes if _draws_subsample(site)]
 

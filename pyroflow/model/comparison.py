@@ -100,9 +100,10 @@ def with_slopes(latents: Values, moving: Values, sites: Sites) -> Outcome:
     total = log_joint(sites)
     if not moving or not total.requires_grad:
         return Outcome(latents, sites, {})
-    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    slopes = torch.autograd.grad(total.sum(), list(moving.values()), **options)
-    leaks = torch.autograd.grad(total[0], list(moving.values()), **options)
+    leaves, options = list(moving.values()), {"allow_unused": True, "materialize_grads": True}
+    whole, first = total.sum(), total[0]
+    slopes = torch.autograd.grad(whole, leaves, retain_graph=True, **options)
+    leaks = torch.autograd.grad(first, leaves, **options)
     mixed = any(bool(((leak[1:] != 0) & ~leak[1:].isnan()).any()) for leak in leaks)
     return Outcome(latents, sites, dict(zip(moving, slopes, strict=True)), mixed)
 

@@ -15,11 +15,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, constraints
+from torch.distributions.constraints import Constraint
 from torch.overrides import TorchFunctionMode
 
 from pyroflow.model.supports import base_of, concatenated, moved
 
-ROUNDING = 1e-6  # by which a parameter may pass the bound of its constraint
+SLACK = 1e-6  # by which a parameter may pass the bound of its constraint
 
 Values = dict[str, Tensor]
 Record = dict[str, Any]  # Pyro's, of a site
@@ -95,11 +96,7 @@ def outside_support(record: Record, *, inside: bool = False) -> Tensor | None:
 
     Runs are not validated, and there torch's distributions go on with their formula. Simplices
     and Cholesky factors are not checked: in float32 a guide's own transforms miss the tolerances
-    of torch, by rounding.
-
-    Args:
-        record: the site's.
-        inside: whether the value is known to be inside the support that the distribution says.
+    of torch, by rounding. ``inside``: the value is known to be inside the declared support.
     """
     if is_deterministic(record) or is_factor(record):
         return None
@@ -126,11 +123,8 @@ def _off(fn: Distribution, value: Tensor, inside: bool = False) -> Tensor | None
 
 
 def _off_base(fn: TransformedDistribution, value: Tensor) -> Tensor | None:
-    try:
-        support = base_of(fn.base_dist.support)
-    except NotImplementedError:
-        return None
-    if isinstance(support, type(constraints.real)):
+    support = _support(fn.base_dist)
+    if support is None or isinstance(support, type(constraints.real)):
         return None
     for t in reversed(fn.transforms):
         value = t.inv(value)
@@ -138,13 +132,17 @@ def _off_base(fn: TransformedDistribution, value: Tensor) -> Tensor | None:
 
 
 def _off_declared(fn: Distribution, value: Tensor) -> Tensor | None:
-    try:
-        support = base_of(fn.support)
-    except NotImplementedError:
-        return None
-    if support is constraints.real or support.event_dim > 0:
+    support = _support(fn)
+    if support is None or support is constraints.real or support.event_dim > 0:
         return None
     return _any(~support.check(value), fn.event_dim)
+
+
+def _support(fn: Distribution) -> Constraint | None:
+    try:
+        return base_of(fn.support)
+    except NotImplementedError:
+        return None
 
 
 def _unfit(fn: Distribution) -> Tensor | None:
@@ -163,7 +161,7 @@ def _unfit(fn: Distribution) -> Tensor | None:
         if plain is constraints.simplex:
             found.append((value < 0).any(-1))
         elif plain is not constraints.real and plain.event_dim == 0:
-            near = plain.check(value) | plain.check(value * (1 - ROUNDING)) | value.isnan()
+            near = plain.check(value) | plain.check(value * (1 - SLACK)) | value.isnan()
             found.append(_any(~near, constraint.event_dim))
     return torch.stack(torch.broadcast_tensors(*found)).any(0) if found else None
 

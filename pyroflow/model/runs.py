@@ -162,11 +162,7 @@ class Runs:
     def _inspected_beside(self, latents: Values) -> Outcome | None:
         """What the inspected draw got, if it can be put beside these."""
         known = self.inspected
-        if known is None or known.latents.keys() != latents.keys():
-            return None
-        pairs = [(value, latents[name]) for name, value in known.latents.items()]
-        same = [a.shape[1:] == b.shape[1:] and a.dtype == b.dtype for a, b in pairs]
-        return known if all(same) and all(a.device == b.device for a, b in pairs) else None
+        return known if known is not None and _kinds(known.latents) == _kinds(latents) else None
 
     def keep_records(self, latents: Values) -> None:
         """Make a run of its own, at the first draw, and keep its records."""
@@ -179,17 +175,19 @@ class Runs:
         moving = {n: v.clone().requires_grad_() for n, v in drawn.items() if v.is_floating_point()}
         try:
             with torch.enable_grad():
-                trace = self._trace(
-                    self.model, {n: v[0].clone() for n, v in (drawn | moving).items()}
-                )
-                self.records = self._scored(trace)
+                trace = self._inspected_at(drawn | moving)
                 free = [name for name, site in self.records.items() if not site["is_observed"]]
                 latents = {name: drawn[name] for name in free if name in drawn}
                 moving = {name: leaf for name, leaf in moving.items() if name in latents}
                 sites = {name: SiteRuns.of(site, 1, site) for name, site in self.records.items()}
                 self.inspected = with_slopes(latents, moving, sites)
         except FAILURES:  # a model that torch cannot differentiate
-            trace = self._trace(self.model, {name: value[0] for name, value in drawn.items()})
+            trace = self._inspected_at(drawn)
+        return trace
+
+    def _inspected_at(self, drawn: Values) -> Trace:
+        trace = self._trace(self.model, {name: value[0].clone() for name, value in drawn.items()})
+        with quietly():
             self.records = self._scored(trace)
         return trace
 
@@ -255,13 +253,12 @@ class Runs:
             if record["type"] == "sample" and site_is_subsample(record):
                 self.subsample[name] = record["value"]
         trace = prune_subsample_sites(trace)
-        with quietly():
-            trace.compute_log_prob(site_filter=lambda _, record: not is_deterministic(record))
-            sampled = {n: site for n, site in trace.nodes.items() if site["type"] == "sample"}
-            for name, record in sampled.items():
-                outside = outside_support(record, inside=name in inside)
-                if outside is not None:
-                    record["log_prob"] = record["log_prob"].masked_fill(outside, -torch.inf)
+        trace.compute_log_prob(site_filter=lambda _, record: not is_deterministic(record))
+        sampled = {n: site for n, site in trace.nodes.items() if site["type"] == "sample"}
+        for name, record in sampled.items():
+            outside = outside_support(record, inside=name in inside)
+            if outside is not None:
+                record["log_prob"] = record["log_prob"].masked_fill(outside, -torch.inf)
         return sampled
 
     def _outermost(self, value: Tensor, event_dim: int) -> Tensor:
@@ -270,6 +267,10 @@ class Runs:
         if missing < 0:
             raise ValueError("the site has dimensions outside the plates, where the draws belong")
         return value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
+
+
+def _kinds(values: Values) -> dict[str, tuple]:
+    return {name: (v.shape[1:], v.dtype, v.device) for name, v in values.items()}
 
 
 def _few(size: int) -> list[int]:
