@@ -246,11 +246,12 @@ class AmortizedPlanarGuide(ModuleGuide):
         self, index: Tensor, rows: Tensor | None, latent: Tensor | None, trailing: int
     ) -> dist.TransformedDistribution:
         """q(z | rows, g), of batch shape (*g, B, 1, ..., 1)."""
-        like = self.local_flow.base.loc
+        flow = self.local_flow  # once: Pyro registers its parameters each time it is read
+        like = flow.base.loc
         features = None if rows is None else self.context(rows, like)
         # In the units of their own posterior: what the affine layer gets.
         shared = self.global_guide.affine.inv(latent) if self._conditioned else None
-        return self.local_flow(index.to(like.device), features, shared, trailing)
+        return flow(index.to(like.device), features, shared, trailing)
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
         if self.master is not None:

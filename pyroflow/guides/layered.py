@@ -50,8 +50,7 @@ class _LayeredGuide(AutoFlow):
     def grow(self, num_layers: int) -> None:
         """Add layers behind the ones there are; they start at the identity.
 
-        The distribution does not change. The parameters are new tensors: an optimiser has to be
-        told, or made anew.
+        The distribution does not change. The parameters are new tensors, for a new optimiser.
 
         Args:
             num_layers: how many to add.

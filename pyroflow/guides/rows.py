@@ -39,12 +39,7 @@ class Rows:
 
     @classmethod
     def of(cls, latents: Latents, plate: str) -> Rows:
-        """Those of a plate, by its name.
-
-        Raises:
-            RuntimeError: If there are no latents.
-            ValueError: If none is in the plate, or one is that cannot be treated (naming it).
-        """
+        """Those of a plate, by its name; raises ``ValueError`` for one that cannot be treated."""
         frames = {frame.name: frame for site in latents for frame in site.plates}
         if not latents.sites:
             raise RuntimeError("AmortizedPlanarGuide found no latent variables; use an empty guide")
@@ -126,17 +121,18 @@ class RowContext(PyroModule):
         self.positions = {} if callable(given) else _positions(model, names)
 
     def rows(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """All rows that the arguments hold, shape (M, ...); several are joined to (M, C).
-
-        Raises:
-            ValueError: If an argument is missing or has no rows, or several differ in length.
-        """
+        """All rows that the arguments hold, shape (M, ...); several are joined to (M, C)."""
         for function in self.function:
             return _with_rows("context(...)", function(*args, **kwargs))
-        found = {
-            name: _with_rows(repr(name), _argument(name, at, args, kwargs))
-            for name, at in self.positions.items()
-        }
+        found = {}
+        for name, at in self.positions.items():
+            value = args[at] if at is not None and at < len(args) else kwargs.get(name)
+            if value is None:
+                raise ValueError(
+                    f"context needs the model's argument {name!r}, which this call does not give: "
+                    "the guide reads the rows' data from it, so pass it to the guide as well"
+                )
+            found[name] = _with_rows(repr(name), value)
         if len(found) == 1:
             return next(iter(found.values()))
         if len({len(value) for value in found.values()}) > 1:
@@ -145,11 +141,7 @@ class RowContext(PyroModule):
         return torch.cat([value.reshape(len(value), -1) for value in found.values()], -1)
 
     def drawn(self, index: Tensor, size: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The rows at the indices that a plate of N drew, out of all N or of just those.
-
-        Raises:
-            ValueError: If the arguments hold neither N rows nor as many as were drawn.
-        """
+        """The rows at the indices that a plate of N drew, out of all N or of just those."""
         rows = self.rows(args, kwargs)
         if len(rows) == size:
             return rows.index_select(0, index.to(rows.device))
@@ -208,17 +200,6 @@ def _positions(model: Callable, names: Sequence[str]) -> dict[str, int | None]:
     return {name: placed.index(name) if name in placed else None for name in names}
 
 
-def _argument(name: str, position: int | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-    given = position is not None and position < len(args)
-    value = args[position] if given else kwargs.get(name)
-    if value is None:
-        raise ValueError(
-            f"context needs the model's argument {name!r}, which this call does not give: the "
-            "guide reads the rows' data from it, so pass it to the guide as well"
-        )
-    return value
-
-
 def _with_rows(label: str, value: Any) -> Tensor:
     try:
         value = value if isinstance(value, Tensor) else torch.as_tensor(value)
@@ -239,10 +220,7 @@ def draw_of(
 
     Only the model knows the size that new data give its plate, and the indices that it may
     pick itself (``subsample=``), which a guide that drew its own would override. It runs up to
-    there, with the ``values`` of its latents, so that none has to be drawn.
-
-    Raises:
-        ValueError: If the run opens no such plate, or one without a size.
+    there, with ``values`` for its latents, so that none has to be drawn.
     """
     given = poutine.condition(model, data=values)
     until = poutine.escape(
