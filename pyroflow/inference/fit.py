@@ -89,26 +89,18 @@ class Objective:
 
 @dataclass
 class State:
-    """Where a fit stands between two steps, beside its tensors; a checkpoint holds its fields.
+    """Where a fit stands between two steps, beside its tensors; a checkpoint holds its fields."""
 
-    Attributes:
-        average: the mean of the last iterates, of which ``averaged`` were; empty before.
-        best: the parameters with the best score; empty before the first.
-        worse: evaluations in a row that were clearly above the best one.
-        unimproved: evaluations of the polish loss since the best one.
-        before: the course of an earlier part, which the result begins with.
-    """
-
-    before: dict[str, Any] | None = None
+    before: dict[str, Any] | None = None  # the course of an earlier part
     step: int = 0
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, float]] = field(default_factory=list)
-    average: list[Tensor] = field(default_factory=list)
-    averaged: int = 0
-    best: list[Tensor] = field(default_factory=list)
+    average: list[Tensor] = field(default_factory=list)  # of the last iterates
+    averaged: int = 0  # so many
+    best: list[Tensor] = field(default_factory=list)  # the parameters with the best score
     best_score: Tensor = field(default_factory=lambda: torch.tensor(math.inf, device="cpu"))
-    worse: int = 0
-    unimproved: int = 0
+    worse: int = 0  # evaluations in a row that were clearly above the best one
+    unimproved: int = 0  # evaluations of the exact loss since the best one
     skipped: int = 0
     skipped_in_a_row: int = 0
     rolled_back: int = 0
@@ -130,6 +122,13 @@ class State:
             skipped=before.skipped + self.skipped,
             rolled_back=before.rolled_back + self.rolled_back,
         )
+
+
+@torch.no_grad()
+def copy_tensors(values: list[Tensor], targets: list[Tensor]) -> None:
+    """Set tensors to the values of others."""
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
 
 
 @contextmanager

@@ -194,13 +194,8 @@ def path_derivative(guide: Callable, wanted: bool) -> Iterator[None]:
 class LogJointBound:
     """The bound of a guide by the log joint of its model as a plain function: the fast way.
 
-    Args:
-        problem: a model without parameters and subsampled plates, and a guide of the AutoFlow
-            family.
-        objective: "elbo", "iwae" or "dreg".
-        group_size: draws behind each importance-weighted bound.
-        num_particles: draws a step; None for the default.
-        seed: of the draws on which states are compared.
+    It needs a guide of the AutoFlow family, and a model without parameters and subsampled plates.
+    ``seed`` is that of the draws on which states are compared.
     """
 
     keep_last = False

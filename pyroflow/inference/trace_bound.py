@@ -36,13 +36,7 @@ DRAWS_BY_TRACES, SCORED_BY_TRACES = 256, 1024  # of a step by default, and that 
 
 
 class TraceBound:
-    """The bound of any guide and model by Pyro's ``Trace_ELBO``.
-
-    Args:
-        problem: model and guide, with or without parameters and subsampled plates.
-        objective: "elbo" or "iwae", with all draws as one group.
-        num_particles: draws a step; None for the default.
-    """
+    """The bound of any guide and model by Pyro's ``Trace_ELBO``; all draws are one IWAE group."""
 
     evaluations = EVALUATIONS
 

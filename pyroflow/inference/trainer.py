@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyroflow.inference.fit import Checkpoint, Fit, Objective, State
+from pyroflow.inference.fit import Checkpoint, Fit, Objective, State, copy_tensors
 from pyroflow.inference.schedule import LearningRateSchedule
 from pyroflow.seeds import between_draws, generator_states, quick, restore_generators
 
@@ -28,7 +27,7 @@ POLISH_PATIENCE = 250  # evaluations of the polish loss without a better score t
 class Trainer:
     """Adam with iterate averaging, then perhaps L-BFGS; the best state is kept.
 
-    A checkpoint is always of the time between two steps: one that is cut off is done again.
+    A checkpoint is of the time between two steps: one that is cut off is done again.
 
     Args:
         objective: what is minimised.
@@ -36,8 +35,6 @@ class Trainer:
         lr: Adam's highest learning rate.
         settings: what a checkpoint must agree on to be resumed.
         label: the progress bar's.
-        progress: whether there is one.
-        checkpoint: the file, if there is to be one.
         resume: whether to go on from a checkpoint that exists; else it is written over.
         before: the course of an earlier part, which the result begins with.
         polish: evaluations of the exact loss for L-BFGS, which gains what thousands of noisy
@@ -113,11 +110,8 @@ class Trainer:
             self._show(bar)
 
     def _descends(self) -> bool:
-        """Whether Adam goes on.
-
-        At a high rate the held-out loss may rise for other reasons than overfitting: a fit that
-        can be polished is polished then, from its best state.
-        """
+        """Whether Adam goes on."""
+        # At a high rate the held-out loss may rise for other reasons than overfitting: polish then.
         ended = self.polishable and self.state.worse >= CLEARLY_WORSE
         return self.state.step < self.schedule.end and not (ended or self.state.polishing)
 
@@ -233,8 +227,7 @@ class Descent:
     def _average(self) -> None:
         state, now = self.trainer.state, [p.detach() for p in self.parameters]
         state.averaged += 1
-        state.average = state.average or [p.clone() for p in now]
-        state.average = torch._foreach_lerp(state.average, now, 1 / state.averaged)
+        state.average = torch._foreach_lerp(state.average or now, now, 1 / state.averaged)
 
 
 class Polish:
@@ -248,14 +241,9 @@ class Polish:
             trainer.state.average, trainer.state.polishing = [], True
         for p in self.parameters:  # each gradient is viewed as a flat vector
             p.data = p.data.contiguous()
-        self.optimizer = torch.optim.LBFGS(
-            self.parameters,
-            max_iter=POLISH_ITERATIONS,
-            history_size=100,
-            tolerance_grad=0.0,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
+        options = {"tolerance_grad": 0.0, "tolerance_change": 0.0, "line_search_fn": "strong_wolfe"}
+        options |= {"max_iter": POLISH_ITERATIONS, "history_size": 100}
+        self.optimizer = torch.optim.LBFGS(self.parameters, **options)
 
     def step(self) -> None:
         """Some iterations."""
@@ -281,21 +269,18 @@ class Polish:
 
 
 class Mark:
-    """The state between two steps of Adam, to go back to where a step is cut off.
-
-    Noted before every step of a fit with a checkpoint, it copies all tensors in one call, into
-    those of the mark before the last: the last one stays whole meanwhile.
-    """
+    """The state between two steps of Adam, to go back to where a step is cut off."""
 
     @torch.no_grad()
     def __init__(self, trainer: Trainer, last: Mark | None) -> None:
-        state = self.state = copy.copy(trainer.state)
+        state = self.state = replace(trainer.state)
         self.lengths = len(state.losses), len(state.scores)  # they only grow
         self.stateful = [part.state_dict() for part in trainer.stateful]
         self.phase = trainer.phase
         moments = [t for found in self.phase.optimizer.state.values() for t in found.values()]
         self.started = bool(moments)
         self.live = [*trainer.objective.tensors, *moments]
+        # In one call, as it is done before every step, and not over the last mark's copies.
         spare = last.spare if last else []
         self.copies = spare if len(spare) == len(self.live) else [t.clone() for t in self.live]
         torch._foreach_copy_(self.copies, self.live)
@@ -303,7 +288,7 @@ class Mark:
         self.rng = generator_states()
 
     def restore(self, trainer: Trainer) -> None:
-        """Put the trainer back into that state."""
+        """Put the trainer back."""
         trainer.state, trainer.phase = self.state, self.phase
         del self.state.losses[self.lengths[0] :], self.state.scores[self.lengths[1] :]
         for part, state in zip(trainer.stateful, self.stateful, strict=True):
@@ -312,10 +297,3 @@ class Mark:
             self.phase.optimizer.state.clear()
         copy_tensors(self.copies, self.live)
         restore_generators(self.rng)
-
-
-@torch.no_grad()
-def copy_tensors(values: list[Tensor], targets: list[Tensor]) -> None:
-    """Set tensors to the values of others."""
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
