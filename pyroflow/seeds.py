@@ -1,4 +1,4 @@
-"""Random numbers that are reproducible, and leave the global generators and other threads alone."""
+"""Random numbers that are reproducible, whatever the global generators and other threads do."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-T = TypeVar("T")
+T, P = TypeVar("T"), ParamSpec("P")
 
 _THREAD = threading.local()  # .own: the generators that the thread draws from
+_PYRO = threading.RLock()  # held while models run, see :func:`one_at_a_time`
 _GLOBAL = threading.Lock()  # held while the global generator of a device stands in for ours
 
 
@@ -166,6 +167,21 @@ def quick(function: Callable[..., T]) -> Callable[..., T]:
         return result
 
     return call
+
+
+def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function that runs Pyro models wait while another thread is in one.
+
+    Pyro's handlers, parameter store and validation belong to the process: two runs at once would
+    record each other's sites. Code of the caller that runs models in threads is not kept out.
+    """
+
+    @functools.wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _PYRO:
+            return function(*args, **kwargs)
+
+    return alone
 
 
 @functools.cache

@@ -21,8 +21,7 @@ from pyroflow.model.comparison import FAILURES
 from pyroflow.model.draws import Draws, draw
 from pyroflow.model.records import Sites, is_factor
 from pyroflow.model.runs import Runs
-from pyroflow.seeds import seeded
-from pyroflow.threads import one_at_a_time
+from pyroflow.seeds import one_at_a_time, seeded
 
 if TYPE_CHECKING:
     from arviz import InferenceData

@@ -18,8 +18,7 @@ from pyroflow.inference.guide import fit_guide
 from pyroflow.model.bound import BoundModel, signature_of
 from pyroflow.model.draws import draw
 from pyroflow.model.records import Values, is_factor
-from pyroflow.seeds import seeded
-from pyroflow.threads import one_at_a_time
+from pyroflow.seeds import one_at_a_time, seeded
 
 # The names of sites whose values become data, each with the model's argument that takes them too.
 SimulatedSites = dict[str, str | None]

@@ -12,8 +12,7 @@ from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smoo
 from pyroflow.diagnostics.report import Report, advice_on_fit, is_undecided, judge
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import Draws, draw, join
-from pyroflow.seeds import seeded
-from pyroflow.threads import one_at_a_time
+from pyroflow.seeds import one_at_a_time, seeded
 
 
 @one_at_a_time

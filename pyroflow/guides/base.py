@@ -25,8 +25,7 @@ from pyroflow.guides.refusals import (
     refuse_unsupported,
 )
 from pyroflow.model.latents import Latents
-from pyroflow.seeds import seeded
-from pyroflow.threads import one_at_a_time
+from pyroflow.seeds import one_at_a_time, seeded
 
 MARGINAL_DRAWS = 10_000  # draws behind median and quantiles
 

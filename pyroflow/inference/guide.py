@@ -20,8 +20,7 @@ from pyroflow.inference.objectives import DRAWS, OBJECTIVES, LogJointBound, has_
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, described
 from pyroflow.inference.trace_bound import TraceBound
 from pyroflow.model.bound import BoundModel
-from pyroflow.seeds import seeded
-from pyroflow.threads import one_at_a_time
+from pyroflow.seeds import one_at_a_time, seeded
 
 STEPS = 3000
 TRIES = 3  # draws that a model may fail before it is refused

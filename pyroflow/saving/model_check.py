@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_map_only
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
 from pyroflow.model.latents import Latents, started_anywhere
 from pyroflow.saving.table import Description, build, describe
-from pyroflow.seeds import seeded
-from pyroflow.threads import one_at_a_time
+from pyroflow.seeds import one_at_a_time, seeded
 
 
 def check_model(guide: AutoContinuous, sites: list[Description]) -> None:
