@@ -20,12 +20,12 @@ from pyroflow.guides import AutoFlow
 from pyroflow.io import read_data, walk, write_data
 from pyroflow.saving.guides import (
     GUIDES,
+    check_model,
     describe_flow,
     describe_guide,
     restore_flow,
     restore_guide,
 )
-from pyroflow.saving.model_check import check_model
 from pyroflow.saving.table import UndescribedError
 
 # Raised when an older pyroflow would no longer read, or would misread, what this one writes.

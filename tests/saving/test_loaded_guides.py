@@ -187,3 +187,16 @@ def test_sampling_is_not_compared(tmp_path: Path) -> None:
         assert loaded().keys() == {"mu", "tau", "theta"}
     needs_y = returned(made(other_schools), tmp_path, model=other_schools)
     assert needs_y().keys() == {"mu", "tau", "theta"}
+
+
+def test_a_model_with_bound_arguments_is_compared_at_once(tmp_path: Path) -> None:
+    """``functools.partial`` is no handler of Pyro: its arguments are the model's."""
+
+    def model(count: int, scale: float) -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(count), scale).to_event(1))
+
+    guide = pf.AutoPlanarFlow(partial(model, 3, 1.0)).setup()
+    pf.save(guide, tmp_path / "guide.pt")
+    assert pf.load(tmp_path / "guide.pt", partial(model, 3, 1.0))()["z"].shape == (3,)
+    with pytest.raises(ValueError, match="site 'z' has"):
+        pf.load(tmp_path / "guide.pt", partial(model, 4, 1.0))
