@@ -126,11 +126,8 @@ class AmortizedPlanarGuide(ModuleGuide):
     inference network reads from the row's data x_n and from g. Rows are those that the model
     draws, by itself or with indices of its own (``subsample=``); the plate scales both sides of
     the bound, so it is unbiased for that of all rows. New rows need no fit: call the guide with
-    their data. Quantiles are those of all rows.
-
-    References:
-        Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015,
-        https://arxiv.org/abs/1505.05770, section 4.2 and algorithm 1.
+    their data. Quantiles are those of all rows. (Rezende and Mohamed, 2015, section 4.2 and
+    algorithm 1, https://arxiv.org/abs/1505.05770.)
 
     Args:
         model: a Pyro model. Discrete latents must be enumerated or blocked.
@@ -146,8 +143,7 @@ class AmortizedPlanarGuide(ModuleGuide):
         encoder: a module that turns the rows' data (B, ...) into features (B, C) for that
             network. Without it they are flattened and standardised, as the first call has them.
         condition_on_globals: whether the rows' flow depends on the global latents.
-        init_loc_fn: as in :class:`~pyroflow.AutoFlow`; all rows start at their mean.
-        init_scale: standard deviation of each unconstrained latent at the start.
+        init_loc_fn: as in :class:`~pyroflow.AutoFlow`, like init_scale; rows start at their mean.
 
     Attributes:
         global_guide: after the first call, the guide of the globals; None if there are none.
@@ -155,10 +151,8 @@ class AmortizedPlanarGuide(ModuleGuide):
 
     Raises:
         TypeError: If plate or context has another type.
-        ValueError: If an option is out of range or the model has no such argument; at the first
-            call, if the plate holds no latents, or a latent is discrete, in two plates, in another
-            one that subsamples, or on a support that differs between rows; at any call, if the
-            context is not given or has another number of rows.
+        ValueError: If an option is out of range; at the first call, if no latent is in the plate,
+            or one cannot be treated (naming it); at any call, if the context does not fit.
         RuntimeError: If the model has no latents, at the first call.
 
     Example:
@@ -219,9 +213,8 @@ class AmortizedPlanarGuide(ModuleGuide):
             self.global_guide = guide.setup(*args, **kwargs)
         self._conditioned = self.condition_on_globals and self.global_guide is not None
         known = {"shared": self.global_guide.latent_dim if self._conditioned else 0}
-        if self.context is None:
-            known["rows"] = self.rows.size
-        else:
+        known |= {"rows": self.rows.size} if self.context is None else {}
+        if self.context is not None:
             known["features"] = self.context.prepare(self.context.rows(args, kwargs), init_loc)
         with init_loc.device:
             self.local_flow = LocalFlow(init_loc, **known, **self._local, **self._both)
@@ -238,8 +231,8 @@ class AmortizedPlanarGuide(ModuleGuide):
             else:
                 rows = self.context.drawn(index, size, args, kwargs)
             posterior = self._local_posterior(index, rows, latent, self.rows.trailing)
-            name = f"_{self._pyro_name}_local"
-            local = pyro.sample(name, posterior, infer={"is_auxiliary": True})
+            auxiliary = {"is_auxiliary": True}
+            local = pyro.sample(f"_{self._pyro_name}_local", posterior, infer=auxiliary)
         return values | self.rows.latents.unpack(local), plates
 
     def _local_posterior(
@@ -258,13 +251,8 @@ class AmortizedPlanarGuide(ModuleGuide):
             return super()._create_plates(*args, **kwargs)
         frames = self._prototype_frames
         plates = {n: pyro.plate(n, f.size, dim=f.dim) for n, f in frames.items() if n != self.plate}
-        if self._model is None:  # a copy that came without its model uses all rows
-            known = self.context is None
-            draw = {"size": self.rows.size if known else len(self.context.rows(args, kwargs))}
-        else:
-            values = {site.name: site.value for site in self.latents}
-            draw = draw_of(self._model[1], self.plate, values, args, kwargs)
-        plates[self.plate] = pyro.plate(self.plate, **draw, dim=frames[self.plate].dim)
+        plate = _plate_arguments(self, args, kwargs)
+        plates[self.plate] = pyro.plate(self.plate, **plate, dim=frames[self.plate].dim)
         return plates
 
     def _quantiles(self, levels: Sequence[float], *args: Any, **kwargs: Any) -> Values:
@@ -277,11 +265,20 @@ class AmortizedPlanarGuide(ModuleGuide):
             picked = None if rows is None else rows[index.to(rows.device)]
             q = self._local_posterior(index, picked, latent, trailing=0)
             local = q.sample(() if self._conditioned else (MARGINAL_DRAWS,))
-            local = local.unflatten(-1, (*(1,) * self.rows.trailing, -1))
-            draws, _ = self.rows.latents.constrain(local)
-            found.append(marginal_quantiles(draws, levels))
+            found.append(marginal_quantiles(self.rows.constrain(local), levels))
         result = {} if latent is None else self.global_guide.quantiles(levels)
         return result | {name: torch.cat([f[name] for f in found], 1) for name in found[0]}
+
+
+def _plate_arguments(
+    guide: AmortizedPlanarGuide, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Size of the plate, and the rows that the model draws; all in a copy without its model."""
+    if guide._model is None:
+        known = guide.context is None
+        return {"size": guide.rows.size if known else len(guide.context.rows(args, kwargs))}
+    values = {site.name: site.value for site in guide.latents}
+    return draw_of(guide._model[1], guide.plate, values, args, kwargs)
 
 
 def _check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:

@@ -59,6 +59,10 @@ class Rows:
         init_loc = table.pack(starts).mean(0)
         return cls(table, init_loc, -frame.dim - 1, frame.full_size or frame.size)
 
+    def constrain(self, local: Tensor) -> dict[str, Tensor]:
+        """Values by site at unconstrained ones (*B, rows, D), with the dimensions right of them."""
+        return self.latents.constrain(local.unflatten(-1, (*(1,) * self.trailing, -1)))[0]
+
     def check_size(self, size: int, plate: str) -> None:
         """Raise ``ValueError`` for a plate of other rows than those that were learned."""
         if size != self.size:

@@ -19,7 +19,7 @@ from pyroflow.inference.guide_fit import GuideFit, refuse_nonfinite
 from pyroflow.inference.objectives import DRAWS, OBJECTIVES, LogJointBound, has_path
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, described
 from pyroflow.inference.trace_bound import TraceBound
-from pyroflow.model.bound import BoundModel
+from pyroflow.model.bound import BoundModel, check_latents
 from pyroflow.seeds import one_at_a_time, seeded
 
 STEPS = 3000
@@ -121,7 +121,7 @@ def fit_guide(
         if set_up:
             guide.check_model(start.model_trace)  # whether it was made for these latents
         problem = _inspected(model, guide, args, kwargs)
-        problem.check_latents()
+        check_latents(problem)
         if isinstance(guide, nn.Module):
             guide.to(device)
             check_precision(guide)

@@ -103,7 +103,7 @@ class GuideFit:
         while grows and guide.num_layers < DEEPEST and gain >= LEAST_GAIN:
             self._grow(min(guide.num_layers, DEEPEST - guide.num_layers))
             fit, gain = self._train(fit, GROWN, resume=False)
-        self._warn_of_mixing()
+        _warn_of_mixing(self.bound.mixing())
         return replace(fit, skipped_particles=int(self.bound.skipped))
 
     def _initialize(self) -> Fit | None:
@@ -182,16 +182,16 @@ class GuideFit:
             with drawing():
                 self.guide.grow(num)
 
-    def _warn_of_mixing(self) -> None:
-        site = self.bound.mixing()
-        if site is not None:
-            warnings.warn(
-                f"the model mixes draws that run side by side, at {site}, where the fitted guide "
-                "is: its control flow or its indices depend on the latents. The fit is not to be "
-                "trusted there; diagnose runs the draws one by one. Write the model with "
-                "torch.where, and with indices from the right, as in z[..., 0]",
-                stacklevel=6,
-            )
+
+def _warn_of_mixing(site: str | None) -> None:
+    if site is not None:
+        warnings.warn(
+            f"the model mixes draws that run side by side, at {site}, where the fitted guide "
+            "is: its control flow or its indices depend on the latents. The fit is not to be "
+            "trusted there; diagnose runs the draws one by one. Write the model with "
+            "torch.where, and with indices from the right, as in z[..., 0]",
+            stacklevel=6,
+        )
 
 
 def _untouched(guide: AutoFlow) -> bool:

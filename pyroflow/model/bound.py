@@ -105,7 +105,7 @@ class BoundModel:
         with pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # which is a weight of zero
             bound = cls(model, guide, args, kwargs)
-        bound.check_whole()
+        check_whole(bound)
         return bound
 
     def _run_at_start(self, model: Callable) -> None:
@@ -129,7 +129,7 @@ class BoundModel:
         self.latents = [name for name, site in sampled.items() if not site["is_observed"]]
         self.observed = [name for name, site in sampled.items() if _has_data(site)]
         if self.guide_trace is not None:
-            self._check_covered()
+            _check_covered(self)
         self.plates = _plates(self.model_trace)
         guided = _plates(self.guide_trace or Trace())
         frames = [*self.plates.values(), *guided.values()]
@@ -137,64 +137,9 @@ class BoundModel:
         nodes = self.model_trace.nodes.items()
         self.subsampled = [name for name, site in nodes if _draws_subsample(site)]
 
-    def _check_covered(self) -> None:
-        for name in self.latents:
-            if name not in self.guide_trace.nodes:
-                raise ValueError(
-                    f"the guide does not sample the model's latent site {name!r}, so there are no "
-                    "draws of it: make the guide for the whole model. In place of a discrete site "
-                    "write a mixture distribution, or enumerate it and train with Pyro's "
-                    "TraceEnum_ELBO and SVI"
-                )
-
-    def check_whole(self) -> None:
-        """Raise ``ValueError`` if a plate subsamples, where the log joint itself is needed."""
-        if self.subsampled:
-            name = self.subsampled[0]
-            plate = self.model_trace.nodes[name]["fn"]
-            raise ValueError(
-                f"the plate {name!r} takes {plate.subsample_size} of {plate.size} rows a run, so "
-                "that the model's log joint is an estimate and weights are noise: use the same "
-                "model, or arguments, with its plates in full, without subsample_size"
-            )
-
-    def check_latents(self) -> None:
-        """Raise ``ValueError`` if there are none."""
-        if not self.latents:
-            raise ValueError(
-                "the model has no latent sites: everything it samples is observed, so there is "
-                "nothing for a guide to approximate; leave out obs= at the sites to infer"
-            )
-
-    def check_sites(self) -> None:
-        """Whether guide and model have the same latent sites, of the same shapes.
-
-        Raises:
-            ValueError: If there are no latents, a shape is another in the guide, or the guide has
-                a site of its own that is not auxiliary.
-        """
-        self.check_latents()
-        for name in self.latents:
-            site = self.model_trace.nodes[name]
-            expected, got = site["fn"].shape(), site["value"].shape
-            if expected != got:
-                raise ValueError(
-                    f"the guide samples site {name!r} with shape {tuple(got)}, and the model with "
-                    f"{tuple(expected)}: give both the same plates and event dimensions"
-                )
-        for name, site in prune_subsample_sites(self.guide_trace).iter_stochastic_nodes():
-            if name not in self.latents and not site["infer"].get("is_auxiliary"):
-                raise ValueError(
-                    f"the guide samples site {name!r}, which is no latent of the model: remove it, "
-                    "or mark it with infer={'is_auxiliary': True} if the other sites are made of it"
-                )
-
     @cached_property
     def fingerprint(self) -> str:
-        """The log joint of the run, by which to know model and arguments again.
-
-        Without a guide it is always that of the same draw.
-        """
+        """The log joint of the run, which tells model and arguments from others without a guide."""
         trace = prune_subsample_sites(self.model_trace)
         with torch.no_grad(), pyro.validation_enabled(False):
             return f"{float(trace.log_prob_sum()):.6g}"
@@ -228,6 +173,62 @@ class BoundModel:
         """The guide's sites at ``num`` draws; plates that subsample draw their rows anew."""
         self.runs.subsample.clear()
         return self.guide_runs.evaluate({}, num)
+
+
+def _check_covered(bound: BoundModel) -> None:
+    for name in bound.latents:
+        if name not in bound.guide_trace.nodes:
+            raise ValueError(
+                f"the guide does not sample the model's latent site {name!r}, so there are no "
+                "draws of it: make the guide for the whole model. In place of a discrete site "
+                "write a mixture distribution, or enumerate it and train with Pyro's "
+                "TraceEnum_ELBO and SVI"
+            )
+
+
+def check_whole(bound: BoundModel) -> None:
+    """Raise ``ValueError`` if a plate subsamples, where the log joint itself is needed."""
+    if bound.subsampled:
+        name = bound.subsampled[0]
+        plate = bound.model_trace.nodes[name]["fn"]
+        raise ValueError(
+            f"the plate {name!r} takes {plate.subsample_size} of {plate.size} rows a run, so "
+            "that the model's log joint is an estimate and weights are noise: use the same "
+            "model, or arguments, with its plates in full, without subsample_size"
+        )
+
+
+def check_latents(bound: BoundModel) -> None:
+    """Raise ``ValueError`` if there are none."""
+    if not bound.latents:
+        raise ValueError(
+            "the model has no latent sites: everything it samples is observed, so there is "
+            "nothing for a guide to approximate; leave out obs= at the sites to infer"
+        )
+
+
+def check_sites(bound: BoundModel) -> None:
+    """Whether guide and model have the same latent sites, of the same shapes.
+
+    Raises:
+        ValueError: If there are no latents, a shape is another in the guide, or the guide has
+            a site of its own that is not auxiliary.
+    """
+    check_latents(bound)
+    for name in bound.latents:
+        site = bound.model_trace.nodes[name]
+        expected, got = site["fn"].shape(), site["value"].shape
+        if expected != got:
+            raise ValueError(
+                f"the guide samples site {name!r} with shape {tuple(got)}, and the model with "
+                f"{tuple(expected)}: give both the same plates and event dimensions"
+            )
+    for name, site in prune_subsample_sites(bound.guide_trace).iter_stochastic_nodes():
+        if name not in bound.latents and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"the guide samples site {name!r}, which is no latent of the model: remove it, "
+                "or mark it with infer={'is_auxiliary': True} if the other sites are made of it"
+            )
 
 
 def _has_parameters(trace: Trace) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyroflow.checks import check_count
-from pyroflow.model.bound import BoundModel
+from pyroflow.model.bound import BoundModel, check_sites
 from pyroflow.model.records import Sites, Values
 from pyroflow.model.supports import bijection, preimage, remember
 from pyroflow.seeds import seeded
@@ -103,7 +103,7 @@ def draw(
         (torch.Size([20, 8]), torch.Size([20]), torch.Size([20]))
     """
     check_count("num_samples", num_samples, 1)
-    bound.check_sites()
+    check_sites(bound)
     with seeded(seed):
         guided = bound.guide_draws(num_samples)
         latents = {name: guided[name].values for name in bound.latents}
