@@ -43,13 +43,7 @@ class GuideFit:
     By its log joint, a guide starts from the best Gaussian, or spends the first fifth of the
     steps on its affine layer alone, and may grow. By Pyro's traces it does the latter, and β then
     rises from 0.1 to 1 over half of the steps left, while the entropy keeps its weight (equation
-    20 of Rezende & Mohamed 2015).
-
-    Args:
-        bound: what is minimised.
-        settings: what a checkpoint must agree on.
-        bar: of what comes before the first step.
-        shared: what every part of the fit passes on to its :class:`Trainer`.
+    20 of Rezende & Mohamed 2015). ``bar`` is of what comes before the first step.
     """
 
     def __init__(

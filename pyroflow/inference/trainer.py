@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +273,7 @@ class Mark:
 
     @torch.no_grad()
     def __init__(self, trainer: Trainer, last: Mark | None) -> None:
-        state = self.state = replace(trainer.state)
+        state = self.state = State(**vars(trainer.state))
         self.lengths = len(state.losses), len(state.scores)  # they only grow
         self.stateful = [part.state_dict() for part in trainer.stateful]
         self.phase = trainer.phase
