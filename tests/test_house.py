@@ -22,7 +22,7 @@ from pyroflow.targets import eight_schools_centered, eight_schools_noncentered
 
 PACKAGE = Path(__file__).parents[1] / "pyroflow"
 
-MAX_LINES, MAX_FILES = 14_200, 100
+MAX_LINES, MAX_FILES = 12_800, 80
 LONGEST_FILE, LONGEST_CLASS, MOST_ARGUMENTS = 300, 150, 12
 MODELS = [eight_schools_noncentered, eight_schools_centered]
 MOST_RUNS = {  # of a model; a run of many draws side by side counts once
