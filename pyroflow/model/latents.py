@@ -154,8 +154,11 @@ class Latents:
             like: has the dtype and device of z, and its D.
 
         Raises:
-            ValueError: If shapes and plates do not fit D: a guide would make room for them.
+            ValueError: If two sites have one name, or shapes and plates do not fit D: a guide would
+                make room for them.
         """
+        if len({site["name"] for site in sites}) < len(sites):
+            raise ValueError("two of its sites have one name")
         claimed = sum(math.prod(site["unconstrained_shape"]) for site in sites)
         if claimed != len(like):
             raise ValueError(f"its sites have {claimed} latents, and its flow {len(like)}")

@@ -201,6 +201,9 @@ GUIDES: dict[str, Callable[[dict[str, Any]], object]] = {
         support={"kind": "support.greater_than", "arguments": {"lower_bound": torch.zeros(9, 1)}}
     ),
     "layers": lambda c: c["options"].update(num_layers=MUCH),
+    "one name twice": lambda c: c["sites"].append(
+        dict(site(c), unconstrained_shape=[0], batch_shape=[0], plates=[])
+    ),
 }
 
 
