@@ -41,6 +41,7 @@ class Runs(Program):
     Attributes:
         inspected: what one draw got in a run of its own, to compare with.
         chosen: whether the way to run is settled.
+        right_by_vmap: whether ``vmap`` is known to run the model where all sites are given.
 
     Example:
         >>> from pyroflow.targets import eight_schools_noncentered
@@ -65,7 +66,7 @@ class Runs(Program):
         self.inspected: Outcome | None = None
         self._ways = [self.by_vmap] if by_vmap else []
         self._ways += [self.in_plate, self.one_by_one]
-        self._right_by_vmap = self.chosen = False
+        self.right_by_vmap = self.chosen = False
 
     @property
     def sequential(self) -> bool:
@@ -81,7 +82,7 @@ class Runs(Program):
         """The same with the data sampled."""
         ahead = Runs(self.model, self.args, self.kwargs, self.depth, predict=True)
         ahead.records = self.records
-        ahead._right_by_vmap = self.chosen and self.way == self.by_vmap
+        ahead.right_by_vmap = self.chosen and self.way == self.by_vmap
         return ahead
 
     @torch.no_grad()
@@ -92,7 +93,7 @@ class Runs(Program):
         """
         chunks = [range(i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
         parts = []
-        if self._right_by_vmap and not self.chosen:
+        if self.right_by_vmap and not self.chosen:
             parts = self._sampled(rows_of(latents, chunks[0]), len(chunks[0]))
         if not self.chosen:
             few = _few(size)
@@ -132,13 +133,16 @@ class Runs(Program):
     def choose(self, latents: Values, size: int) -> None:
         """Choose how to run, by what a few of S draws get that way and alone; once.
 
-        The inspected draw is compared as well.
+        The inspected draw is compared as well. Where the model runs only one by one, these runs
+        show whether the same sites are in all of them.
         """
         few = _few(size)
         rows, before = rows_of(latents, few), self._inspected_beside(latents)
         while self._ways[1:] and not self.chosen:
             self.chosen = differs(self, rows, len(few), self.way, before) is None
             self._ways = self._ways if self.chosen else self._ways[1:]
+        if not self.chosen:
+            self.one_by_one(rows, len(few))
         self.chosen = True
 
     def _inspected_beside(self, latents: Values) -> Outcome | None:

@@ -243,6 +243,20 @@ def test_predictions_of_a_mixing_model_are_its_own() -> None:
     assert (sites["y"].values - x.sum(1)).abs().max() < 0.06
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_latents_of_some_runs_only_are_refused_where_no_draws_run_side_by_side(seed: int) -> None:
+    """The draws of a new guide may all have the same latents: a fit would not meet the others."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if z > 0:
+            pyro.sample("more", dist.Normal(0.0, 1.0))
+
+    guide = pf.AutoPlanarFlow(model, 0, init_scale=1e-3)
+    with pytest.raises(ValueError, match="'more' is a latent in some runs"):
+        pf.fit_guide(model, guide, steps=1, num_particles=2, seed=seed, progress=False)
+
+
 def test_autoguides_vectorise() -> None:
     problem = BoundModel(walk, AutoNormal(walk), ())
     assert problem.max_plate_nesting == 1
