@@ -114,7 +114,8 @@ def to_arviz(
         draws, stats, khat = _weighted(draw(bound, num_samples, keep_all=True), resample)
         groups = _fitted(bound, draws) | {"sample_stats": stats}
         if ahead:
-            new = BoundModel(model, None, predictions_args or (), predictions_kwargs)
+            first = {name: values[0] for name, values in draws.sites.items()}
+            new = BoundModel(model, None, predictions_args or (), predictions_kwargs, first)
             groups |= _predicted(new, draws)
     groups = {name: group for name, group in groups.items() if group}
     tables = labels.datasets(groups, dims or {}, coords or {}, predictions_coords or {})
@@ -160,10 +161,12 @@ def _fitted(bound: BoundModel, draws: Draws) -> dict[str, labels.Group]:
     """The groups for the arguments of the fit."""
     sites, data = draws.all_sites, bound.observed
     others = [name for name in sites if name not in data and not is_factor(sites[name].record)]
-    # What runs where the latents are given need not run where they are sampled.
-    ahead = [bound.runs.predictive(), bound.runs.predictive()]
-    predictive = _tried(ahead[:1], draws.sites, len(draws), "posterior_predictive is")
-    prior = _tried(ahead, {}, len(draws), "prior and prior_predictive are")
+    # What runs where the latents are given need not run where they are sampled. Nor is it then
+    # right there, if control flow depends on them, which vmap does not take.
+    ahead, anew = bound.runs.predictive(), bound.runs.predictive()
+    predictive = _tried([ahead], draws.sites, len(draws), "posterior_predictive is")
+    prior_runs = [ahead, anew] if ahead.right_by_vmap else [anew]
+    prior = _tried(prior_runs, {}, len(draws), "prior and prior_predictive are")
     observed = {name: labels.observed_values(sites[name].record) for name in data}
     return {
         "posterior": labels.drawn_sites(sites, others),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,11 +17,12 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
 
 from pyroflow.model.comparison import PROBES, differs, spread
 from pyroflow.model.latents import started_anywhere
 from pyroflow.model.priors import PriorsAtLatents
-from pyroflow.model.records import Record, Sites, is_deterministic, is_factor
+from pyroflow.model.records import Record, Sites, Values, is_deterministic, is_factor, quietly
 from pyroflow.model.runs import Runs
 from pyroflow.seeds import seeded
 
@@ -37,6 +39,8 @@ class BoundModel:
         guide: a guide for its latents.
         args: positional arguments of both.
         kwargs: keyword arguments of both.
+        start: without a guide, latents by name to run at, where their shapes fit, with the
+            parameters as they are; the others are drawn from their priors.
 
     Attributes:
         model: the model, whose priors are scored at the latents that a value comes from.
@@ -70,13 +74,14 @@ class BoundModel:
         guide: Callable | None = None,
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
+        start: Values | None = None,
     ) -> None:
         self.guide, self.args, self.kwargs = guide, tuple(args), dict(kwargs or {})
         self.guide_trace: Trace | None = None
         self.model = PriorsAtLatents()(model)
         self.runs = Runs(self.model, self.args, self.kwargs)
         if guide is None:
-            self._run_at_start(model)
+            self.model_trace, self.learns = _run_at_start(model, self.args, self.kwargs, start)
         else:
             self._run_at_draw()
         self._read(prune_subsample_sites(self.model_trace))
@@ -107,13 +112,6 @@ class BoundModel:
             bound = cls(model, guide, args, kwargs)
         check_whole(bound)
         return bound
-
-    def _run_at_start(self, model: Callable) -> None:
-        started = poutine.trace(InitMessenger(started_anywhere(init_to_sample))(model))
-        fresh = pyro.get_param_store().scope()
-        with seeded(0), torch.no_grad(), poutine.block(), pyro.validation_enabled(False), fresh:
-            self.model_trace = started.get_trace(*self.args, **self.kwargs)
-            self.learns = _has_parameters(self.model_trace)
 
     @torch.no_grad()
     def _run_at_draw(self) -> None:
@@ -229,6 +227,23 @@ def check_sites(bound: BoundModel) -> None:
                 f"the guide samples site {name!r}, which is no latent of the model: remove it, "
                 "or mark it with infer={'is_auxiliary': True} if the other sites are made of it"
             )
+
+
+def _run_at_start(
+    model: Callable, args: tuple, kwargs: dict[str, Any], start: Values | None
+) -> tuple[Trace, bool]:
+    """A run at the given latents where they fit, else at draws; and whether it has parameters."""
+
+    def init(site: Record) -> Tensor:
+        value = (start or {}).get(site["name"])
+        fits = value is not None and value.shape == site["fn"].shape()
+        return value if fits else init_to_sample(site)
+
+    started = poutine.trace(InitMessenger(started_anywhere(init))(model))
+    store = pyro.get_param_store().scope() if start is None else nullcontext()
+    with seeded(0), torch.no_grad(), poutine.block(), quietly(), store:
+        trace = started.get_trace(*args, **kwargs)
+        return trace, _has_parameters(trace)
 
 
 def _has_parameters(trace: Trace) -> bool:

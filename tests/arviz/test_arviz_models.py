@@ -11,7 +11,7 @@ import pytest
 import torch
 from arviz_groups import rows
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 from torch import Tensor
 
 import pyroflow as pf
@@ -44,6 +44,49 @@ def test_models_that_mix_vectorised_draws_run_one_by_one() -> None:
         rows(idata, "log_likelihood", "y"), dist.Normal(z[:, 0], 1.0).log_prob(torch.tensor(0.0))
     )
     assert (rows(idata, "posterior_predictive", "late") - z[:, 2]).abs().max() < 0.05
+
+
+def test_control_flow_is_that_of_each_draw_of_the_prior_too() -> None:
+    """Where all draws of the posterior take one branch, and those of the prior both."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 3.0))
+        scale = 0.01 if bool((z > 0).all()) else 9.0
+        pyro.sample("y", dist.Normal(z, scale), obs=torch.tensor(3.0))
+
+    guide = AutoNormal(model, init_loc_fn=init_to_value(values={"z": torch.tensor(3.0)}))
+    idata = pf.to_arviz(model, guide, num_samples=100)
+    z = rows(idata, "prior", "z")
+    far = (rows(idata, "prior_predictive", "y") - z).abs() > 0.1
+    assert not far[z > 0].any()
+    assert far[z < 0].sum() > 30
+
+
+def scaled_walk(x: Tensor, y: Tensor | None = None) -> None:
+    """Singular in float32 where the length is large, as its prior has it."""
+    length = pyro.sample("length", dist.LogNormal(9.0, 1.0))
+    factor = torch.linalg.cholesky((-0.5 * ((x - x[:, None]) / length) ** 2).exp())
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(x)), scale_tril=factor), obs=y)
+
+
+def shifted(y: Tensor | None = None) -> None:
+    shift = pyro.get_param_store()["shift"]
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(loc + shift, 1.0), obs=y)
+
+
+@pytest.mark.usefixtures("float32")
+def test_predictions_run_at_the_draws_and_the_parameters_of_the_fit() -> None:
+    x = torch.linspace(0.0, 5.0, 6)
+    start = init_to_value(values={"length": torch.tensor(0.5)})
+    guide = AutoNormal(scaled_walk, init_loc_fn=start)
+    idata = pf.to_arviz(scaled_walk, guide, (x, torch.sin(x)), None, 30, predictions_args=(x + 1,))
+    assert rows(idata, "predictions", "y").isfinite().all()
+
+    pyro.get_param_store()["shift"] = torch.tensor(50.0)
+    guide = AutoNormal(shifted)
+    idata = pf.to_arviz(shifted, guide, (torch.tensor(50.0),), None, 30, predictions_args=())
+    assert (rows(idata, "predictions", "y") > 30).all()
 
 
 def test_chunks_of_vectorised_draws_line_up(monkeypatch: pytest.MonkeyPatch) -> None:
