@@ -120,7 +120,7 @@ def fit_guide(
             settings["log joint of a draw"] = start.fingerprint
         if set_up:
             guide.check_model(start.model_trace)  # whether it was made for these latents
-        problem = _inspected(model, guide, args, kwargs)
+        problem, valid = _inspected(model, guide, args, kwargs)
         check_latents(problem)
         if isinstance(guide, nn.Module):
             guide.to(device)
@@ -145,7 +145,7 @@ def fit_guide(
             )
         else:
             bound = TraceBound(problem, objective, num_particles)
-        return GuideFit(
+        fit = GuideFit(
             bound,
             steps=steps or STEPS,
             annealing=annealing,
@@ -156,7 +156,10 @@ def fit_guide(
             bar=bar,
             lr=lr,
             progress=progress,
-        ).run()
+        )
+        if not (valid or fit.warm_start):  # which looks for a start farther away
+            refuse_nonfinite(problem)
+        return fit.run()
 
 
 def _check_objective(objective: str, group_size: int, num_particles: int | None) -> None:
@@ -168,20 +171,23 @@ def _check_objective(objective: str, group_size: int, num_particles: int | None)
         )
 
 
-def _inspected(model: Callable, guide: Callable, args: tuple, kwargs: dict | None) -> BoundModel:
-    """``BoundModel``, which one bad draw may fail; NaN everywhere is said by site."""
+def _inspected(
+    model: Callable, guide: Callable, args: tuple, kwargs: dict | None
+) -> tuple[BoundModel, bool]:
+    """``BoundModel``, and whether a draw of the guide was valid in the model.
+
+    Where none of a few was, the support may begin farther away, which is for the fit to find.
+    """
     for _ in range(TRIES):
         try:
-            return BoundModel(model, guide, args, kwargs)
+            return BoundModel(model, guide, args, kwargs), True
         except ValueError as error:
             failed = error
     with pyro.validation_enabled(False):
         try:
-            problem = BoundModel(model, guide, args, kwargs)
+            return BoundModel(model, guide, args, kwargs), False
         except ValueError:
             raise failed from None
-    refuse_nonfinite(problem)
-    raise failed
 
 
 def _or_one(count: int | None) -> int:

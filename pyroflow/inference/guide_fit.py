@@ -61,7 +61,9 @@ class GuideFit:
     ) -> None:
         self.bound, self.guide, self.annealing, self.bar = bound, bound.guide, annealing, bar
         self.by_log_joint = isinstance(bound, LogJointBound)
-        self.warm_start = warm_start and self.by_log_joint and not bound.log_joint.one_by_one
+        cheap = self.by_log_joint and not bound.log_joint.one_by_one
+        placed = cheap and self.guide.affine is not None
+        self.warm_start = warm_start and placed and self.guide.latent_dim <= WIDEST_WARM_START
         self.early_stop = early_stop and self.by_log_joint and annealing is None
         self.steps, self.spent = steps, 0  # of the steps, on the affine layer alone
         own = {"num_particles": bound.num_particles, "early_stop": self.early_stop}
@@ -103,8 +105,7 @@ class GuideFit:
     def _initialize(self) -> Fit | None:
         """Set the affine layer to the best Gaussian, found without training or with it."""
         guide = self.guide
-        small = self.warm_start and guide.latent_dim <= WIDEST_WARM_START
-        if small and guide.affine is not None and self.part is None:
+        if self.warm_start and self.part is None:
             found = best_gaussian(self.bound.log_joint, guide._init_loc(), self.bar)
             if found is not None:
                 initialize(guide, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -155,7 +156,8 @@ class Runs(Program):
         drawn = {name: tensor_of(value).detach()[None] for name, value in drawn.items()}
         moving = {n: v.clone().requires_grad_() for n, v in drawn.items() if v.is_floating_point()}
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
                 trace = self._inspected_at(drawn | moving)
                 free = [name for name, site in self.records.items() if not site["is_observed"]]
                 latents = {name: drawn[name] for name in free if name in drawn}
