@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from inspect import Signature, signature
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -96,6 +98,15 @@ class Conditional(ConditionalTransformModule):
     """
 
     family: type[Bijection]
+
+    def __init_subclass__(cls) -> None:
+        """Show the family's arguments where ``help`` and editors look for them."""
+        super().__init_subclass__()
+        if hasattr(cls, "family"):
+            own = signature(Conditional.__init__).parameters
+            first, *theirs = signature(cls.family).parameters.values()
+            found = [first, own["context_dim"], *theirs, own["hidden_dims"]]
+            cls.__signature__ = Signature(sorted(found, key=attrgetter("kind")))
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from inspect import signature
 
 import pyro.distributions as dist
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions import transforms as torch_transforms
 
+import pyroflow as pf
 from pyroflow import transforms
 from pyroflow.transforms import Affine, Planar
 
@@ -175,3 +177,21 @@ def test_chains_of_batched_parameters_have_a_batch_shape() -> None:
     assert b.sample((4,)).shape == (4, 7, 2)
     assert b.log_prob(torch.zeros(2)).shape == (7,)
     assert b.expand([5, 7]).log_prob(torch.zeros(2)).shape == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("conditional", "family"),
+    [
+        (pf.ConditionalPlanar, pf.Planar),
+        (pf.ConditionalRadial, pf.Radial),
+        (pf.ConditionalSylvester, pf.Sylvester),
+        (pf.ConditionalAffine, pf.Affine),
+    ],
+)
+def test_a_conditional_form_shows_the_arguments_of_its_family(
+    conditional: type, family: type
+) -> None:
+    shown, theirs = (signature(made).parameters for made in (conditional, family))
+    assert list(shown)[:2] == ["input_dim", "context_dim"]
+    assert shown.keys() == theirs.keys() | {"context_dim", "hidden_dims"}
+    assert all(shown[name].default == p.default for name, p in theirs.items())
