@@ -248,9 +248,16 @@ class TestVerdicts:
         assert smoothed.logsumexp(0) == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("make", [AutoNormal, pf.AutoPlanarFlow])
 @pytest.mark.parametrize(
-    ("objective", "sequential"), [("elbo", False), ("iwae", False), ("elbo", True)]
+    ("make", "objective", "sequential"),
+    [
+        (AutoNormal, "elbo", False),
+        (AutoNormal, "iwae", False),
+        (AutoNormal, "elbo", True),
+        (pf.AutoPlanarFlow, "elbo", False),
+        pytest.param(pf.AutoPlanarFlow, "iwae", False, marks=pytest.mark.slow),
+        pytest.param(pf.AutoPlanarFlow, "elbo", True, marks=pytest.mark.slow),
+    ],
 )
 def test_by_pyro_s_traces(make: Callable, objective: str, sequential: bool) -> None:
     """θ > 1 and a parameter of the model, whose best value is the mean of the data."""
