@@ -11,7 +11,7 @@ from torch.distributions import Independent
 
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import Draws
-from pyroflow.model.runs import Runs
+from pyroflow.model.program import Program
 
 PARTS = 5  # fifths of the draws, in the order of the scale
 SCATTER = 1.5  # of the log weights, in an outer fifth against the middle one
@@ -54,12 +54,12 @@ def scale_pairs(bound: BoundModel, draws: Draws) -> dict[str, Funnel]:
     best = int(draws.log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf).argmax())
     values = {name: value[best : best + 1].clone() for name, value in draws.sites.items()}
     leaves = {name: v.requires_grad_() for name, v in values.items() if v.is_floating_point()}
-    runs = Runs(bound.model, bound.args, bound.kwargs)
+    program = Program(bound.model, bound.args, bound.kwargs)
     with torch.enable_grad():
-        runs.keep_records(values)
+        program.keep_records(values)
     pairs = {}
     for name in leaves:
-        scale = _scale(runs.records[name]["fn"])
+        scale = _scale(program.records[name]["fn"])
         if scale:
             total, inputs = sum(t.sum() for t in scale.values()), list(leaves.values())
             grads = torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=True)
