@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from ..records import choose, machine, read, write
 from .models import FOLDER, NAMES, ROOT, load
-from .run import METHODS, QUICK, Settings, complete, read, write
+from .run import METHODS, QUICK, Settings, complete
 from .table import markdown
 
 OUT = ROOT / "notebooks" / "results" / "posteriordb.json"
@@ -63,28 +62,11 @@ def table(results: Annotated[Path, typer.Argument(help="What run has written.")]
     typer.echo(markdown(read(results)))
 
 
-def choose(given: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
-    """Names that contain one of the parts, in the known order; all of them for no parts."""
-    parts = [part.strip() for part in given.split(",")]
-    for part in parts:
-        if not any(part in name for name in known):
-            raise typer.BadParameter(
-                f"{option} must name parts of {', '.join(known)}; got {part!r}"
-            )
-    return tuple(name for name in known if any(part in name for part in parts))
-
-
 def forget(results: dict[str, Any], names: tuple[str, ...], methods: tuple[str, ...]) -> None:
     """Drop the results of these methods on these posteriors."""
     for name in names:
         for method in methods:
             results.get(name, {}).pop(method, None)
-
-
-def machine() -> dict[str, Any]:
-    """What the times depend on."""
-    facts = {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
-    return facts | {name: version(name) for name in ("torch", "pyro-ppl", "arviz")}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import pyro
 from pyro.distributions.transforms import iterated, planar
@@ -20,6 +20,7 @@ from pyro.infer.autoguide import (
     AutoNormalizingFlow,
 )
 from pyro.optim import ClippedAdam
+from torch import Tensor
 
 from pyroflow.model.bound import BoundModel
 
@@ -36,7 +37,14 @@ PARTICLES, LR, DECAY = 32, 0.01, 0.1  # the rate falls to DECAY times LR over th
 PROBE = 10  # steps by which the number of steps in the given time is estimated
 
 
-def svi(posterior: Posterior, guide: Callable, steps: int) -> Iterator[float]:
+class Problem(Protocol):
+    """What a fit needs to know of a posterior."""
+
+    model: Callable
+    args: tuple
+
+
+def svi(posterior: Problem, guide: Callable, steps: int) -> Iterator[float]:
     """Pyro's SVI with vectorised particles, as its tutorials say; yield the loss of each step."""
     nesting = BoundModel(posterior.model, guide, posterior.args).max_plate_nesting
     elbo = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=nesting)
@@ -46,7 +54,7 @@ def svi(posterior: Posterior, guide: Callable, steps: int) -> Iterator[float]:
         yield steps_of.step(*posterior.args)
 
 
-def fit_rival(posterior: Posterior, name: str, seconds: float) -> tuple[Callable, dict[str, Any]]:
+def fit_rival(posterior: Problem, name: str, seconds: float) -> tuple[Callable, dict[str, Any]]:
     """One of Pyro's guides after so many seconds of SVI, its set-up included.
 
     The probe, which sets the pace of the decay, is on a guide of its own and costs the rival no
@@ -72,15 +80,22 @@ def fit_rival(posterior: Posterior, name: str, seconds: float) -> tuple[Callable
 
 def nuts(posterior: Posterior, warmup: int, num_samples: int, limit: float) -> dict[str, Any]:
     """Pyro's NUTS, one chain, jit-compiled: its seconds and errors."""
+    draws, seconds = chain(posterior, warmup, num_samples, limit)
+    errors = moments(posterior, posterior.columns(draws))
+    return {"seconds": seconds, "draws": num_samples, **errors}
+
+
+def chain(
+    posterior: Problem, warmup: int, num_samples: int, limit: float
+) -> tuple[dict[str, Tensor], float]:
+    """The draws of a chain by site, and its seconds."""
     kernel = NUTS(posterior.model, jit_compile=True, ignore_jit_warnings=True)
     mcmc = MCMC(kernel, num_samples, warmup, disable_progbar=True)
     start = time.perf_counter()
     with at_most(limit), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of its jit
         mcmc.run(*posterior.args)
-    seconds = time.perf_counter() - start
-    errors = moments(posterior, posterior.columns(mcmc.get_samples()))
-    return {"seconds": seconds, "draws": num_samples, **errors}
+    return mcmc.get_samples(), time.perf_counter() - start
 
 
 @contextmanager

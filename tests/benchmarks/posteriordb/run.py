@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -122,22 +120,3 @@ def summary(record: Record) -> str:
     names = ("kl", "khat", "ess", "mean error", "sd error", "seconds")
     said = [f"{name} {record[name]:.3g}" for name in names if record.get(name) is not None]
     return ", ".join(said + ([record["error"]] if "error" in record else []))
-
-
-def read(path: Path) -> dict[str, Any]:
-    """What an earlier run has written, or nothing."""
-    return json.loads(path.read_text()) if path.exists() else {"results": {}}
-
-
-def write(found: dict[str, Any], path: Path) -> None:
-    """Write through a second file: a run that is killed leaves the one or the other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(_rounded(found), indent=1) + "\n")
-    draft.replace(path)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return float(f"{value:.6g}") if isinstance(value, float) else value
