@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 PAPER := ../$(BIN)/python -m rezende_mohamed_2015
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint slow notebooks bench posteriordb paper tables clean
+.PHONY: demo test lint slow notebooks bench posteriordb posteriors trust paper tables clean
 
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	$(BIN)/pyroflow demo
@@ -30,6 +30,12 @@ bench: $(VENV)/bench-installed $(JAX_VENV)/installed  ## Speed beside other libr
 posteriordb: $(INSTALLED)  ## Ten posteriors, ours beside rivals and NUTS, with resume; an hour. PYROFLOW_POSTERIORDB says where the data are.
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.posteriordb run --threads 1
 	cd tests && ../$(BIN)/python -m benchmarks.posteriordb table
+
+posteriors: $(INSTALLED)  ## pf.posterior on 29 posteriors with three seeds, with resume. PYROFLOW_POSTERIORDB and PYROFLOW_HIERARCHIES say where the data are.
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.posteriors run
+
+trust: $(INSTALLED)  ## The verdicts of pf.posterior on 110 small posteriors with exact answers, three seeds, with resume.
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.trust run
 
 paper: export OMP_NUM_THREADS := 1
 paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MNIST is the folder of the four files.

@@ -28,6 +28,7 @@ class Reference:
         supports: of each latent site.
         mean: of each column, shape (C,).
         sd: the same.
+        kurtosis: the same, 3 for a Gaussian.
         quantiles: at the ``LEVELS``, shape (5, C); NaN where they are not known.
         heavy: of each column, whether it is judged by its quantiles: its moments do not exist,
             or those of some thousand draws stray from them.
@@ -36,6 +37,7 @@ class Reference:
     supports: Mapping[str, Constraint]
     mean: Tensor
     sd: Tensor
+    kurtosis: Tensor
     quantiles: Tensor
     heavy: Tensor
 
@@ -61,19 +63,24 @@ def columns(draws: Draws, supports: Mapping[str, Constraint]) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def sizes(draws: Draws, supports: Mapping[str, Constraint]) -> dict[str, int]:
+    """The number of columns of each site."""
+    first = {name: draws[name][:1] for name in supports}
+    return {name: columns(first, {name: known}).shape[-1] for name, known in supports.items()}
+
+
 def labels(draws: Draws, supports: Mapping[str, Constraint]) -> list[str]:
     """The site of each column, with a number where it has several."""
     found = []
-    for name in supports:
-        size = columns(draws, {name: supports[name]}).shape[-1]
+    for name, size in sizes(draws, supports).items():
         found += [name] if size == 1 else [f"{name}[{i}]" for i in range(size)]
     return found
 
 
 def quantiles(x: Tensor) -> Tensor:
     """Those at the ``LEVELS`` of draws x (S, C), shape (5, C)."""
-    ordered = x.sort(0).values
-    return torch.stack([ordered[round(level * (len(x) - 1))] for level in LEVELS])
+    ordered = x.T.contiguous().sort(-1).values
+    return torch.stack([ordered[:, round(level * (len(x) - 1))] for level in LEVELS])
 
 
 def from_draws(
@@ -81,11 +88,10 @@ def from_draws(
 ) -> Reference:
     """The reference that a large exact sample is; ``heavy`` are the sites judged by quantiles."""
     x = columns(draws, supports)
-    marked = [
-        torch.full((columns(draws, {name: support}).shape[-1],), name in heavy)
-        for name, support in supports.items()
-    ]
-    return Reference(supports, x.mean(0), x.std(0), quantiles(x), torch.cat(marked))
+    marked = [torch.full((size,), name in heavy) for name, size in sizes(draws, supports).items()]
+    mean, sd = x.mean(0), x.std(0)
+    kurtosis = ((x - mean) / sd).square().square().mean(0)
+    return Reference(supports, mean, sd, kurtosis, quantiles(x), torch.cat(marked))
 
 
 def judge(draws: Draws, reference: Reference) -> dict[str, float | str]:
@@ -93,7 +99,8 @@ def judge(draws: Draws, reference: Reference) -> dict[str, float | str]:
 
     Returns:
         "mean error", the worst |error of a mean| in sds of the reference; "sd error", the worst
-        |sd / reference − 1|; where they are. A heavy column is judged by how many draws lie below
+        |sd / reference − 1|; where they are; "sd noise", the standard error that the latter has
+        in as many independent draws. A heavy column is judged by how many draws lie below
         the median, between the quartiles and between the 5 and 95 % quantiles of the reference:
         by the shift and the two sds (the worse counts) that a Gaussian would need for that.
         Both are infinite where a draw is NaN or more than 1 % lie on an edge of the support.
@@ -110,12 +117,21 @@ def judge(draws: Draws, reference: Reference) -> dict[str, float | str]:
     off, wide = (
         t.nan_to_num(torch.inf, posinf=torch.inf).masked_fill(lost, torch.inf) for t in (off, wide)
     )
+    worst = int(wide.argmax())
     return {
         "mean error": off.max().item(),
         "sd error": wide.max().item(),
         "mean at": names[int(off.argmax())],
-        "sd at": names[int(wide.argmax())],
+        "sd at": names[worst],
+        "sd noise": _noise(reference, worst, len(x)),
     }
+
+
+def _noise(reference: Reference, column: int, num: int) -> float:
+    """Of the sd of so many draws, by the kurtosis; by the quartiles in a heavy column."""
+    if reference.heavy[column]:
+        return 1.17 / num**0.5  # of the width between the quartiles of a Gaussian
+    return ((reference.kurtosis[column].item() - 1) / (4 * num)) ** 0.5
 
 
 def _by_ranks(x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:

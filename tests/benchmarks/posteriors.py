@@ -6,7 +6,6 @@ notebooks/results/posteriors.json what it lacks; ``table`` prints it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -25,14 +24,13 @@ from .runs import (
     Record,
     alone,
     complete,
-    error,
     missing,
     within,
+    worst,
 )
 
 OUT = ROOT / "notebooks" / "results" / "posteriors.json"
 RIGHT, WRONG = 0.1, 0.2  # of an sd; what is between them is neither
-ERRORS = ("mean error", "sd error")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -96,9 +94,8 @@ def _cells(seeds: dict[str, Record]) -> list[str]:
         return ["–"] * 4
     records = [seeds[seed] for seed in sorted(seeds, key=int)]
     said = ", ".join(record.get("level") or record.get("error", "–") for record in records)
-    mean, sd = _worst(records)
     seconds = [record["seconds"] for record in records]
-    return [said, mean, sd, f"{median(seconds):.1f} to {max(seconds):.1f}"]
+    return [said, *worst(records), f"{median(seconds):.1f} to {max(seconds):.1f}"]
 
 
 def _errors(seeds: dict[str, Record]) -> str:
@@ -108,12 +105,7 @@ def _errors(seeds: dict[str, Record]) -> str:
     if all("error" in record for record in records):
         return records[0]["error"]
     seconds = median(record["seconds"] for record in records)
-    return ", ".join([*_worst(records), f"{seconds:.1f}"])
-
-
-def _worst(records: Iterable[Record]) -> tuple[str, str]:
-    mean, sd = (max(error(record, key) for record in records) for key in ERRORS)
-    return f"{mean:.3f}", f"{sd:.1%}"
+    return ", ".join([*worst(records), f"{seconds:.1f}"])
 
 
 def rates(records: list[Record]) -> list[str]:

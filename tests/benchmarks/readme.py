@@ -19,7 +19,7 @@ from rezende_mohamed_2015 import figure3, mnist_drawing
 from rezende_mohamed_2015 import tables as paper
 from rezende_mohamed_2015.__main__ import EXPERIMENTS
 
-from . import family
+from . import family, posteriors, trust
 from .posteriordb import table as posteriordb
 from .speed import table as speed
 from .tables import markdown
@@ -196,6 +196,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "direction": direction,
     "steps": steps,
     "posteriordb": lambda: posteriordb.markdown(stored("posteriordb")),
+    "posteriors": lambda: posteriors.markdown(stored("posteriors")),
+    "trust": lambda: trust.markdown(stored("trust")),
     "speed": lambda: speed.markdown(stored("benchmarks")),
     "family": lambda: markdown(family.frame(stored("family"))),
     **{name: partial(experiment, name) for name in paper.TABLES},

@@ -74,7 +74,7 @@ def by_rival(problem: Problem, seed: int, budget: float, *, guide: str) -> Answe
 
 def by_nuts(problem: Problem, seed: int, budget: float) -> Answer:
     """Pyro's NUTS, one chain."""
-    return Answer(chain(problem, WARMUP, NUM // 4, math.inf)[0])
+    return Answer(chain(problem, WARMUP, NUM // 4)[0])
 
 
 POSTERIOR, SYLVESTER = "posterior", "sylvester"
@@ -182,10 +182,10 @@ def _budget(run: Run, results: Results) -> float:
 def summary(record: Record) -> str:
     """One line of a record, for the terminal."""
     said = [record["level"]] if record.get("level") else []
-    for name in ("mean error", "sd error", "seconds"):
-        if record.get(name) is not None:
-            where = record.get(name.replace("error", "at"), "")
-            said.append(f"{name} {record[name]:.3g} {where}".rstrip())
+    for name in ("mean", "sd"):
+        if record.get(f"{name} error") is not None:
+            said.append(f"{name} error {record[f'{name} error']:.3g} at {record[f'{name} at']}")
+    said.append(f"{record['seconds']:.1f} s")
     return ", ".join(said + ([record["error"]] if "error" in record else []))
 
 
@@ -193,6 +193,16 @@ def error(record: Record, name: str) -> float:
     """An error of a record; infinite where there is none."""
     value = record.get(name)
     return math.inf if value is None else value
+
+
+def worst(records: Iterable[Record]) -> list[str]:
+    """The worst error of a mean and of an sd over some records, as text."""
+    records = list(records)
+    mean, sd = (max(error(r, f"{name} error") for r in records) for name in ("mean", "sd"))
+    return [
+        f"{mean:.3f}" if math.isfinite(mean) else "–",
+        f"{sd:.1%}" if math.isfinite(sd) else "–",
+    ]
 
 
 def within(record: Record, most: float) -> bool:

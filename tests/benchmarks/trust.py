@@ -19,7 +19,7 @@ from . import tables
 from .known import TARGETS
 from .posteriordb.models import ROOT
 from .records import choose, machine, read, write
-from .runs import POSTERIOR, SYLVESTER, TRUSTED, Record, alone, complete, error, missing, within
+from .runs import POSTERIOR, SYLVESTER, TRUSTED, Record, alone, complete, missing, within, worst
 
 OUT = ROOT / "notebooks" / "results" / "trust.json"
 WRONG = 0.2
@@ -112,15 +112,13 @@ def rows(found: dict[str, dict[str, Record]]) -> str:
     lines = []
     for name, seeds in found.items():
         records = [seeds[seed] for seed in sorted(seeds, key=int)]
-        worst = {key: max(error(r, key) for r in records) for key in ("mean error", "sd error")}
         wrong = sum(not is_right(record) for record in records)
         lines.append(
             [
                 name,
                 TARGETS[name].kind,
                 ", ".join(level(record) for record in records),
-                f"{worst['mean error']:.3f}",
-                f"{worst['sd error']:.1%}",
+                *worst(records),
                 f"{median(record['seconds'] for record in records):.1f}",
                 f"{wrong} of {len(records)}" if wrong else "–",
             ]

@@ -267,7 +267,7 @@ def _targets() -> list[Target]:
             normal_groups("groups-thousand_1002", y1000, errors, 2.0),
             rows_of_groups(),
             poisson_groups(
-                "poisson-60_62", 60, (-3.0, 2.0), 1.6, ((-1.5, 1.5, 41), (-0.8, 1.4, 36))
+                "poisson-60_62", 60, (-3.0, 2.0), 1.9, ((-2.0, 2.0, 49), (-0.8, 1.4, 36))
             ),
             poisson_groups(
                 "poisson-few_8", 6, (-1.0, 1.0), 0.7, ((-4.0, 4.0, 60), (-12.0, 2.0, 60))

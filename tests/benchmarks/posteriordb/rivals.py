@@ -45,9 +45,16 @@ class Problem(Protocol):
 
 
 def svi(posterior: Problem, guide: Callable, steps: int) -> Iterator[float]:
-    """Pyro's SVI with vectorised particles, as its tutorials say; yield the loss of each step."""
+    """Pyro's SVI with vectorised particles, as its tutorials say; yield the loss of each step.
+
+    A model that does not run for many particles side by side has one particle a step.
+    """
     nesting = BoundModel(posterior.model, guide, posterior.args).max_plate_nesting
-    elbo = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=nesting)
+    if nesting is None:
+        elbo = Trace_ELBO()
+    else:
+        options = {"vectorize_particles": True, "max_plate_nesting": nesting}
+        elbo = Trace_ELBO(num_particles=PARTICLES, **options)
     optimizer = ClippedAdam({"lr": LR, "lrd": DECAY ** (1 / steps)})
     steps_of = SVI(posterior.model, guide, optimizer, elbo)
     while True:
@@ -80,19 +87,18 @@ def fit_rival(posterior: Problem, name: str, seconds: float) -> tuple[Callable, 
 
 def nuts(posterior: Posterior, warmup: int, num_samples: int, limit: float) -> dict[str, Any]:
     """Pyro's NUTS, one chain, jit-compiled: its seconds and errors."""
-    draws, seconds = chain(posterior, warmup, num_samples, limit)
+    with at_most(limit):
+        draws, seconds = chain(posterior, warmup, num_samples)
     errors = moments(posterior, posterior.columns(draws))
     return {"seconds": seconds, "draws": num_samples, **errors}
 
 
-def chain(
-    posterior: Problem, warmup: int, num_samples: int, limit: float
-) -> tuple[dict[str, Tensor], float]:
+def chain(posterior: Problem, warmup: int, num_samples: int) -> tuple[dict[str, Tensor], float]:
     """The draws of a chain by site, and its seconds."""
     kernel = NUTS(posterior.model, jit_compile=True, ignore_jit_warnings=True)
     mcmc = MCMC(kernel, num_samples, warmup, disable_progbar=True)
     start = time.perf_counter()
-    with at_most(limit), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of its jit
         mcmc.run(*posterior.args)
     return mcmc.get_samples(), time.perf_counter() - start
