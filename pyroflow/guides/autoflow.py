@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pyroflow.checks import check_choice, check_count, check_positive
-from pyroflow.flows import AlongPath, Flow, StandardNormal
-from pyroflow.guides.base import MARGINAL_DRAWS, ModuleGuide, Values, marginal_quantiles
+from pyroflow.flows import AlongPath, Flow, FlowDistribution, StandardNormal
+from pyroflow.guides.coordinates import (
+    Centring,
+    Coordinates,
+    check_sites,
+    checked_centring,
+    coordinates_of,
+)
+from pyroflow.guides.flow_guide import FlowGuide
 from pyroflow.guides.refusals import checked_transforms, refuse_sizes
-from pyroflow.model.latents import Latents, Site, started_anywhere
+from pyroflow.model.latents import started_anywhere
 from pyroflow.transforms import Affine
 from pyroflow.transforms.affine import AffineKind
 
@@ -45,74 +48,6 @@ class StandardStudentT(nn.Module):
     def forward(self) -> Distribution:
         """The distribution, with event shape (D,)."""
         return dist.StudentT(self.df, self.loc, torch.ones_like(self.loc)).to_event(1)
-
-
-class FlowGuide(ModuleGuide, AutoContinuous):
-    """A guide whose distribution over the unconstrained latents is a :class:`~pyroflow.Flow`."""
-
-    flow: Flow
-
-    def set_latents(self, latents: Latents) -> None:
-        """As in any guide; ``NeuTraReparam`` takes the plates from one that was not called yet."""
-        super().set_latents(latents)
-        if self.master is None:
-            self._create_plates()
-
-    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
-        """As in Pyro, but unseen by the model, which would take the indices from them.
-
-        A model whose plate has grown would run on a part of its rows and say nothing.
-        """
-        with poutine.block(hide_fn=site_is_subsample):
-            return super()._create_plates(*args, **kwargs)
-
-    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
-        """As in Pyro, and for draws of shape (*B, D) too: (*B, *shape of the site)."""
-        values = self.latents.unpack(latent, particles=True)
-        return ((self.prototype_trace.nodes[name], value) for name, value in values.items())
-
-    def _draw_unconstrained(self, *args: Any, **kwargs: Any) -> tuple[Values, dict[str, Any]]:
-        latent = self.sample_latent(*args, **kwargs)
-        return self.latents.unpack(latent, particles=True), self._create_plates(*args, **kwargs)
-
-    def _quantiles(self, levels: Sequence[float], *args: Any, **kwargs: Any) -> Values:
-        draws, _ = self.latents.constrain(self.get_posterior().sample((MARGINAL_DRAWS,)))
-        return marginal_quantiles(draws, levels)
-
-    def check_model(self, model_trace: poutine.Trace) -> None:
-        """Raise ``ValueError`` by name if a later run of the model has other latents."""
-        self.latents.check(model_trace)
-
-    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Log density of the guide at points on the supports of the model's sites.
-
-        It is the density with respect to the measures that Pyro's own distributions have on these
-        supports, so it can be set beside the log joint of a model.
-
-        Args:
-            values: by name, for every site of the guide, shape (*B, *shape of the site). Draws of
-                the guide, or of Pyro's ``Predictive``, can be given as they are.
-            *args: the model's, used where the guide was never called.
-            **kwargs: likewise.
-
-        Returns:
-            log q, shape (*B).
-
-        Raises:
-            ValueError: If a site is missing or unknown, a shape does not fit, or a value is not
-                inside its support; the message names the site.
-
-        Example:
-            >>> import pyro
-            >>> def model():
-            ...     return pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-            >>> guide = AutoFlow(model, [])
-            >>> guide.log_prob({"scale": torch.tensor([0.5, 1.0, 2.0])}).shape
-            torch.Size([3])
-        """
-        flow = self.setup(*args, **kwargs).flow
-        z, log_det = self.latents.unconstrain(values, like=flow.base.loc)
-        return flow().log_prob(z) - log_det
 
 
 class AutoFlow(FlowGuide):
@@ -144,9 +79,15 @@ class AutoFlow(FlowGuide):
         init_scale: diagonal of the affine layer's scale at the start.
         base_df: degrees of freedom of a base of independent Student-t variables with scale 1, for
             posteriors with heavy tails; None for the normal base.
+        centring: how latents are written whose prior takes its location or scale from others, as
+            in hierarchies: "auto", as :func:`~pyroflow.fit_guide` finds best, and as the model
+            writes them until then; None, as the model writes them; or by site c in [0, 1], a
+            number or a tensor of the site's unconstrained shape: 1 as written, 0 non-centred, in
+            the coordinates of Pyro's ``LocScaleReparam(c)``.
 
     Attributes:
-        flow: after the first call, the :class:`~pyroflow.Flow` over the unconstrained latents.
+        flow: after the first call, the :class:`~pyroflow.Flow` over coordinates x of shape (D,).
+        coordinates: the map from x to the unconstrained latents; None where they are x itself.
         affine: after the first call, its affine layer; None if there is none.
         path_derivative: whether gradients of log q go along the path of the sample only
             (:class:`~pyroflow.flows.AlongPath`), in any ELBO.
@@ -179,8 +120,10 @@ class AutoFlow(FlowGuide):
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 0.1,
         base_df: float | None = None,
+        centring: Centring = "auto",
     ) -> None:
         self.path_derivative = False
+        self.centring_given = checked_centring(centring)
         check_choice("affine", affine, ("full", "diagonal", None))
         self.affine_kind, self.init_scale = affine, check_positive("init_scale", init_scale)
         self.base_df = None if base_df is None else float(check_positive("base_df", base_df))
@@ -188,6 +131,7 @@ class AutoFlow(FlowGuide):
         # In a tuple, so as not to be registered.
         self._given = (transforms if is_build else checked_transforms(transforms),)
         super().__init__(model, init_loc_fn=started_anywhere(init_loc_fn))
+        self.coordinates = None
 
     @property
     def affine(self) -> Affine | None:
@@ -195,7 +139,8 @@ class AutoFlow(FlowGuide):
         return None if self.affine_kind is None else self.flow.parts[-1]
 
     def _make_parts(self, *args: Any, **kwargs: Any) -> None:
-        init_loc, dim = self._init_loc(), self.latent_dim
+        self.coordinates = self._fixed_coordinates(args, kwargs)
+        init_loc, dim = self.start(), self.latent_dim
         with init_loc.device:  # whatever the default
             base = StandardNormal(dim)
             if self.base_df is not None:
@@ -210,6 +155,27 @@ class AutoFlow(FlowGuide):
             p.data = p.data.contiguous()
         self.flow = flow
 
+    def _fixed_coordinates(self, args: tuple, kwargs: dict[str, Any]) -> Coordinates | None:
+        """Those of the ``centring`` that was given as a dict."""
+        if not isinstance(self.centring_given, dict):
+            return None
+        start = self._init_loc()
+        found = coordinates_of(self.model, args, kwargs, self.latents, start)
+        check_sites(self.centring_given, found)
+        if found is not None:
+            found.set(found.spread(self.centring_given))
+        return found
+
+    def find_coordinates(self, args: tuple, kwargs: dict[str, Any]) -> Coordinates | None:
+        """Record the model's coordinates, c = 1, where ``centring`` is "auto"; None if it is not.
+
+        Called by :func:`~pyroflow.fit_guide`, which then sets c.
+        """
+        if self.centring_given == "auto" and self.coordinates is None:
+            start = self._init_loc()
+            self.coordinates = coordinates_of(self.model, args, kwargs, self.latents, start)
+        return self.coordinates if self.centring_given == "auto" else None
+
     def _transforms(self, init_loc: Tensor) -> list[Transform]:
         """What lies between the base and the affine layer."""
         (given,) = self._given
@@ -221,7 +187,8 @@ class AutoFlow(FlowGuide):
 
     def get_transforms(self) -> list[Transform]:
         """The transforms from the base to the unconstrained latents, in order."""
-        return self.flow.transforms()
+        moved = [] if self.coordinates is None else [self.coordinates]
+        return self.flow.transforms() + moved
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """The transforms as one."""
@@ -230,5 +197,10 @@ class AutoFlow(FlowGuide):
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         """The guide's distribution over the unconstrained latents, event shape (D,)."""
         # A list, not a composed transform: torch's would run the stack again to score a sample.
+        made = AlongPath if self.path_derivative else FlowDistribution
+        return made(self.get_base_dist(), self.get_transforms())
+
+    def over_coordinates(self) -> dist.TransformedDistribution:
+        """The same over the flow's own coordinates x, as :meth:`constrain` takes them."""
         q = self.flow()
         return AlongPath(q.base_dist, q.transforms) if self.path_derivative else q

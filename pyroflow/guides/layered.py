@@ -13,6 +13,7 @@ from torch.distributions import Transform
 from pyroflow.checks import check_choice, check_count
 from pyroflow.flows import Flow
 from pyroflow.guides.autoflow import AutoFlow
+from pyroflow.guides.coordinates import Centring
 from pyroflow.transforms import Planar, Sylvester
 from pyroflow.transforms.affine import AffineKind
 from pyroflow.transforms.sylvester import KINDS, Orthogonal, orthonormal
@@ -36,11 +37,12 @@ class _LayeredGuide(AutoFlow):
         init_scale: float = 0.1,
         *,
         base_df: float | None = None,
+        centring: Centring = "auto",
     ) -> None:
         self.grows = num_layers == "auto"
         self.num_layers = FIRST_LAYERS if self.grows else check_count("num_layers", num_layers, 0)
         options = {"init_loc_fn": init_loc_fn, "init_scale": init_scale, "base_df": base_df}
-        super().__init__(model, (), affine=affine, **options)
+        super().__init__(model, (), affine=affine, centring=centring, **options)
 
     @property
     def stack(self) -> Planar | Sylvester | None:
@@ -100,7 +102,7 @@ class AutoPlanarFlow(_LayeredGuide):
         model: a Pyro model. Discrete latents must be enumerated or blocked.
         num_layers: K; "auto" starts with 4, and :func:`~pyroflow.fit_guide` adds more while the
             bound gains by them.
-        affine: as in :class:`AutoFlow`, like init_loc_fn, init_scale and base_df.
+        affine: as in :class:`AutoFlow`, like init_loc_fn, init_scale, base_df and centring.
 
     Attributes:
         num_layers: the present K.
@@ -147,7 +149,7 @@ class AutoSylvesterFlow(_LayeredGuide):
         model: a Pyro model. Discrete latents must be enumerated or blocked.
         num_units: M, from 1 to D; by default D, but no more than 32.
         num_layers: L; "auto" as in :class:`AutoPlanarFlow`.
-        affine: as in :class:`AutoFlow`, like init_loc_fn, init_scale and base_df.
+        affine: as in :class:`AutoFlow`, like init_loc_fn, init_scale, base_df and centring.
         orthogonal: how the M orthonormal directions of each layer are made, as in
             :class:`~pyroflow.Sylvester`; or "random": rotations that are drawn once and not
             trained, which costs less a step and takes more of them.
@@ -182,11 +184,13 @@ class AutoSylvesterFlow(_LayeredGuide):
         *,
         orthogonal: Rotation = "householder",
         base_df: float | None = None,
+        centring: Centring = "auto",
     ) -> None:
         check_choice("orthogonal", orthogonal, ("random", *KINDS))
         self.num_units = None if num_units is None else check_count("num_units", num_units, 1)
         self.orthogonal = orthogonal
-        super().__init__(model, num_layers, affine, init_loc_fn, init_scale, base_df=base_df)
+        options = {"base_df": base_df, "centring": centring}
+        super().__init__(model, num_layers, affine, init_loc_fn, init_scale, **options)
 
     @property
     def sylvester(self) -> Sylvester | None:

@@ -40,7 +40,10 @@ FLATTEST = 1e-6  # of a curvature, in the units of the scale before
 
 
 class Gaussian(NamedTuple):
-    """N(loc, scale scaleᵀ), with an estimate of its bound."""
+    """N(loc, scale scaleᵀ), with an estimate of its bound.
+
+    The scale is lower-triangular in what :func:`best_gaussian` and :func:`moved_on` return.
+    """
 
     loc: Tensor
     scale: Tensor
@@ -60,7 +63,7 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, bar: tqdm | None = None) -
     starts = _starts(log_joint, start)
     if starts is None:
         return None
-    noise = _antithetic(DRAWS, start)
+    noise = normal_pairs(DRAWS, start)
     bar = tqdm(total=TICKS, disable=True) if bar is None else bar
     points = ascend(log_joint, starts, STEPS, bar.update)
     loc, scale = (torch.stack(parts) for parts in zip(*_along(points), strict=True))
@@ -70,23 +73,24 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, bar: tqdm | None = None) -
     found = sorted((g for g in found if math.isfinite(g.bound)), key=lambda g: -g.bound)[:BEST]
     if not found:
         return None
-    test = _antithetic(TESTED_BY, start)
-    found = [_moved_on(log_joint, g, ROUNDS[0], test, bar.update) for g in found]
+    test = normal_pairs(TESTED_BY, start)
+    found = [moved_on(log_joint, g, ROUNDS[0], test, bar.update) for g in found]
     best = max(found, key=lambda g: g.bound)
-    best = _moved_on(log_joint, best, ROUNDS[1], test, bar.update)
+    best = moved_on(log_joint, best, ROUNDS[1], test, bar.update)
     bar.update(bar.total - bar.n)  # paths and moves may end early
     if not (math.isfinite(best.bound) and bool(best.loc.abs().max() < LARGEST)):
         return None
-    return best._replace(scale=_lower(best.scale))
+    return best
 
 
-def _lower(factor: Tensor) -> Tensor:
+def lower_factor(factor: Tensor) -> Tensor:
     """The lower triangle with positive diagonal that has the same product with its transpose."""
     upper = torch.linalg.qr(factor.mT).R
     return (upper * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(upper).unsqueeze(-1)).mT
 
 
-def _antithetic(num: int, like: Tensor) -> Tensor:
+def normal_pairs(num: int, like: Tensor) -> Tensor:
+    """Standard normal draws (num, D), as antithetic pairs."""
     with drawing():
         half = torch.randn(num // 2, len(like), dtype=like.dtype, device="cpu").to(like)
     return torch.cat([half, -half])
@@ -137,14 +141,18 @@ def _scored(
     return found, ~log_weights.isfinite().all(1)
 
 
-def _moved_on(
-    log_joint: LogJoint, start: Gaussian, rounds: int, test: Tensor, tick: Callable[[], Any]
+def moved_on(
+    log_joint: LogJoint,
+    start: Gaussian,
+    rounds: int,
+    test: Tensor,
+    tick: Callable[[], Any] = int,
 ) -> Gaussian:
     """Move a Gaussian to its optimum by natural gradients, unless that lowers its bound."""
     loc, scale = start.loc, start.scale
     for t in range(rounds):
         tick()
-        noise = _antithetic(max(MOVED_BY, 4 * len(loc)), loc)
+        noise = normal_pairs(max(MOVED_BY, 4 * len(loc)), loc)
         value, gradient = log_joint.values_and_gradients(loc + noise @ scale.mT)
         inside = value.isfinite() & gradient.isfinite().all(-1)
         if int(inside.sum()) < max(LEAST_MOVED_BY, 2 * len(loc)):
@@ -157,7 +165,8 @@ def _moved_on(
             shift, slope = _cut(noise, log_weights, gradient @ scale)
         loc, scale = _moved(loc, scale, shift, slope, rate)
     both = (torch.stack(parts) for parts in zip(start[:2], (loc, scale), strict=True))
-    return max(_scored(log_joint, *both, test)[0], key=lambda g: g.bound)
+    best = max(_scored(log_joint, *both, test)[0], key=lambda g: g.bound)
+    return best._replace(scale=lower_factor(best.scale))
 
 
 def _moved(
@@ -201,7 +210,7 @@ def initialize(guide: AutoFlow, gaussian: Gaussian) -> None:
     with seeded(0):
         base = guide.get_base_dist().sample((MOMENT_DRAWS,))
     x = base
-    for t in guide.get_transforms()[:-1]:
+    for t in guide.flow.transforms()[:-1]:
         x = t(x)
     if layers_inside(guide) and not torch.allclose(x, base, atol=1e-5):
         factor = torch.linalg.cholesky(torch.cov(x.T).reshape(len(loc), len(loc)))

@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.guides import AutoFlow
+from pyroflow.inference.centring import best_coordinates
 from pyroflow.inference.fit import Fit, Objective, check_settings, read_checkpoint
-from pyroflow.inference.gaussian_start import best_gaussian, initialize, layers_inside
+from pyroflow.inference.gaussian_start import initialize, layers_inside
 from pyroflow.inference.objectives import LogJointBound, path_derivative
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, LearningRateSchedule
 from pyroflow.inference.stop_rule import StopRule
@@ -106,7 +107,7 @@ class GuideFit:
         """Set the affine layer to the best Gaussian, found without training or with it."""
         guide = self.guide
         if self.warm_start and self.part is None:
-            found = best_gaussian(self.bound.log_joint, guide._init_loc(), self.bar)
+            found = best_coordinates(self.bound.log_joint, guide, self.bar)
             if found is not None:
                 initialize(guide, found)
                 return None
@@ -195,7 +196,7 @@ def _untouched(guide: AutoFlow) -> bool:
         return True
     offset, _, *lower = guide.affine.trained()
     moved = bool(guide.affine.centre.any())
-    return not moved and torch.equal(offset, guide._init_loc()) and not any(t.any() for t in lower)
+    return not moved and torch.equal(offset, guide.start()) and not any(t.any() for t in lower)
 
 
 def refuse_nonfinite(problem: BoundModel) -> None:

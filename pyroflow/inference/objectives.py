@@ -211,6 +211,7 @@ class LogJointBound:
     ) -> None:
         self.problem, self.guide = problem, problem.guide
         self.objective, self.group_size = objective, group_size
+        self.guide.find_coordinates(problem.args, problem.kwargs)
         self.log_joint = LogJoint(problem, self.guide, num_particles or DRAWS)
         costly = self.log_joint.one_by_one
         if costly and num_particles is None:
@@ -227,7 +228,7 @@ class LogJointBound:
         return max(1, num // self.group_size) * self.group_size
 
     def _draw(self, num: int) -> tuple[TransformedDistribution, Tensor]:
-        q = self.guide.get_posterior()
+        q = self.guide.over_coordinates()
         return q, draw_from(q, (num,))
 
     def parameters(self) -> list[Tensor]:
@@ -262,4 +263,4 @@ class LogJointBound:
     def mixing(self) -> str | None:
         """Where draws that run side by side differ from runs alone, at the fitted guide's own."""
         with seeded(0):
-            return self.log_joint.differs(self.guide.get_posterior().sample((3,)))
+            return self.log_joint.differs(self.guide.over_coordinates().sample((3,)))

@@ -18,12 +18,12 @@ from pyroflow.model.comparison import FAILURES, PROBES, Outcome, Way, agree, dif
 from pyroflow.model.records import log_joint
 from pyroflow.seeds import quick, seeded
 
-Points = tuple[Tensor, Tensor, Tensor]  # z (S, D), the log joint there and its gradient
+Points = tuple[Tensor, Tensor, Tensor]  # x (S, D), the log joint there and its gradient
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class LogJoint:
-    """log p(x, θ(z)) + log |det ∂θ/∂z| for the unconstrained latents z of a guide.
+    """log p(y, θ(x)) + log |det ∂θ/∂x| for the coordinates x of a guide's flow, θ the latents.
 
     Running a Pyro model through its handlers costs ten times its arithmetic. So value and gradient
     of N points at once are recorded as one graph of plain operations, which is kept if it
@@ -48,9 +48,9 @@ class LogJoint:
             self.runs.chosen = True
         else:
             probes = self._spread_points(len(PROBES))
-            self.runs.choose(self.guide.latents.constrain(probes)[0], len(probes))
+            self.runs.choose(self.guide.constrain(probes)[0], len(probes))
             self._graph = None if self.one_by_one else self._recorded(self._at_fresh_points)
-        self._evaluate = self._graph or quick(self._value_and_gradient)
+        self._evaluate = self._by_graph if self._graph else quick(self._value_and_gradient)
 
     @property
     def one_by_one(self) -> bool:
@@ -62,92 +62,110 @@ class LogJoint:
         """Whether value and gradient come from a recorded graph."""
         return self._graph is not None
 
-    def __call__(self, z: Tensor) -> Tensor:
-        """The log joint at z (S, D), shape (S,), with a first derivative.
+    def __call__(self, x: Tensor) -> Tensor:
+        """The log joint at x (S, D), shape (S,), with a first derivative.
 
         It is NaN where its gradient is not finite, so that the point can be left out.
         """
-        return _Evaluated.apply(z, self)
+        return _Evaluated.apply(x, self)
 
     @torch.no_grad()
-    def values(self, z: Tensor) -> Tensor:
-        """The log joint at z (S, D), shape (S,), without derivatives."""
+    def values(self, x: Tensor) -> Tensor:
+        """The log joint at x (S, D), shape (S,), without derivatives."""
         with pyro.validation_enabled(False):
-            return self._evaluated(z)
+            return self._evaluated(x)
 
-    def values_and_gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The log joint at z (S, D) and its gradient, shapes (S,) and (S, D)."""
-        return self._by(self._evaluate, z)
+    def values_and_gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The log joint at x (S, D) and its gradient, shapes (S,) and (S, D)."""
+        return self._by(self._evaluate, x)
 
-    def _by(self, evaluate: Gradient, z: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [evaluate(_padded(part, self.num)) for part in z.detach().split(self.num)]
-        value, gradient = (torch.cat(found)[: len(z)] for found in zip(*parts, strict=True))
+    def _by(self, evaluate: Gradient, x: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [evaluate(_padded(part, self.num)) for part in x.detach().split(self.num)]
+        value, gradient = (torch.cat(found)[: len(x)] for found in zip(*parts, strict=True))
         return value, gradient
 
-    def differs(self, z: Tensor) -> str | None:
-        """Where runs of the model at a few points z differ from what is relied on, if they do."""
+    def differs(self, x: Tensor) -> str | None:
+        """Where runs of the model at a few points x differ from what is relied on, if they do."""
         if self.one_by_one:
             return None
-        site = differs(self.runs, self.guide.latents.constrain(z)[0], len(z), self.runs.way)
-        if site is None and self._same(self.values_and_gradients(z), self._value_and_gradient(z)):
+        site = differs(self.runs, self.guide.constrain(x)[0], len(x), self.runs.way)
+        if site is None and self._same(self.values_and_gradients(x), self._value_and_gradient(x)):
             return None
         return site or "the log joint"
 
-    def _value_and_gradient(self, z: Tensor, way: Way | None = None) -> tuple[Tensor, Tensor]:
+    def _by_graph(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._graph(x, *self._moved_by())
+
+    def _moved_by(self) -> tuple[Tensor, ...]:
+        """The tensors of the guide's coordinates, which may change between two evaluations."""
+        return () if self.guide.coordinates is None else self.guide.coordinates.tensors()
+
+    def _value_and_gradient(
+        self, x: Tensor, way: Way | None = None, moved_by: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
         with pyro.validation_enabled(False), torch.enable_grad():
-            z = z.detach().requires_grad_()
-            value = self._evaluated(z, way)
-            (gradient,) = torch.autograd.grad(value.sum(), z)
+            x = x.detach().requires_grad_()
+            value = self._evaluated(x, way, moved_by)
+            (gradient,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), gradient
 
-    def _evaluated(self, z: Tensor, way: Way | None = None) -> Tensor:
+    def _evaluated(
+        self, x: Tensor, way: Way | None = None, moved_by: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
+        z, moved = x, 0.0
+        if self.guide.coordinates is not None:
+            given = self._moved_by() if moved_by is None else moved_by
+            z, moved = self.guide.coordinates.move(x, *given)
         latents, log_det = self.guide.latents.constrain(z)
-        return self.runs.log_joint(latents, len(z), way) + log_det
+        return self.runs.log_joint(latents, len(x), way) + log_det + moved
 
-    def _recorded(self, expected: Callable[[], Points]) -> Gradient | None:
+    def _recorded(self, expected: Callable[[], Points]) -> Callable | None:
         """The graph of value and gradient at N points, if it gives what is expected at others."""
-        first = self._spread_points(self.num, 1)
+        first, moved_by = self._spread_points(self.num, 1), self._moved_by()
         try:
-            graph = make_fx(lambda z: self._value_and_gradient(z))(first)
+            graph = make_fx(lambda x, *given: self._value_and_gradient(x, None, given))(
+                first, *moved_by
+            )
             with torch.no_grad(), warnings.catch_warnings():
                 # Deprecated, but the only executor without Python's cost for each operation.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                graph = torch.jit.trace(graph, (first,), check_trace=False)
+                graph = torch.jit.trace(graph, (first, *moved_by), check_trace=False)
             if first.is_cuda:  # its fuser writes the bounds of float64 as numbers nvrtc refuses
                 graph = torch.jit.optimized_execution(False)(graph)
-            z, *there = expected()
-            return graph if self._same(self._by(graph, z), there) else None
+            x, *there = expected()
+            found = self._by(lambda x: graph(x, *moved_by), x)
+            return graph if self._same(found, there) else None
         except FAILURES:
             return None
 
     def _at_fresh_points(self) -> Points:
         """What the model says of N points, run as it was chosen to."""
-        z = self._spread_points(self.num, 2)
-        return z, *self._value_and_gradient(z)
+        x = self._spread_points(self.num, 2)
+        return x, *self._value_and_gradient(x)
 
     def _alone(self) -> Points:
         """What it says of three points in runs of their own; one is the inspected draw."""
-        known, z = self.runs.inspected, self._spread_points(len(PROBES))
+        known, x = self.runs.inspected, self._spread_points(len(PROBES))
         if known is None or known.slopes.keys() != self.guide.latents.sites.keys():
-            return z, *self._value_and_gradient(z, self.runs.one_by_one)
-        others = z[1:], *self._value_and_gradient(z[1:], self.runs.one_by_one)
-        return tuple(map(torch.cat, zip(self._of(known, z), others, strict=True)))
+            return x, *self._value_and_gradient(x, self.runs.one_by_one)
+        others = x[1:], *self._value_and_gradient(x[1:], self.runs.one_by_one)
+        return tuple(map(torch.cat, zip(self._of(known, x), others, strict=True)))
 
     def _of(self, known: Outcome, like: Tensor) -> Points:
-        """An outcome in terms of the unconstrained latents."""
-        z = self.guide.latents.unconstrain(known.latents, like)[0].detach().requires_grad_()
+        """An outcome in terms of the coordinates."""
+        x = self.guide.unconstrain(known.latents)[0].to(like).detach().requires_grad_()
         with torch.enable_grad():
-            latents, log_det = self.guide.latents.constrain(z)
+            latents, log_det = self.guide.constrain(x)
             moved = [(latents[name] * slope).sum() for name, slope in known.slopes.items()]
-            (gradient,) = torch.autograd.grad(torch.stack([*moved, log_det.sum()]).sum(), z)
-        return z.detach(), (log_joint(known.sites) + log_det).detach(), gradient
+            (gradient,) = torch.autograd.grad(torch.stack([*moved, log_det.sum()]).sum(), x)
+        return x.detach(), (log_joint(known.sites) + log_det).detach(), gradient
 
     def _same(self, found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
         return all(agree(*pair) for pair in zip(found, expected, strict=True))
 
     def _spread_points(self, num: int, seed: int = 0) -> Tensor:
         with seeded(seed):
-            start = self.guide._init_loc()
+            start = self.guide.start()
             return start + moves(num, start)
 
 
@@ -155,8 +173,8 @@ class _Evaluated(Function):
     """A LogJoint as a function that can be differentiated once."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, log_joint: LogJoint) -> Tensor:
-        value, gradient = log_joint.values_and_gradients(z)
+    def forward(ctx: Any, x: Tensor, log_joint: LogJoint) -> Tensor:
+        value, gradient = log_joint.values_and_gradients(x)
         finite = gradient.isfinite().all(-1)
         ctx.save_for_backward(gradient.where(finite.unsqueeze(-1), 0.0))
         return value.where(finite | value.isneginf(), torch.nan)
@@ -168,5 +186,5 @@ class _Evaluated(Function):
         return grad.unsqueeze(-1) * gradient, None
 
 
-def _padded(z: Tensor, num: int) -> Tensor:
-    return z if len(z) == num else torch.cat([z, z[-1:].expand(num - len(z), -1)])
+def _padded(x: Tensor, num: int) -> Tensor:
+    return x if len(x) == num else torch.cat([x, x[-1:].expand(num - len(x), -1)])

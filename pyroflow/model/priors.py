@@ -161,7 +161,7 @@ _RULES: dict[Callable, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-class _AtLatent(dist.TorchDistribution):
+class AtLatent(dist.TorchDistribution):
     """A prior with its density at the latents that a value remembers to come from."""
 
     arg_constraints = {}
@@ -172,18 +172,23 @@ class _AtLatent(dist.TorchDistribution):
 
     @constraints.dependent_property
     def support(self) -> Constraint:
+        """That of the prior."""
         return self.base_dist.support
 
-    def expand(self, batch_shape: Size, _instance: object = None) -> _AtLatent:
-        return _AtLatent(self.base_dist.expand(batch_shape))
+    def expand(self, batch_shape: Size, _instance: object = None) -> AtLatent:
+        """The same in a larger batch."""
+        return AtLatent(self.base_dist.expand(batch_shape))
 
     def sample(self, sample_shape: Size = NO_SHAPE) -> Tensor:
+        """Draws of the prior."""
         return self.base_dist.sample(sample_shape)
 
     def rsample(self, sample_shape: Size = NO_SHAPE) -> Tensor:
+        """Likewise."""
         return self.base_dist.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """Log density at a value, by the latents that it remembers."""
         origin = preimage(value)
         if origin is None or not _same_map(origin.support, self.support):
             return self.base_dist.log_prob(value)
@@ -209,4 +214,4 @@ class PriorsAtLatents(Messenger):
         if msg["is_observed"] or site_is_subsample(msg) or type(fn).log_prob not in _RULES:
             return
         if not (fn.support.is_discrete or is_real(fn.support)):
-            msg["fn"] = _AtLatent(fn)
+            msg["fn"] = AtLatent(fn)

@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.transforms import CorrMatrixCholeskyTransform
@@ -161,10 +162,16 @@ def _next(bound: Tensor | float, towards: float, dtype: torch.dtype) -> Tensor |
     return torch.where(bound == 0, tiny, beside)
 
 
+_NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}
+
+
 @lru_cache(maxsize=256)
 def _next_number(bound: float, towards: float, dtype: torch.dtype) -> float:
     if bound == 0:
         return math.copysign(torch.finfo(dtype).tiny, towards)
+    number = _NUMBERS.get(dtype)
+    if number is not None:  # by NumPy, which may be called while torch records a graph
+        return float(np.nextafter(number(bound), number(towards)))
     ends = torch.tensor([bound, towards], dtype=dtype, device="cpu")
     return torch.nextafter(ends[0], ends[1]).item()
 

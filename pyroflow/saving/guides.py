@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
+from pyroflow.guides.coordinates import Coordinates
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
 from pyroflow.model.bound import signature_of
 from pyroflow.model.latents import Latents, started_anywhere
@@ -21,6 +22,7 @@ from pyroflow.seeds import one_at_a_time, seeded
 
 # The constructor's arguments, and the guide's attributes that hold them.
 _COMMON = {"affine": "affine_kind", "init_scale": "init_scale", "base_df": "base_df"}
+_COMMON |= {"centring": "centring_given"}
 _LAYERED = _COMMON | {"num_layers": "num_layers"}
 _OPTIONS: dict[type[AutoFlow], dict[str, str]] = {
     AutoFlow: _COMMON,
@@ -76,6 +78,7 @@ def describe_guide(guide: AutoFlow) -> Description:
         "switches": {name: getattr(guide, name) for name in _SWITCHES if hasattr(guide, name)},
         "sites": guide.latents.describe(describe),
         "flow": describe_flow(guide.flow),
+        "coordinates": guide.coordinates and guide.coordinates.describe(stored),
     }
 
 
@@ -93,6 +96,8 @@ def restore_guide(description: Description, model: Callable | None) -> AutoFlow:
         raise ValueError(f"it claims {options['num_layers']} layers and holds {layers}")
     like = guide.flow.base.loc
     guide.set_latents(Latents.restore(description["sites"], build, like))
+    coordinates = description.get("coordinates")
+    guide.coordinates = coordinates and Coordinates.restore(coordinates)
     return guide
 
 

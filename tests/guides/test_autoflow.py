@@ -177,9 +177,9 @@ def test_fit_takes_path_derivatives_where_all_transforms_have_them(
     seen = []
 
     class Watched(AutoFlow):
-        def get_posterior(self, *args: object, **kwargs: object) -> dist.TransformedDistribution:
+        def over_coordinates(self) -> dist.TransformedDistribution:
             seen.append((self.path_derivative, torch.is_grad_enabled()))
-            return super().get_posterior(*args, **kwargs)
+            return super().over_coordinates()
 
     guide = Watched(toy_model, layers)
     pf.fit_guide(toy_model, guide, steps=5, num_particles=4, seed=0, progress=False)

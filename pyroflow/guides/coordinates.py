@@ -1,0 +1,296 @@
+"""Coordinates that the model dictates: partial centring of its latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor
+
+from pyroflow.model.comparison import FAILURES
+from pyroflow.model.latents import Latents
+from pyroflow.model.locations import Filled, Prior
+from pyroflow.model.recorded import Recorded
+from pyroflow.model.records import quietly
+from pyroflow.transforms import Bijection
+from pyroflow.transforms.bijection import Pair, Parameters
+
+Description = dict[str, Any]
+Centring = Literal["auto"] | Mapping[str, float | Tensor] | None
+
+
+class Coordinates(Bijection, TransformModule):
+    r"""The map from a flow's coordinates x to the unconstrained latents z, both shape (D,).
+
+    For a latent whose prior has a location m and a scale s that depend on other latents,
+
+    z = m + (s/s₀)^{1 − c} (x − c m),   log |∂z/∂x| = (1 − c) log(s/s₀),
+
+    elementwise, in the order of the model's sites: c = 1 leaves a site as it is written, c = 0 is
+    its non-centred form. With s₀ = 1 these are the coordinates of Pyro's ``LocScaleReparam``. For
+    a multivariate normal with scale factor L, z = m + A (x − c m) with the rows of A between
+    those of the identity (c = 1) and of L L₀⁻¹ (c = 0). m and s are functions of z that were
+    recorded from the model, so that neither the model nor its data are needed later.
+
+    References:
+        Papaspiliopoulos, Roberts and Sköld, A general framework for the parametrization of
+        hierarchical models, 2007, https://doi.org/10.1214/088342307000000014; Gorinova, Moore and
+        Hoffman, Automatic reparameterisation of probabilistic programs, 2020, equation 3,
+        https://arxiv.org/abs/1906.03028.
+
+    Args:
+        sites: of each site that is moved, its name, the place of its numbers in z, their
+            shape, and whether its scale is a matrix.
+        to_z: (x, c, *units) ↦ z and the log-determinant.
+        priors: z ↦ location, scale and information of each site in turn.
+        c: shape (D,), 1 for all other sites.
+        units: of each site s₀, as its logarithm, shape of the site; or L₀⁻¹.
+    """
+
+    fixed: tuple[str, ...]
+
+    def __init__(
+        self,
+        sites: list[Description],
+        to_z: Recorded,
+        priors: Recorded,
+        c: Tensor,
+        units: list[Tensor],
+    ) -> None:
+        Bijection.__init__(self)
+        self.sites, self.to_z, self.priors = sites, to_z, priors
+        self.register_buffer("c", c, persistent=False)
+        for i, unit in enumerate(units):
+            self.register_buffer(f"unit_{i}", unit, persistent=False)
+        shapes = {f"unit_{i}": unit.dim() for i, unit in enumerate(units)}
+        self.event_dims = {"c": 1} | shapes
+        self.fixed = tuple(self.event_dims)
+
+    @property
+    def centring(self) -> dict[str, Tensor]:
+        """The c of each site, of its unconstrained shape."""
+        return {site["name"]: self.c[_slice(site)].reshape(site["shape"]) for site in self.sites}
+
+    @torch.no_grad()
+    def set(self, c: Tensor, z: Tensor | None = None) -> None:
+        """Set c, shape (D,), and with z (D,) the scales s₀ to those there; else to 1."""
+        self.c.copy_(c)
+        priors = self.read(z) if z is not None else [None] * len(self.sites)
+        for i, (prior, unit) in enumerate(zip(priors, self._units(), strict=True)):
+            identity = torch.eye(unit.shape[-1]).to(unit) if self.sites[i]["matrix"] else 0.0
+            if prior is None:
+                unit.zero_().add_(identity)
+            elif prior.matrix:
+                unit.copy_(torch.linalg.solve_triangular(prior.scale, identity, upper=False))
+            else:
+                unit.copy_(prior.scale.log())
+
+    def spread(self, centring: Mapping[str, float | Tensor]) -> Tensor:
+        """One vector c, shape (D,), from c by site; 1 for all others.
+
+        Raises:
+            ValueError: If a tensor does not broadcast to the unconstrained shape of its site.
+        """
+        c = torch.ones_like(self.c)
+        for site in self.sites:
+            given = torch.as_tensor(centring.get(site["name"], 1.0), dtype=c.dtype, device=c.device)
+            try:
+                c[_slice(site)] = given.expand(site["shape"]).reshape(-1)
+            except RuntimeError:
+                raise ValueError(
+                    f"centring expects c for site {site['name']!r} as a number or with shape "
+                    f"{tuple(site['shape'])}, got {tuple(given.shape)}"
+                ) from None
+        return c
+
+    def read(self, z: Tensor) -> list[Prior]:
+        """The priors of the sites at z (*B, D), each part with the shape (*B, *shape of site)."""
+        flat = z.reshape(-1, z.shape[-1])
+        found = torch.func.vmap(self.priors)(flat)
+        found = [t.reshape((*z.shape[:-1], *t.shape[1:])) for t in found]
+        parts = zip(found[0::3], found[1::3], found[2::3], self.sites, strict=True)
+        return [Prior(*three, site["matrix"]) for *three, site in parts]
+
+    def describe(self, stored: Callable[[Tensor], Tensor] = Tensor.clone) -> Description:
+        """As plain data, each tensor as ``stored`` gives it."""
+        maps = {"to_z": self.to_z, "priors": self.priors}
+        return {
+            "sites": self.sites,
+            "c": stored(self.c),
+            "units": [stored(unit) for unit in self._units()],
+        } | {name: recorded.to(stored).describe() for name, recorded in maps.items()}
+
+    @classmethod
+    def restore(cls, described: Description) -> Coordinates:
+        """What :meth:`describe` gave."""
+        maps = {name: Recorded(**described[name]) for name in ("to_z", "priors")}
+        return cls(described["sites"], **maps, c=described["c"], units=described["units"])
+
+    def _units(self) -> list[Tensor]:
+        return [getattr(self, f"unit_{i}") for i in range(len(self.sites))]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coordinates:
+        super()._apply(fn, recurse)
+
+        def move(t: Tensor) -> Tensor:
+            return fn(t)
+
+        self.to_z, self.priors = self.to_z.to(move), self.priors.to(move)
+        return self
+
+    def tensors(self) -> Parameters:
+        """The c and the units, which :meth:`set` changes in place."""
+        return self._map_parameters()
+
+    def move(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """The z at x (*B, D), and log |det ∂z/∂x|, with :meth:`tensors` given, and no cache."""
+        return self._forward(x, tensors)
+
+    def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        places = (0, *(None for _ in parameters))
+        run = torch.func.vmap(self.to_z, in_dims=places)
+        z, log_det = run(x.reshape(-1, x.shape[-1]), *parameters)
+        return z.reshape(x.shape), log_det.reshape(x.shape[:-1])
+
+    def _invert(
+        self, y: Tensor, parameters: Parameters, cached: Pair | None
+    ) -> tuple[Tensor, Tensor]:
+        c, *units = parameters
+        x, total = [], torch.zeros_like(y[..., 0])
+        end = 0
+        for site, prior, unit in zip(self.sites, self.read(y), units, strict=True):
+            piece = y[..., _slice(site)].reshape((*y.shape[:-1], *site["shape"]))
+            own, log_det = prior.back(piece, c[_slice(site)].reshape(site["shape"]), unit)
+            x += [y[..., end : site["start"]], own.reshape((*y.shape[:-1], -1))]
+            total = total + log_det.reshape((*y.shape[:-1], -1)).sum(-1)
+            end = site["stop"]
+        return torch.cat([*x, y[..., end:]], -1), total
+
+    def _log_det(self, intermediates: Tensor) -> Tensor:
+        return intermediates
+
+
+def _slice(site: Description) -> slice:
+    return slice(site["start"], site["stop"])
+
+
+def checked_centring(centring: Centring) -> Centring:
+    """The argument of a guide, a mapping as a dict of its own.
+
+    Raises:
+        ValueError: If it is neither "auto", None nor a mapping, or a c is outside [0, 1].
+    """
+    if centring is None or centring == "auto":
+        return centring
+    if not isinstance(centring, Mapping):
+        raise ValueError(f"centring must be 'auto', None, or c by site, got {centring!r}")
+    for name, c in centring.items():
+        values = torch.as_tensor(c)
+        if not bool(((values >= 0) & (values <= 1)).all()):
+            raise ValueError(
+                f"centring expects c in [0, 1] for site {name!r}, 1 as written and 0 non-centred, "
+                f"got {c}"
+            )
+    return dict(centring)
+
+
+def check_sites(centring: Mapping[str, Any], found: Coordinates | None) -> None:
+    """Raise ``ValueError`` if c is given for a site that cannot be moved."""
+    movable = [] if found is None else [site["name"] for site in found.sites]
+    wrong = [name for name in centring if name not in movable]
+    if wrong:
+        raise ValueError(
+            f"centring has site {wrong[0]!r}, which cannot be moved: it may name sites whose prior "
+            "takes its location or scale from other latents, of a location and scale family, "
+            f"here {movable or 'none'}. Leave it out"
+        )
+
+
+def coordinates_of(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], latents: Latents, start: Tensor
+) -> Coordinates | None:
+    """The coordinates of a model as it is written, c = 1; None where there are none to choose.
+
+    There are none if no prior takes location or scale from other latents, or what it takes cannot
+    be recorded: control flow that depends on latents, random numbers, unknown operations.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        latents: the table of its latents.
+        start: unconstrained latents, shape (D,), at which it is run.
+    """
+
+    def run(number: Callable[[str, Prior | None], Tensor]) -> None:
+        with quietly(), poutine.block(), Filled(latents, number):
+            model(*args, **kwargs)
+
+    try:
+        return _recorded(run, latents, start.detach())
+    except FAILURES:
+        return None
+
+
+def _recorded(run: Callable, latents: Latents, start: Tensor) -> Coordinates | None:
+    found: dict[str, Prior | None] = {}
+
+    def priors(z: Tensor) -> list[Tensor]:
+        given = latents.unpack(z)
+
+        def number(name: str, prior: Prior | None) -> Tensor:
+            found[name] = prior
+            return given[name]
+
+        run(number)
+        kept = [(found[site.name], site.unconstrained_shape) for site in latents]
+        return [t for prior, shape in kept if prior is not None for t in prior.expand(shape)]
+
+    read = Recorded.of(priors, start)
+    located = [site.name for site in latents if found[site.name] is not None]
+    parts = [read.outputs[i : i + 3] for i in range(0, len(read.outputs), 3)]
+    # What depends on no latent was computed when it was recorded.
+    fixed = [all("constant" in part for part in three[:2]) for three in parts]
+    moved = [name for name, alone in zip(located, fixed, strict=True) if not alone]
+    if not moved:
+        return None
+    outputs = [t for three, alone in zip(parts, fixed, strict=True) if not alone for t in three]
+    sites, units = _places(latents, {name: found[name].matrix for name in moved}, start)
+
+    def to_z(x: Tensor, c: Tensor, *units: Tensor) -> tuple[Tensor, Tensor]:
+        given, at, z, log_dets = latents.unpack(x), latents.unpack(c), {}, []
+
+        def number(name: str, prior: Prior | None) -> Tensor:
+            z[name] = given[name]
+            if name in moved:
+                unit = units[moved.index(name)]
+                z[name], log_det = prior.forth(given[name], at[name], unit)
+                log_dets.append(log_det.sum())
+            return z[name]
+
+        run(number)
+        return latents.pack(z), torch.stack(log_dets).sum()
+
+    c = torch.ones_like(start)
+    recorded = Recorded.of(to_z, start, c, *units)
+    return Coordinates(sites, recorded, Recorded(read.steps, read.constants, outputs), c, units)
+
+
+def _places(
+    latents: Latents, matrices: Mapping[str, bool], like: Tensor
+) -> tuple[list[Description], list[Tensor]]:
+    """Where the numbers of the moved sites are, and their units, s₀ = 1."""
+    sites, units, stop = [], [], 0
+    for site, size in zip(latents, latents.sizes, strict=True):
+        start, stop = stop, stop + size
+        if site.name not in matrices:
+            continue
+        shape, matrix = list(site.unconstrained_shape), matrices[site.name]
+        place = {"name": site.name, "start": start, "stop": stop, "shape": shape, "matrix": matrix}
+        sites.append(place)
+        unit = torch.eye(shape[-1]).expand(*shape, shape[-1]) if matrix else torch.zeros(shape)
+        units.append(unit.to(like).contiguous())
+    return sites, units

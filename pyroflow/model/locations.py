@@ -1,0 +1,173 @@
+"""Location and scale that a latent's prior takes from other latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Size, Tensor
+from torch import distributions as td
+from torch.distributions.transforms import AffineTransform, ExpTransform
+
+from pyroflow.model.latents import Latents
+from pyroflow.model.priors import AtLatent
+from pyroflow.model.supports import base_of, is_real, plain_bijection
+
+
+class Prior(NamedTuple):
+    """The prior of a site's unconstrained numbers, as far as a change of coordinates needs it.
+
+    Attributes:
+        loc: location, which broadcasts to the unconstrained shape.
+        scale: likewise; or the lower-triangular factor of the last dimension's.
+        information: expected negative second derivative of the log density in the number, where
+            the scale is one.
+        matrix: whether the scale is a factor.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    information: Tensor | float = 1.0
+    matrix: bool = False
+
+    def expand(self, shape: Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Location, scale and information, each of the full shape of the site."""
+        like = {"dtype": self.loc.dtype, "device": self.loc.device}
+        information = torch.as_tensor(self.information, **like)
+        wide = (*shape, shape[-1]) if self.matrix else shape
+        return self.loc.expand(shape), self.scale.expand(wide), information.expand(shape)
+
+    def factor(self, c: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """The factor between numbers at c and as written, and the log of its diagonal.
+
+        (s/s₀)^{1 − c} where the scale is a number, and ``unit`` log s₀; for a matrix the lower
+        triangle with rows between those of the identity (c = 1) and of L L₀⁻¹ (c = 0), where
+        ``unit`` is L₀⁻¹.
+        """
+        if not self.matrix:
+            log_ratio = (1 - c) * (self.scale.log() - unit)
+            return log_ratio.exp(), log_ratio
+        factor = (1 - c).unsqueeze(-1) * (self.scale @ unit) + c.diag_embed()
+        return factor, factor.diagonal(dim1=-2, dim2=-1).log()
+
+    def forth(self, x: Tensor, c: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers z = m + factor · (x − c m) at coordinates x, and log |det ∂z/∂x|, by element."""
+        factor, log_det = self.factor(c, unit)
+        if self.matrix:
+            return self.loc + (factor @ (x - c * self.loc).unsqueeze(-1)).squeeze(-1), log_det
+        return factor * x + (1 - c * factor) * self.loc, log_det  # x itself where c = 1
+
+    def back(self, z: Tensor, c: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`forth`, with the same log-determinant."""
+        factor, log_det = self.factor(c, unit)
+        if self.matrix:
+            moved = (z - self.loc).unsqueeze(-1)
+            back = torch.linalg.solve_triangular(factor, moved, upper=False)
+            return back.squeeze(-1) + c * self.loc, log_det
+        return (z - (1 - c * factor) * self.loc) / factor, log_det
+
+
+def prior_of(fn: td.Distribution) -> Prior | None:
+    """Location and scale of a distribution in terms of its unconstrained numbers.
+
+    Of a positive one they are those of the logarithm: of Gamma variables its mean and standard
+    deviation, of half-normal and half-Cauchy ones the log scale, and one. None for families that
+    have none, and where a mask hides the prior.
+    """
+    while isinstance(fn, td.Independent | ExpandedDistribution | AtLatent):
+        fn = fn.base_dist
+    for family, read in _FAMILIES.items():
+        if isinstance(fn, family):
+            return read(fn)
+    if isinstance(fn, td.TransformedDistribution):
+        return _transformed(fn)
+    return None
+
+
+def _located(information: Callable[[Any], Tensor | float]) -> Callable[[Any], Prior]:
+    return lambda fn: Prior(fn.loc, fn.scale, information(fn))
+
+
+def _positive(information: float) -> Callable[[Any], Prior]:
+    """Of a scale family: its logarithm is shifted by that of the scale."""
+    return lambda fn: Prior(fn.scale.log(), torch.ones_like(fn.scale), information)
+
+
+def _gamma(fn: td.Gamma, sign: float = 1.0) -> Prior:
+    a = fn.concentration
+    spread = torch.polygamma(1, a).sqrt()
+    return Prior(sign * (a.digamma() - fn.rate.log()), spread, a * spread.square())
+
+
+def _weibull(fn: td.Weibull) -> Prior:
+    return Prior(fn.scale.log(), fn.concentration.reciprocal())
+
+
+def _exponential(fn: td.Exponential) -> Prior:
+    return Prior(-fn.rate.log(), torch.ones_like(fn.rate))
+
+
+def _multivariate(fn: Any) -> Prior:
+    return Prior(fn.loc, fn._unbroadcasted_scale_tril, 1.0, matrix=True)
+
+
+def _transformed(fn: td.TransformedDistribution) -> Prior | None:
+    """A location and scale family behind affine maps, and the exponential of positive latents."""
+    *moves, last = fn.transforms
+    support = base_of(fn.support)
+    if is_real(support):
+        moves, last = fn.transforms, None
+    elif not (isinstance(last, ExpTransform) and last == plain_bijection(support)):
+        return None
+    prior = prior_of(fn.base_dist) if is_real(fn.base_dist.support) else None
+    if prior is None or prior.matrix or not all(isinstance(t, AffineTransform) for t in moves):
+        return None
+    loc, scale = prior.loc, prior.scale
+    for t in moves:
+        width = torch.as_tensor(t.scale, dtype=loc.dtype, device=loc.device)
+        loc, scale = t.loc + width * loc, width.abs() * scale
+    return Prior(loc, scale, prior.information)
+
+
+_FAMILIES: dict[type, Callable[[Any], Prior]] = {
+    td.Normal: _located(lambda fn: 1.0),
+    td.StudentT: _located(lambda fn: (fn.df + 1) / (fn.df + 3)),
+    td.Cauchy: _located(lambda fn: 0.5),
+    td.Laplace: _located(lambda fn: 1.0),
+    td.Gumbel: _located(lambda fn: 1.0),
+    dist.Logistic: _located(lambda fn: 1 / 3),
+    td.HalfNormal: _positive(2.0),
+    td.HalfCauchy: _positive(0.5),
+    td.Exponential: _exponential,
+    td.Weibull: _weibull,
+    td.Gamma: _gamma,
+    dist.InverseGamma: lambda fn: _gamma(fn.base_dist, sign=-1.0),
+    td.MultivariateNormal: _multivariate,
+    dist.MultivariateStudentT: _multivariate,
+}
+
+
+class Filled(Messenger):
+    """Gives the latents of a model values that may depend on their priors, as their sites come up.
+
+    Args:
+        latents: the table of the sites; others are left alone.
+        number: of a site's name and prior, its unconstrained numbers.
+    """
+
+    def __init__(self, latents: Latents, number: Callable[[str, Prior | None], Tensor]) -> None:
+        super().__init__()
+        self.latents, self.number = latents, number
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        site = self.latents.sites.get(msg["name"])
+        if site is None or msg["is_observed"]:
+            return
+        hidden = msg["mask"] is not None and msg["mask"] is not True
+        prior = None if hidden else prior_of(msg["fn"])
+        latent = self.number(site.name, prior)
+        msg["value"] = site.constrain(latent)[0]
