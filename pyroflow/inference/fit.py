@@ -69,6 +69,7 @@ class Objective:
         groups: torch's parameter groups, each with its highest learning rate as "peak"; by
             default one of all parameters.
         max_norm: a gradient of a larger norm is scaled down to it.
+        enough: of the losses of the best state so far, why the fit may end there; empty if not.
     """
 
     parameters: list[Tensor]
@@ -80,6 +81,7 @@ class Objective:
     keep_last: bool = False
     groups: list[dict[str, Any]] | None = None
     max_norm: float = math.inf
+    enough: Callable[[Tensor], str] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -18,7 +18,7 @@ from pyroflow.guides import AutoFlow
 from pyroflow.inference.centring import best_coordinates
 from pyroflow.inference.fit import Fit, Objective, check_settings, read_checkpoint
 from pyroflow.inference.gaussian_start import initialize, layers_inside
-from pyroflow.inference.objectives import LogJointBound, path_derivative
+from pyroflow.inference.objectives import LogJointBound, nothing_left, path_derivative
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, LearningRateSchedule
 from pyroflow.inference.stop_rule import StopRule
 from pyroflow.inference.trace_bound import TraceBound
@@ -152,6 +152,8 @@ class GuideFit:
             **self.shared,
         )
         fit, before = self._run(trainer), trainer.state.before
+        if trainer.state.stopped:  # with nothing left to gain, or for good
+            return fit, 0.0
         return fit, before["best_loss"] - fit.best_loss if before else math.inf
 
     def _default_annealing(self, steps: int) -> Callable[[int], float]:
@@ -162,6 +164,8 @@ class GuideFit:
     def _objective(self, parameters: list[Tensor], loss: Callable[[int], Tensor]) -> Objective:
         bound = self.bound
         options = {"buffers": bound.buffers(), "keep_last": bound.keep_last}
+        if self.early_stop and bound.objective == "elbo":
+            options["enough"] = nothing_left
         return Objective(parameters, loss, bound.score, **options)
 
     def _run(self, trainer: Trainer) -> Fit:

@@ -26,6 +26,9 @@ OBJECTIVES = ("elbo", "iwae", "dreg")
 NEIGHBOURS = 8  # among the draws inside, that a lost one is likened to
 LOST = 1.0  # what log q(A) counts beyond its part in the bound, see cut_loss
 
+# Nats that a fit may leave, and by which the log weight of a draw may then be off the mean.
+LEFT, FARTHEST = 0.002, 1.0
+
 # Draws of a step by default, and fixed draws on which states are compared.
 DRAWS, SCORED = 128, 2048
 DRAWS_ONE_BY_ONE = SCORED_ONE_BY_ONE = 16  # where each draw takes a run of the model
@@ -152,6 +155,20 @@ def bound_scores(log_weights: Tensor, group_size: int = 1) -> Tensor:
     if not bool(alive.any()):
         return torch.full_like(scores, torch.inf)
     return torch.where(alive, scores, scores[alive].mean()) - _log_share(grouped)
+
+
+def nothing_left(scores: Tensor) -> str:
+    """Why a fit may end with these negative log weights, shape (S,); empty while it may not.
+
+    The mean of log weights falls short of the log of their mean by KL(q ‖ p), and no draw has a
+    weight that is far from the others'.
+    """
+    log_weights = -scores
+    mean = log_weights.mean()
+    gap = log_weights.logsumexp(0) - math.log(len(scores)) - mean
+    if not (gap <= LEFT and (log_weights - mean).abs().max() <= FARTHEST):
+        return ""
+    return f"nothing is left to gain: the weights are equal but for {max(gap.item(), 0.0):.1g} nats"
 
 
 def _log_share(grouped: Tensor) -> Tensor:

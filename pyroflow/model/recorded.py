@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -71,6 +72,8 @@ class Recorded:
             if isinstance(held, dict):
                 ((kind, at),) = held.items()
                 return {"input": inputs, "constant": self.constants, "step": found}[kind][at]
+            if isinstance(held, float):
+                return _representable(held, like.dtype)
             return [value(part) for part in held] if isinstance(held, list) else held
 
         like = inputs[0]
@@ -116,6 +119,14 @@ def _option(name: str, held: Any, like: Tensor) -> Any:
     if name == "dtype" and isinstance(held, str):
         return getattr(torch, held)
     return held
+
+
+def _representable(number: float, dtype: torch.dtype) -> float:
+    """A bound of another dtype, such as its largest number, as a finite one other than zero."""
+    size, info = abs(number), torch.finfo(dtype)
+    if not math.isfinite(number) or size == 0 or info.tiny <= size <= info.max:
+        return number
+    return math.copysign(info.max if size > 1 else info.tiny, number)
 
 
 class _Reader:
