@@ -85,12 +85,18 @@ class ModuleGuide(AutoGuide):
 
     def _inspect_model(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super()._setup_prototype(*args, **kwargs)
+            # AutoContinuous maps supports by Pyro's registry, which lacks that of a mixture.
+            AutoGuide._setup_prototype(self, *args, **kwargs)
             latents = Latents.of(self.prototype_trace)
         except NotImplementedError as error:
             refuse_unsupported(self.prototype_trace, error)
             raise
         refuse_circular(self.prototype_trace)
+        if not sum(latents.sizes):
+            raise RuntimeError(
+                f"{type(self).__name__} found no latent variables in the model: leave out obs= at "
+                "the sites to infer"
+            )
         self.set_latents(latents)
         refuse_subsampled(self.latents, self.plate)
         refuse_moving_supports(self.model, self.latents, args, kwargs)

@@ -53,8 +53,10 @@ def refuse_subsampled(latents: Latents, plate: str | None) -> None:
             )
 
 
-def refuse_unsupported(trace: poutine.Trace, error: NotImplementedError) -> None:
+def refuse_unsupported(trace: poutine.Trace | None, error: NotImplementedError) -> None:
     """For the site that Pyro had no guide for, where it can be told."""
+    if trace is None:  # the run itself failed
+        return
     for name, site in trace.iter_stochastic_nodes():
         for frame in site["cond_indep_stack"]:
             if not frame.vectorized:

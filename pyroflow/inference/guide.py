@@ -15,7 +15,7 @@ from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.fit import Fit, check_options, check_precision, held
 from pyroflow.inference.gaussian_start import TICKS
-from pyroflow.inference.guide_fit import GuideFit, refuse_nonfinite
+from pyroflow.inference.guide_fit import RATE, GuideFit, refuse_nonfinite
 from pyroflow.inference.objectives import DRAWS, OBJECTIVES, LogJointBound, has_path
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, described
 from pyroflow.inference.trace_bound import TraceBound
@@ -35,7 +35,7 @@ def fit_guide(
     *,
     steps: int | None = None,
     num_particles: int | None = None,
-    lr: float = 0.03,
+    lr: float = RATE,
     seed: int | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,

@@ -31,6 +31,7 @@ GAUSSIAN_PART = 0.2  # of the steps, on the affine layer alone
 ANNEALED_PART = 0.5  # of the rest, where a guide is fitted by traces
 WINDOW = 800  # steps that the loss must have been flat; the noise of a bound hides slow gains
 WIDEST_WARM_START = 256  # latents, beyond which the Hessians cost more than they save
+RATE = 0.03  # the highest learning rate
 LEAST_GAIN = 0.02  # nats, that more layers must have brought
 DEEPEST = 64
 
@@ -181,6 +182,16 @@ class GuideFit:
         if num > 0:
             with drawing():
                 self.guide.grow(num)
+
+
+def fit_flow(bound: LogJointBound, steps: int, seed: int, **shared: Any) -> Fit:
+    """Fit a guide by its log joint with the defaults of ``fit_guide``; again, to go on.
+
+    A guide that was initialized or fitted before goes on from where it is.
+    """
+    settings = {"kind": "guide", "seed": seed}
+    options = {"annealing": None, "warm_start": True, "early_stop": True, "checkpoint": None}
+    return GuideFit(bound, steps=steps, settings=settings, lr=RATE, **options, **shared).run()
 
 
 def _warn_of_mixing(site: str | None) -> None:

@@ -43,6 +43,7 @@ class BoundModel:
             parameters as they are; the others are drawn from their priors.
 
     Attributes:
+        given: the model as it was given.
         model: the model, whose priors are scored at the latents that a value comes from.
         guide_trace: of the run of the guide.
         model_trace: of the run of the model.
@@ -78,7 +79,7 @@ class BoundModel:
     ) -> None:
         self.guide, self.args, self.kwargs = guide, tuple(args), dict(kwargs or {})
         self.guide_trace: Trace | None = None
-        self.model = PriorsAtLatents()(model)
+        self.given, self.model = model, PriorsAtLatents()(model)
         self.runs = Runs(self.model, self.args, self.kwargs)
         if guide is None:
             self.model_trace, self.learns = _run_at_start(model, self.args, self.kwargs, start)
@@ -112,6 +113,10 @@ class BoundModel:
             bound = cls(model, guide, args, kwargs)
         check_whole(bound)
         return bound
+
+    def with_guide(self, guide: Callable) -> BoundModel:
+        """The same model and arguments with another guide."""
+        return BoundModel(self.given, guide, self.args, self.kwargs)
 
     @torch.no_grad()
     def _run_at_draw(self) -> None:

@@ -20,7 +20,7 @@ from pyro.distributions import constraints
 from pyro.distributions.transforms import CorrMatrixCholeskyTransform
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.distributions.constraints import Constraint
+from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
 from torch.distributions.transforms import (
     AffineTransform,
     ComposeTransform,
@@ -42,6 +42,8 @@ def bijection(support: Constraint) -> Transform:
         >>> t.log_abs_det_jacobian(z, t(z)).item()
         -101.71...
     """
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return bijection(support.base_constraint)
     if isinstance(support, constraints.independent):
         base = bijection(support.base_constraint)
         return IndependentTransform(base, support.reinterpreted_batch_ndims)
@@ -234,8 +236,8 @@ def same_support(one: Constraint, other: Constraint) -> bool:
 
 
 def base_of(support: Constraint) -> Constraint:
-    """The support of the single numbers or vectors that an independent one repeats."""
-    while isinstance(support, constraints.independent):
+    """The support of the numbers or vectors that an independent one repeats, or a mixture has."""
+    while isinstance(support, constraints.independent | MixtureSameFamilyConstraint):
         support = support.base_constraint
     return support
 

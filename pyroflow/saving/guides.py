@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -180,7 +180,7 @@ def _sites_of(model: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     """
     probe = AutoContinuous(model, init_loc_fn=started_anywhere(init_to_median))
     with seeded(0), torch.no_grad():
-        probe._setup_prototype(*args, **kwargs)
+        AutoGuide._setup_prototype(probe, *args, **kwargs)
     latents = Latents.of(probe.prototype_trace)
     refuse_circular(probe.prototype_trace)
     refuse_moving_supports(model, latents, args, kwargs)

@@ -1,0 +1,88 @@
+"""A mixture of flows: one fitted at each mode, weighted by the evidence there."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyroflow.guides import AutoFlow
+from pyroflow.guides.mixture import MixtureGuide
+from pyroflow.inference.gaussian_start import Gaussian, initialize
+from pyroflow.inference.guide_fit import fit_flow
+from pyroflow.inference.objectives import LogJointBound
+from pyroflow.model.bound import BoundModel
+from pyroflow.seeds import drawing
+
+LEAST_WEIGHT = 0.01  # of a part
+DRAWS = 2000  # of each part, behind the weights
+ROUNDS = 5  # in which the weights are found
+
+
+def fit_mixture(
+    problem: BoundModel,
+    guide: AutoFlow,
+    starts: Sequence[Gaussian],
+    make: Callable[[], AutoFlow],
+    *,
+    steps: int,
+    seed: int,
+    progress: bool = False,
+) -> MixtureGuide:
+    """One guide at each mode, fitted to the whole density from its Gaussian, and their weights.
+
+    The reverse Kullback-Leibler divergence holds a part at its mode. The weights maximise the bound
+    of the mixture with the parts as they are: π_k is the mean of its share of the density, over
+    draws of all parts weighted by p/q. Parts below 1 % are left out.
+
+    Args:
+        problem: the model, bound to ``guide``.
+        guide: one that was fitted, whose coordinates the parts take.
+        starts: Gaussians at the modes, in those coordinates.
+        make: a new guide, as those of the parts.
+        steps: the most steps of each part.
+        seed: of the fits.
+        progress: whether each shows a progress bar.
+    """
+    parts = []
+    for start in starts:
+        part = make().setup(*problem.args, **problem.kwargs)
+        part.coordinates = copy.deepcopy(guide.coordinates)
+        initialize(part, start)
+        bound = LogJointBound(problem.with_guide(part), "elbo", 1, None, seed=seed)
+        fit_flow(bound, steps, seed, progress=progress)
+        parts.append((part, bound))
+    weights = _weights(parts)
+    kept = weights >= LEAST_WEIGHT
+    guides = [part for (part, _), keep in zip(parts, kept.tolist(), strict=True) if keep]
+    return MixtureGuide(guide.model, guides, weights[kept])
+
+
+@torch.no_grad()
+def _weights(parts: list[tuple[AutoFlow, LogJointBound]]) -> Tensor:
+    """The weights of the parts, shape (K,), from draws of each."""
+    posteriors, log_p, drawn = [part.get_posterior() for part, _ in parts], [], []
+    with pyro.validation_enabled(False):
+        for part, bound in parts:
+            with drawing():
+                x = part.flow().sample((DRAWS,))
+            z, moved = x, 0.0
+            if part.coordinates is not None:
+                z, moved = part.coordinates.forward_and_log_det(x)
+            log_p.append(bound.log_joint.values_and_gradients(x)[0].double() - moved)
+            drawn.append(z)
+        z, log_p = torch.cat(drawn), torch.cat(log_p)
+        log_q = torch.stack([q.log_prob(z).double() for q in posteriors], -1)
+    log_q = log_q.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    # Each part has drawn as many: of these draws the density is the plain mean.
+    log_weights = log_p - (log_q.logsumexp(-1) - math.log(len(parts)))
+    log_weights = log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf).softmax(0)
+    weights = torch.full((len(parts),), 1 / len(parts), dtype=torch.float64)
+    for _ in range(ROUNDS):
+        shares = (weights.log() + log_q).softmax(-1)
+        weights = (log_weights.unsqueeze(-1) * shares).sum(0)
+    return weights / weights.sum()
