@@ -160,10 +160,11 @@ class AutoFlow(FlowGuide):
         if not isinstance(self.centring_given, dict):
             return None
         start = self._init_loc()
-        found = coordinates_of(self.model, args, kwargs, self.latents, start)
-        check_sites(self.centring_given, found)
+        given = self.centring_given
+        found = coordinates_of(self.model, args, kwargs, self.latents, start, given)
+        check_sites(given, found)
         if found is not None:
-            found.set(found.spread(self.centring_given))
+            found.c.copy_(found.spread(given))
         return found
 
     def find_coordinates(self, args: tuple, kwargs: dict[str, Any]) -> Coordinates | None:

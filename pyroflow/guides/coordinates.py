@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.latents import Latents
-from pyroflow.model.locations import Filled, Prior
+from pyroflow.model.locations import Filled, Prior, conditionals, powers
 from pyroflow.model.recorded import Recorded
 from pyroflow.model.records import quietly
 from pyroflow.transforms import Bijection
@@ -25,15 +25,21 @@ Centring = Literal["auto"] | Mapping[str, float | Tensor] | None
 class Coordinates(Bijection, TransformModule):
     r"""The map from a flow's coordinates x to the unconstrained latents z, both shape (D,).
 
-    For a latent whose prior has a location m and a scale s that depend on other latents,
+    For a latent whose prior has a location m and a scale s that depend on other latents it is one
+    of two maps, elementwise, in the order of the model's sites. c = 1 leaves a site as it is
+    written, c = 0 is its non-centred form. Where c is given, it is that of Pyro's
+    ``LocScaleReparam``, :func:`~pyroflow.model.locations.powers`:
 
-    z = m + (s/s₀)^{1 − c} (x − c m),   log |∂z/∂x| = (1 − c) log(s/s₀),
+    z = m + s^{1 − c} (x − c m),   log |∂z/∂x| = (1 − c) log s.
 
-    elementwise, in the order of the model's sites: c = 1 leaves a site as it is written, c = 0 is
-    its non-centred form. With s₀ = 1 these are the coordinates of Pyro's ``LocScaleReparam``. For
-    a multivariate normal with scale factor L, z = m + A (x − c m) with the rows of A between
-    those of the identity (c = 1) and of L L₀⁻¹ (c = 0). m and s are functions of z that were
-    recorded from the model, so that neither the model nor its data are needed later.
+    Where it is found, :func:`~pyroflow.model.locations.conditionals`, the latent is standardised
+    given the others, with c the part of its precision that comes from the data:
+
+    z = μ + (σ/σ₀)(x − μ₀),   σ² = 1/((1 − c) (s₀/s)² + c) σ₀²,   μ = m + c (σ/σ₀)² (t − m).
+
+    Both agree to first order in s; at the neck of a funnel, where s vanishes, the second is the
+    non-centred form for any c < 1. m and s are functions of z that were recorded from the model,
+    so that neither the model nor its data are needed later.
 
     References:
         Papaspiliopoulos, Roberts and Sköld, A general framework for the parametrization of
@@ -44,10 +50,10 @@ class Coordinates(Bijection, TransformModule):
     Args:
         sites: of each site that is moved, its name, the place of its numbers in z, their
             shape, and whether its scale is a matrix.
-        to_z: (x, c, *units) ↦ z and the log-determinant.
+        to_z: (x, c, *tensors) ↦ z and the log-determinant.
         priors: z ↦ location, scale and information of each site in turn.
         c: shape (D,), 1 for all other sites.
-        units: of each site s₀, as its logarithm, shape of the site; or L₀⁻¹.
+        tensors: of each site those of its map.
     """
 
     fixed: tuple[str, ...]
@@ -58,35 +64,40 @@ class Coordinates(Bijection, TransformModule):
         to_z: Recorded,
         priors: Recorded,
         c: Tensor,
-        units: list[Tensor],
+        tensors: list[list[Tensor]],
     ) -> None:
         Bijection.__init__(self)
         self.sites, self.to_z, self.priors = sites, to_z, priors
+        self.counts = [len(own) for own in tensors]
         self.register_buffer("c", c, persistent=False)
-        for i, unit in enumerate(units):
-            self.register_buffer(f"unit_{i}", unit, persistent=False)
-        shapes = {f"unit_{i}": unit.dim() for i, unit in enumerate(units)}
-        self.event_dims = {"c": 1} | shapes
+        self.event_dims = {"c": 1}
+        for i, tensor in enumerate(t for own in tensors for t in own):
+            self.register_buffer(f"tensor_{i}", tensor, persistent=False)
+            self.event_dims[f"tensor_{i}"] = tensor.dim()
         self.fixed = tuple(self.event_dims)
 
     @property
     def centring(self) -> dict[str, Tensor]:
         """The c of each site, of its unconstrained shape."""
-        return {site["name"]: self.c[_slice(site)].reshape(site["shape"]) for site in self.sites}
+        return self.by_site(self.c)
+
+    def by_site(self, numbers: Tensor) -> dict[str, Tensor]:
+        """The parts of a vector (D,) that belong to the sites, in their shapes."""
+        return {site["name"]: self.part(numbers, i) for i, site in enumerate(self.sites)}
 
     @torch.no_grad()
-    def set(self, c: Tensor, z: Tensor | None = None) -> None:
-        """Set c, shape (D,), and with z (D,) the scales s₀ to those there; else to 1."""
+    def set(self, c: Tensor, z: Tensor, curvatures: Mapping[str, Tensor] | None = None) -> None:
+        """Set c, shape (D,), where the priors are those at z (D,).
+
+        ``curvatures``: by site, H of those with a matrix; zero by default.
+        """
         self.c.copy_(c)
-        priors = self.read(z) if z is not None else [None] * len(self.sites)
-        for i, (prior, unit) in enumerate(zip(priors, self._units(), strict=True)):
-            identity = torch.eye(unit.shape[-1]).to(unit) if self.sites[i]["matrix"] else 0.0
-            if prior is None:
-                unit.zero_().add_(identity)
-            elif prior.matrix:
-                unit.copy_(torch.linalg.solve_triangular(prior.scale, identity, upper=False))
-            else:
-                unit.copy_(prior.scale.log())
+        for i, (site, prior) in enumerate(zip(self.sites, self.read(z), strict=True)):
+            at, piece = self.part(c, i), self.part(z, i)
+            curvature = (curvatures or {}).get(site["name"], torch.zeros_like(prior.scale))
+            found = conditionals(prior, at, piece, curvature)
+            for kept, tensor in zip(self.own_tensors(i), found, strict=True):
+                kept.copy_(tensor)
 
     def spread(self, centring: Mapping[str, float | Tensor]) -> Tensor:
         """One vector c, shape (D,), from c by site; 1 for all others.
@@ -114,23 +125,31 @@ class Coordinates(Bijection, TransformModule):
         parts = zip(found[0::3], found[1::3], found[2::3], self.sites, strict=True)
         return [Prior(*three, site["matrix"]) for *three, site in parts]
 
+    def own_tensors(self, index: int) -> list[Tensor]:
+        """Those of a site."""
+        start = sum(self.counts[:index])
+        return [getattr(self, f"tensor_{start + i}") for i in range(self.counts[index])]
+
     def describe(self, stored: Callable[[Tensor], Tensor] = Tensor.clone) -> Description:
         """As plain data, each tensor as ``stored`` gives it."""
         maps = {"to_z": self.to_z, "priors": self.priors}
+        kept = [self.own_tensors(i) for i in range(len(self.sites))]
         return {
             "sites": self.sites,
             "c": stored(self.c),
-            "units": [stored(unit) for unit in self._units()],
+            "tensors": [[stored(t) for t in own] for own in kept],
         } | {name: recorded.to(stored).describe() for name, recorded in maps.items()}
 
     @classmethod
     def restore(cls, described: Description) -> Coordinates:
         """What :meth:`describe` gave."""
         maps = {name: Recorded(**described[name]) for name in ("to_z", "priors")}
-        return cls(described["sites"], **maps, c=described["c"], units=described["units"])
+        return cls(described["sites"], **maps, c=described["c"], tensors=described["tensors"])
 
-    def _units(self) -> list[Tensor]:
-        return [getattr(self, f"unit_{i}") for i in range(len(self.sites))]
+    def part(self, numbers: Tensor, index: int) -> Tensor:
+        """The numbers of a site, (*B, *its shape), of (*B, D)."""
+        site = self.sites[index]
+        return numbers[..., _slice(site)].reshape((*numbers.shape[:-1], *site["shape"]))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coordinates:
         super()._apply(fn, recurse)
@@ -142,7 +161,7 @@ class Coordinates(Bijection, TransformModule):
         return self
 
     def tensors(self) -> Parameters:
-        """The c and the units, which :meth:`set` changes in place."""
+        """The c and the sites' tensors, which :meth:`set` changes in place."""
         return self._map_parameters()
 
     def move(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,13 +177,12 @@ class Coordinates(Bijection, TransformModule):
     def _invert(
         self, y: Tensor, parameters: Parameters, cached: Pair | None
     ) -> tuple[Tensor, Tensor]:
-        c, *units = parameters
-        x, total = [], torch.zeros_like(y[..., 0])
-        end = 0
-        for site, prior, unit in zip(self.sites, self.read(y), units, strict=True):
-            piece = y[..., _slice(site)].reshape((*y.shape[:-1], *site["shape"]))
-            own, log_det = prior.back(piece, c[_slice(site)].reshape(site["shape"]), unit)
-            x += [y[..., end : site["start"]], own.reshape((*y.shape[:-1], -1))]
+        given, x, end = iter(parameters[1:]), [], 0
+        total = torch.zeros_like(y[..., 0])
+        for i, (site, prior) in enumerate(zip(self.sites, self.read(y), strict=True)):
+            own = [next(given) for _ in range(self.counts[i])]
+            moved, log_det = prior.back(self.part(y, i), self.part(parameters[0], i), *own)
+            x += [y[..., end : site["start"]], moved.reshape((*y.shape[:-1], -1))]
             total = total + log_det.reshape((*y.shape[:-1], -1)).sum(-1)
             end = site["stop"]
         return torch.cat([*x, y[..., end:]], -1), total
@@ -210,7 +228,12 @@ def check_sites(centring: Mapping[str, Any], found: Coordinates | None) -> None:
 
 
 def coordinates_of(
-    model: Callable, args: tuple, kwargs: Mapping[str, Any], latents: Latents, start: Tensor
+    model: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    latents: Latents,
+    start: Tensor,
+    centring: Mapping[str, float | Tensor] | None = None,
 ) -> Coordinates | None:
     """The coordinates of a model as it is written, c = 1; None where there are none to choose.
 
@@ -223,6 +246,7 @@ def coordinates_of(
         kwargs: its keyword arguments.
         latents: the table of its latents.
         start: unconstrained latents, shape (D,), at which it is run.
+        centring: c by site, of ``LocScaleReparam``; else c is 1, to be found.
     """
 
     def run(number: Callable[[str, Prior | None], Tensor]) -> None:
@@ -230,20 +254,20 @@ def coordinates_of(
             model(*args, **kwargs)
 
     try:
-        return _recorded(run, latents, start.detach())
+        return _recorded(run, latents, start.detach(), given=centring is not None)
     except FAILURES:
         return None
 
 
-def _recorded(run: Callable, latents: Latents, start: Tensor) -> Coordinates | None:
+def _recorded(run: Callable, latents: Latents, start: Tensor, *, given: bool) -> Coordinates | None:
     found: dict[str, Prior | None] = {}
 
     def priors(z: Tensor) -> list[Tensor]:
-        given = latents.unpack(z)
+        pieces = latents.unpack(z)
 
         def number(name: str, prior: Prior | None) -> Tensor:
             found[name] = prior
-            return given[name]
+            return pieces[name]
 
         run(number)
         kept = [(found[site.name], site.unconstrained_shape) for site in latents]
@@ -258,39 +282,53 @@ def _recorded(run: Callable, latents: Latents, start: Tensor) -> Coordinates | N
     if not moved:
         return None
     outputs = [t for three, alone in zip(parts, fixed, strict=True) if not alone for t in three]
-    sites, units = _places(latents, {name: found[name].matrix for name in moved}, start)
+    sites = _places(latents, {name: found[name].matrix for name in moved})
+    c = torch.ones_like(start)
+    read = Recorded(read.steps, read.constants, outputs)
+    tensors = _tensors(sites, read, c, start, given)
+    counts = [len(own) for own in tensors]
 
-    def to_z(x: Tensor, c: Tensor, *units: Tensor) -> tuple[Tensor, Tensor]:
-        given, at, z, log_dets = latents.unpack(x), latents.unpack(c), {}, []
+    def to_z(x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        pieces, at, z, log_dets, own = latents.unpack(x), latents.unpack(c), {}, [], {}
+        left = iter(tensors)
+        for name, count in zip(moved, counts, strict=True):
+            own[name] = [next(left) for _ in range(count)]
 
         def number(name: str, prior: Prior | None) -> Tensor:
-            z[name] = given[name]
+            z[name] = pieces[name]
             if name in moved:
-                unit = units[moved.index(name)]
-                z[name], log_det = prior.forth(given[name], at[name], unit)
+                z[name], log_det = prior.forth(pieces[name], at[name], *own[name])
                 log_dets.append(log_det.sum())
             return z[name]
 
         run(number)
         return latents.pack(z), torch.stack(log_dets).sum()
 
-    c = torch.ones_like(start)
-    recorded = Recorded.of(to_z, start, c, *units)
-    return Coordinates(sites, recorded, Recorded(read.steps, read.constants, outputs), c, units)
+    recorded = Recorded.of(to_z, start, c, *(t for own in tensors for t in own))
+    return Coordinates(sites, recorded, read, c, tensors)
 
 
-def _places(
-    latents: Latents, matrices: Mapping[str, bool], like: Tensor
-) -> tuple[list[Description], list[Tensor]]:
-    """Where the numbers of the moved sites are, and their units, s₀ = 1."""
-    sites, units, stop = [], [], 0
+def _tensors(
+    sites: list[Description], read: Recorded, c: Tensor, z: Tensor, given: bool
+) -> list[list[Tensor]]:
+    """The tensors of each site's map, with c = 1."""
+    values, found = iter(read(z)), []
+    for site in sites:
+        prior = Prior(next(values), next(values), next(values), site["matrix"])
+        at, piece = (t[_slice(site)].reshape(site["shape"]) for t in (c, z))
+        own = powers(prior, at) if given else None
+        own = own or conditionals(prior, at, piece, torch.zeros_like(prior.scale))
+        found.append([t.clone() for t in own])
+    return found
+
+
+def _places(latents: Latents, matrices: Mapping[str, bool]) -> list[Description]:
+    """Where the numbers of the moved sites are."""
+    sites, stop = [], 0
     for site, size in zip(latents, latents.sizes, strict=True):
         start, stop = stop, stop + size
-        if site.name not in matrices:
-            continue
-        shape, matrix = list(site.unconstrained_shape), matrices[site.name]
-        place = {"name": site.name, "start": start, "stop": stop, "shape": shape, "matrix": matrix}
-        sites.append(place)
-        unit = torch.eye(shape[-1]).expand(*shape, shape[-1]) if matrix else torch.zeros(shape)
-        units.append(unit.to(like).contiguous())
-    return sites, units
+        if site.name in matrices:
+            shape, matrix = list(site.unconstrained_shape), matrices[site.name]
+            place = {"name": site.name, "start": start, "stop": stop}
+            sites.append(place | {"shape": shape, "matrix": matrix})
+    return sites

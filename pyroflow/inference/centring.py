@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,6 +22,7 @@ from pyroflow.model.log_joint import LogJoint
 ROUNDS = 3  # of Gaussian → c → Gaussian
 MOVES = 20  # of a Gaussian, after each change of c
 DRAWS = 256  # behind the mean curvature of the priors
+SMALLEST = 1e-6  # part of the prior in the precision of a vector that is not left as written
 GAIN = 0.01  # nats, that another round must have brought
 
 
@@ -48,81 +51,107 @@ def best_coordinates(
     centred = torch.ones_like(coordinates.c)
     free = coordinates.spread(dict.fromkeys(coordinates.centring, 0.0))
     found = []
-    for c in (centred, free):
-        coordinates.set(c, z)
+    for place in (Place(centred, z, {}), Place(free, z, {})):
+        coordinates.set(*place)
         gaussian = best_gaussian(log_joint, coordinates.inv(z), bar)
-        found += [] if gaussian is None else [(gaussian, c, z)]
+        found += [] if gaussian is None else [(gaussian, place)]
     if not found:
-        coordinates.set(centred)
+        coordinates.set(centred, z)
         return None
     best = max(found, key=lambda each: each[0].bound)
     test = normal_pairs(TESTED_BY, z)
     for _ in range(ROUNDS):
-        tried = _by_formula(log_joint, coordinates, best, test)
+        tried = _by_formula(log_joint, coordinates, *best, test)
         better = max([best, *tried], key=lambda each: each[0].bound)
         gained, best = better[0].bound - best[0].bound, better
         if gained < GAIN:
             break
-    gaussian, c, z = best
-    coordinates.set(c, z)
-    return gaussian
+    coordinates.set(*best[1])
+    return best[0]
 
 
-Found = tuple[Gaussian, Tensor, Tensor]  # with the c and the z that the coordinates are set by
+class Place(NamedTuple):
+    """What coordinates are set by: c and z, shape (D,), and curvatures by site."""
+
+    c: Tensor
+    z: Tensor
+    curvatures: dict[str, Tensor]
 
 
 def _by_formula(
-    log_joint: LogJoint, coordinates: Coordinates, best: Found, test: Tensor
-) -> list[Found]:
+    log_joint: LogJoint, coordinates: Coordinates, gaussian: Gaussian, place: Place, test: Tensor
+) -> list[tuple[Gaussian, Place]]:
     """The Gaussians in the coordinates that the best one so far suggests."""
-    gaussian, c, z = best
-    coordinates.set(c, z)
-    wanted, at = _suggested(coordinates, gaussian), coordinates(gaussian.loc)
-    means = {name: part.mean() for name, part in _by_site(coordinates, wanted).items()}
+    coordinates.set(*place)
+    c, curvatures = _suggested(coordinates, gaussian)
+    at, slopes = coordinates(gaussian.loc), _slopes(coordinates, gaussian.loc)
+    means = {name: part.mean() for name, part in coordinates.by_site(c).items()}
     found = []
-    for c in (wanted, coordinates.spread(means)):
-        coordinates.set(*best[1:])
-        scale = torch.autograd.functional.jacobian(coordinates, gaussian.loc) @ gaussian.scale
-        coordinates.set(c, at)
+    for wanted in (c, coordinates.spread(means)):
+        place = Place(wanted, at, curvatures)
+        coordinates.set(*place)
         loc = coordinates.inv(at)
-        scale = torch.linalg.solve(torch.autograd.functional.jacobian(coordinates, loc), scale)
+        scale = torch.linalg.solve(_slopes(coordinates, loc), slopes @ gaussian.scale)
         if bool(scale.isfinite().all() & loc.isfinite().all()):
             start = Gaussian(loc, scale, -torch.inf)
-            found.append((moved_on(log_joint, start, MOVES, test), c, at))
+            found.append((moved_on(log_joint, start, MOVES, test), place))
     return found
 
 
-def _suggested(coordinates: Coordinates, gaussian: Gaussian) -> Tensor:
-    """The formula's c, shape (D,), of a Gaussian in the present coordinates."""
+def _slopes(coordinates: Coordinates, x: Tensor) -> Tensor:
+    return torch.autograd.functional.jacobian(coordinates, x)
+
+
+def _suggested(coordinates: Coordinates, gaussian: Gaussian) -> tuple[Tensor, dict[str, Tensor]]:
+    """The formula's c, shape (D,), of a Gaussian in the present coordinates, and H of matrices."""
     loc, scale, _ = gaussian
-    precision = torch.cholesky_inverse(scale).diagonal()
+    precision = torch.cholesky_inverse(scale)
     x = loc + normal_pairs(DRAWS, loc) @ scale.mT
-    own = _prior_curvature(coordinates, x).nan_to_num(torch.inf).mean(0)
-    here = _prior_curvature(coordinates, loc)
-    downstream = (precision - own).clamp(min=0)
-    return torch.where(here > 0, downstream / (downstream + here), 1.0).clamp(0, 1)
+    c, curvatures = torch.ones_like(loc), {}
+    z, slopes = coordinates(x), _slopes(coordinates, loc)
+    around = _curvatures(coordinates, x, z)
+    at_centre = _curvatures(coordinates, loc, coordinates(loc))
+    for site, own, here in zip(coordinates.sites, around, at_centre, strict=True):
+        part = slice(site["start"], site["stop"])
+        total, own = precision[part, part], own.nan_to_num(torch.inf).mean(0)
+        if not site["matrix"]:
+            downstream = (total.diagonal() - own.flatten()).clamp(min=0)
+            c[part] = torch.where(
+                here.flatten() > 0, downstream / (downstream + here.flatten()), 1.0
+            )
+            continue
+        blocks = _blocks(total, site["shape"])
+        downstream = _positive(blocks - own)
+        factor = torch.linalg.inv(_blocks(slopes[part, part], site["shape"]))
+        curvatures[site["name"]] = factor.mT @ downstream @ factor
+        ratio = downstream.diagonal(dim1=-2, dim2=-1) / here.diagonal(dim1=-2, dim2=-1)
+        c[part] = (ratio / (1 + ratio)).clamp(max=1 - SMALLEST).flatten()
+    return c.clamp(0, 1), curvatures
 
 
-def _prior_curvature(coordinates: Coordinates, x: Tensor) -> Tensor:
-    """Expected negative second derivatives of the priors in each x (*B, D); 0 for other sites."""
-    c, *units = coordinates.tensors()
-    found, at = torch.zeros_like(x), _by_site(coordinates, c)
-    priors = zip(coordinates.sites, coordinates.read(coordinates(x)), units, strict=True)
-    for site, prior, unit in priors:
-        factor, _ = prior.factor(at[site["name"]], unit)
+def _curvatures(coordinates: Coordinates, x: Tensor, z: Tensor) -> list[Tensor]:
+    """Of each site, the prior's expected curvature in x (*B, D): numbers, or matrices."""
+    found = []
+    for i, prior in enumerate(coordinates.read(z)):
+        at, own = coordinates.part(coordinates.c, i), coordinates.own_tensors(i)
         if prior.matrix:
+            factor = prior.slope(at, *own)
             white = torch.linalg.solve_triangular(prior.scale, factor, upper=False)
-            curvature = white.square().sum(-2)
+            found.append(white.mT @ white * prior.information.mean())
         else:
-            curvature = (factor / prior.scale).square()
-        curvature = (curvature * prior.information).reshape((*x.shape[:-1], -1))
-        found[..., site["start"] : site["stop"]] = curvature
+            _, log_factor = prior.forth(coordinates.part(x, i), at, *own)
+            found.append((log_factor.exp() / prior.scale).square() * prior.information)
     return found
 
 
-def _by_site(coordinates: Coordinates, numbers: Tensor) -> dict[str, Tensor]:
-    """The parts of a vector (D,) that belong to the sites, in their shapes."""
-    return {
-        site["name"]: numbers[site["start"] : site["stop"]].reshape(site["shape"])
-        for site in coordinates.sites
-    }
+def _blocks(matrix: Tensor, shape: list[int]) -> Tensor:
+    """The blocks on the diagonal of a matrix of all the numbers of a site, (*batch, n, n)."""
+    n = shape[-1]
+    blocks = matrix.reshape(len(matrix) // n, n, len(matrix) // n, n)
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).reshape(*shape, n)
+
+
+def _positive(symmetric: Tensor) -> Tensor:
+    """The nearest positive semidefinite matrices."""
+    values, vectors = torch.linalg.eigh((symmetric + symmetric.mT) / 2)
+    return vectors * values.clamp(min=0).unsqueeze(-2) @ vectors.mT

@@ -17,6 +17,8 @@ from pyroflow.model.latents import Latents
 from pyroflow.model.priors import AtLatent
 from pyroflow.model.supports import base_of, is_real, plain_bijection
 
+LEAST = 0.05  # of the prior's curvature: data of less do not say where they pull to
+
 
 class Prior(NamedTuple):
     """The prior of a site's unconstrained numbers, as far as a change of coordinates needs it.
@@ -41,34 +43,107 @@ class Prior(NamedTuple):
         wide = (*shape, shape[-1]) if self.matrix else shape
         return self.loc.expand(shape), self.scale.expand(wide), information.expand(shape)
 
-    def factor(self, c: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """The factor between numbers at c and as written, and the log of its diagonal.
+    def forth(self, x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers z at coordinates x, and log |det ∂z/∂x| by element; see :func:`powers`."""
+        return (self._matrix if self.matrix else self._number)(x, False, c, *tensors)
 
-        (s/s₀)^{1 − c} where the scale is a number, and ``unit`` log s₀; for a matrix the lower
-        triangle with rows between those of the identity (c = 1) and of L L₀⁻¹ (c = 0), where
-        ``unit`` is L₀⁻¹.
-        """
-        if not self.matrix:
-            log_ratio = (1 - c) * (self.scale.log() - unit)
-            return log_ratio.exp(), log_ratio
-        factor = (1 - c).unsqueeze(-1) * (self.scale @ unit) + c.diag_embed()
-        return factor, factor.diagonal(dim1=-2, dim2=-1).log()
-
-    def forth(self, x: Tensor, c: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers z = m + factor · (x − c m) at coordinates x, and log |det ∂z/∂x|, by element."""
-        factor, log_det = self.factor(c, unit)
-        if self.matrix:
-            return self.loc + (factor @ (x - c * self.loc).unsqueeze(-1)).squeeze(-1), log_det
-        return factor * x + (1 - c * factor) * self.loc, log_det  # x itself where c = 1
-
-    def back(self, z: Tensor, c: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def back(self, z: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`forth`, with the same log-determinant."""
-        factor, log_det = self.factor(c, unit)
-        if self.matrix:
-            moved = (z - self.loc).unsqueeze(-1)
-            back = torch.linalg.solve_triangular(factor, moved, upper=False)
-            return back.squeeze(-1) + c * self.loc, log_det
-        return (z - (1 - c * factor) * self.loc) / factor, log_det
+        return (self._matrix if self.matrix else self._number)(z, True, c, *tensors)
+
+    def _number(
+        self, given: Tensor, inverse: bool, c: Tensor, unit: Tensor, *at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        log_ratio = self.scale.log() - unit
+        if at:
+            target, centre = at
+            log_factor = -torch.logaddexp(torch.log1p(-c) - 2 * log_ratio, c.log()) / 2
+            share = (c.log() + 2 * log_factor).exp()
+            factor = log_factor.exp()
+            shift = self.loc + share * (target - self.loc) - factor * centre
+        else:
+            log_factor = (1 - c) * log_ratio
+            factor = log_factor.exp()
+            shift = (1 - c * factor) * self.loc
+        return (given - shift) / factor if inverse else factor * given + shift, log_factor
+
+    def slope(self, c: Tensor, unit: Tensor, *at: Tensor) -> Tensor:
+        """The matrices ∂z/∂x of a site whose scale is one, where its coordinates were found."""
+        factor = self.conditional(at[2])[0] @ unit
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        return torch.where((c == 1).all(-1)[..., None, None], identity, factor)
+
+    def _matrix(
+        self, given: Tensor, inverse: bool, c: Tensor, unit: Tensor, *at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if at:
+            pull, centre, curvature, log_unit = at
+            factor, log_det = self.conditional(curvature)
+            mean = self.loc + times(factor, times(factor.mT, pull - times(curvature, self.loc)))
+            factor, log_det = factor @ unit, log_det + log_unit
+        else:
+            factor = (1 - c).unsqueeze(-1) * (self.scale @ unit) + c.diag_embed()
+            log_det = factor.diagonal(dim1=-2, dim2=-1).log()
+            mean, centre = self.loc, c * self.loc
+        moved = torch.linalg.solve(factor, (given - mean).unsqueeze(-1)).squeeze(-1) + centre
+        if not inverse:
+            moved = mean + times(factor, given - centre)
+        written = (c == 1).all(-1, keepdim=True)
+        return torch.where(written, given, moved), torch.where(written, 0.0, log_det)
+
+    def conditional(self, curvature: Tensor) -> tuple[Tensor, Tensor]:
+        """R with R Rᵀ = (K⁻¹ + H)⁻¹, for K = L Lᵀ and a curvature H, and the parts of log |det R|.
+
+        R = L C⁻ᵀ with C Cᵀ = I + Lᵀ H L, so that K may be nearly singular.
+        """
+        L = self.scale
+        identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+        C = torch.linalg.cholesky(identity + L.mT @ curvature @ L)
+        factor = torch.linalg.solve_triangular(C, L.mT, upper=False).mT
+        diagonals = [t.diagonal(dim1=-2, dim2=-1).log() for t in (L, C)]
+        return factor, diagonals[0] - diagonals[1]
+
+
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """The product of matrices (*B, n, n) and vectors (*B, n)."""
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def powers(prior: Prior, c: Tensor) -> list[Tensor]:
+    """The tensors with which a prior's coordinates are those of Pyro's ``LocScaleReparam(c)``.
+
+    z = m + s^{1 − c} (x − c m). Of a matrix, rows between those of the identity (c = 1) and of L.
+    """
+    if not prior.matrix:
+        return [torch.zeros_like(c)]
+    identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
+    return [identity.expand(*c.shape, c.shape[-1]).contiguous()]
+
+
+def conditionals(prior: Prior, c: Tensor, z: Tensor, curvature: Tensor | None) -> list[Tensor]:
+    r"""The tensors with which x has the prior's conditional distribution given data, standardised.
+
+    As if the data were one more normal factor of curvature h at t, z given the other latents is
+    normal with variance σ² = 1/(s⁻² + h) and mean μ = σ² (m/s² + h t), and z = μ + (σ/σ₀)(x − μ₀).
+    c = h/(h + s₀⁻²); t makes μ₀ the number z that the other latents were taken with, as far as h
+    is not small. The same holds of matrices, s² = L Lᵀ, h = H.
+
+    Args:
+        prior: where the other latents are as in z.
+        c: shape of the site.
+        z: the site's numbers.
+        curvature: H, for matrices; a site with c = 1 stays as it is written.
+    """
+    off = z - prior.loc
+    if not prior.matrix:
+        target = z + off * (1 - c) / (c + LEAST * (1 - c))
+        return [prior.scale.log(), target, (1 - c) * prior.loc + c * target]
+    inverse = torch.cholesky_inverse(prior.scale)
+    target = z + times(torch.linalg.pinv(curvature + LEAST * inverse), times(inverse, off))
+    factor, log_det = prior.conditional(curvature)
+    pull = times(curvature, target)
+    centre = prior.loc + times(factor, times(factor.mT, pull - times(curvature, prior.loc)))
+    return [torch.linalg.inv(factor), pull, centre, curvature, -log_det]
 
 
 def prior_of(fn: td.Distribution) -> Prior | None:

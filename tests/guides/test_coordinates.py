@@ -99,9 +99,12 @@ def moved(model: Callable, seed: int = 0) -> tuple[pf.AutoFlow, torch.nn.Module]
     guide.coordinates = coordinates_of(model, (), {}, guide.latents, start)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(2, len(start), generator=generator, dtype=F64)
-    c = {name: part.clone() for name, part in guide.centring.items()}
-    spread = guide.coordinates.spread(dict.fromkeys(c, 0.0))
-    guide.coordinates.set(torch.where(spread == 0, noise[0], 1.0), start + noise[1])
+    free = guide.coordinates.spread(dict.fromkeys(guide.centring, 0.0))
+    curvatures = {}
+    for site, prior in zip(guide.coordinates.sites, guide.coordinates.read(start), strict=True):
+        root = torch.randn(prior.scale.shape, generator=generator, dtype=F64)
+        curvatures[site["name"]] = root @ root.mT if prior.matrix else None
+    guide.coordinates.set(torch.where(free == 0, noise[0], 1.0), start + noise[1], curvatures)
     return guide, guide.coordinates
 
 
