@@ -14,13 +14,22 @@ from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.checks import check_choice, check_count
-from pyroflow.transforms import Affine, Bijection, ConditionalAffine, Planar, Radial, Sylvester
+from pyroflow.transforms import (
+    Affine,
+    Bijection,
+    ConditionalAffine,
+    Planar,
+    Radial,
+    SinhArcsinh,
+    Sylvester,
+)
 from pyroflow.transforms.conditional import Conditional, ConditionalLayers
 
 Direction = Literal["auto", "base_to_data", "data_to_base"]
 AnyTransform = Transform | ConditionalTransform
 
-_LAYERS = (Planar, Radial, Sylvester, ConditionalLayers)  # start as the identity, run either way
+# They start as the identity and run either way.
+_LAYERS = (Planar, Radial, SinhArcsinh, Sylvester, ConditionalLayers)
 _AFFINE = (Affine, ConditionalAffine)
 
 
