@@ -192,8 +192,17 @@ class Flow(nn.Module):
         return {"inverted": inverted, "undecided": self._undecided, "fitted": self.fitted}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`get_extra_state` gave."""
+        """Restore what :meth:`get_extra_state` gave.
+
+        Raises:
+            ValueError: If it is of a flow with another number of transforms.
+        """
         transforms = [t for t, _ in self.steps]
+        if len(state["inverted"]) != len(transforms):
+            raise ValueError(
+                f"state_dict is of a flow of {len(state['inverted'])} transforms, this one has "
+                f"{len(transforms)}: make it with the same layers first"
+            )
         self.steps = tuple(zip(transforms, state["inverted"], strict=True))
         self._undecided, self.fitted = state["undecided"], state["fitted"]
 
