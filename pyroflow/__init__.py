@@ -17,9 +17,11 @@ from pyroflow.transforms import (
     ConditionalAffine,
     ConditionalPlanar,
     ConditionalRadial,
+    ConditionalSinhArcsinh,
     ConditionalSylvester,
     Planar,
     Radial,
+    SinhArcsinh,
     Sylvester,
 )
 
@@ -28,6 +30,7 @@ __version__ = version("pyroflow")
 # Named as Pyro names the functions that make a transform.
 planar, conditional_planar = Planar, ConditionalPlanar
 radial, conditional_radial = Radial, ConditionalRadial
+sinh_arcsinh, conditional_sinh_arcsinh = SinhArcsinh, ConditionalSinhArcsinh
 sylvester, conditional_sylvester = Sylvester, ConditionalSylvester
 
 __all__ = [
@@ -41,17 +44,20 @@ __all__ = [
     "ConditionalAffine",
     "ConditionalPlanar",
     "ConditionalRadial",
+    "ConditionalSinhArcsinh",
     "ConditionalSylvester",
     "Fit",
     "Flow",
     "Planar",
     "Radial",
     "Report",
+    "SinhArcsinh",
     "StopRule",
     "Sylvester",
     "calibrate",
     "conditional_planar",
     "conditional_radial",
+    "conditional_sinh_arcsinh",
     "conditional_sylvester",
     "datasets",
     "diagnose",
@@ -65,6 +71,7 @@ __all__ = [
     "radial",
     "radial_flow",
     "save",
+    "sinh_arcsinh",
     "sylvester",
     "sylvester_flow",
     "targets",

@@ -16,10 +16,12 @@ from pyroflow.transforms import (
     ConditionalAffine,
     ConditionalPlanar,
     ConditionalRadial,
+    ConditionalSinhArcsinh,
     ConditionalSylvester,
     Conditioned,
     Planar,
     Radial,
+    SinhArcsinh,
     Sylvester,
 )
 
@@ -129,6 +131,23 @@ def context_radial(dim: int, layers: int, batch: tuple[int, ...]) -> Source:
     return Source(dim, parts, lambda t: t.condition(context.to(t.radial.x0.dtype)), batch)
 
 
+def sinh_arcsinh(dim: int, sd: float = 0.7) -> Source:
+    return Source(dim, scatter(SinhArcsinh(dim), sd))
+
+
+def given_sinh_arcsinh(dim: int, batch: tuple[int, ...], sd: float = 0.5) -> Source:
+    sizes = {"skew": (dim,), "raw": (dim,)}
+    family = untouched(SinhArcsinh)(dim)
+    parts = nn.ParameterDict({k: sd * torch.randn(*batch, *size) for k, size in sizes.items()})
+    return Source(dim, parts, lambda p: family.at(*(p[k] for k in sizes)), batch)
+
+
+def context_sinh_arcsinh(dim: int, batch: tuple[int, ...]) -> Source:
+    parts = scatter(ConditionalSinhArcsinh(dim, 3, hidden_dims=(4,)), 0.5)
+    context = torch.randn(*batch, 3)
+    return Source(dim, parts, lambda t: t.condition(context.to(t.sinharcsinh.raw.dtype)), batch)
+
+
 def leaky(dim: int, layers: int, sd: float = 1.5) -> Source:
     return Source(dim, scatter(Planar(dim, layers, nonlinearity="leaky_relu"), sd))
 
@@ -214,6 +233,12 @@ CASES: dict[str, Callable[[], Source]] = {
     "given_radial-7-inverse": lambda: given_radial(3, 2, (7,)).inverted(),
     "context_radial": lambda: context_radial(2, 3, ()),
     "context_radial-7": lambda: context_radial(2, 3, (7,)),
+    "sinh_arcsinh-D1": lambda: sinh_arcsinh(1),
+    "sinh_arcsinh-D5": lambda: sinh_arcsinh(5),
+    "sinh_arcsinh-D3-inverse": lambda: sinh_arcsinh(3).inverted(),
+    "given_sinh_arcsinh-6x5": lambda: given_sinh_arcsinh(2, (6, 5)),
+    "given_sinh_arcsinh-7-inverse": lambda: given_sinh_arcsinh(3, (7,)).inverted(),
+    "context_sinh_arcsinh-7": lambda: context_sinh_arcsinh(2, (7,)),
     "leaky-D2-K8": lambda: leaky(2, 8),
     "leaky-D5-K3-inverse": lambda: leaky(5, 3).inverted(),
     "given_leaky-7": lambda: given_leaky(3, 4, (7,)),

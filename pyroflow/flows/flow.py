@@ -14,13 +14,22 @@ from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.checks import check_choice, check_count
-from pyroflow.transforms import Affine, Bijection, ConditionalAffine, Planar, Radial, Sylvester
+from pyroflow.transforms import (
+    Affine,
+    Bijection,
+    ConditionalAffine,
+    Planar,
+    Radial,
+    SinhArcsinh,
+    Sylvester,
+)
 from pyroflow.transforms.conditional import Conditional, ConditionalLayers
 
 Direction = Literal["auto", "base_to_data", "data_to_base"]
 AnyTransform = Transform | ConditionalTransform
 
-_LAYERS = (Planar, Radial, Sylvester, ConditionalLayers)  # start as the identity, run either way
+# They start as the identity and run either way.
+_LAYERS = (Planar, Radial, SinhArcsinh, Sylvester, ConditionalLayers)
 _AFFINE = (Affine, ConditionalAffine)
 
 
@@ -183,8 +192,17 @@ class Flow(nn.Module):
         return {"inverted": inverted, "undecided": self._undecided, "fitted": self.fitted}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`get_extra_state` gave."""
+        """Restore what :meth:`get_extra_state` gave.
+
+        Raises:
+            ValueError: If it is of a flow with another number of transforms.
+        """
         transforms = [t for t, _ in self.steps]
+        if len(state["inverted"]) != len(transforms):
+            raise ValueError(
+                f"state_dict is of a flow of {len(state['inverted'])} transforms, this one has "
+                f"{len(transforms)}: make it with the same layers first"
+            )
         self.steps = tuple(zip(transforms, state["inverted"], strict=True))
         self._undecided, self.fitted = state["undecided"], state["fitted"]
 

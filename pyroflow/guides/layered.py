@@ -14,7 +14,7 @@ from pyroflow.checks import check_choice, check_count
 from pyroflow.flows import Flow
 from pyroflow.guides.autoflow import AutoFlow
 from pyroflow.guides.coordinates import Centring
-from pyroflow.transforms import Planar, Sylvester
+from pyroflow.transforms import Planar, SinhArcsinh, Sylvester
 from pyroflow.transforms.affine import AffineKind
 from pyroflow.transforms.sylvester import KINDS, Orthogonal, orthonormal
 
@@ -26,7 +26,7 @@ Rotation = Orthogonal | Literal["random"]
 
 
 class _LayeredGuide(AutoFlow):
-    """A guide with K layers of one kind, which start at the identity."""
+    """A guide with K layers of one kind, which start at the identity, as do its tails."""
 
     def __init__(
         self,
@@ -38,7 +38,10 @@ class _LayeredGuide(AutoFlow):
         *,
         base_df: float | None = None,
         centring: Centring = "auto",
+        tails: bool = False,
     ) -> None:
+        check_choice("tails", tails, (False, True))
+        self.tails = tails
         self.grows = num_layers == "auto"
         self.num_layers = FIRST_LAYERS if self.grows else check_count("num_layers", num_layers, 0)
         options = {"init_loc_fn": init_loc_fn, "init_scale": init_scale, "base_df": base_df}
@@ -75,7 +78,8 @@ class _LayeredGuide(AutoFlow):
         self.flow.fitted = before.fitted
 
     def _transforms(self, init_loc: Tensor) -> list[Transform]:
-        return [self._make_stack(init_loc)] if self.num_layers else []
+        stack = [self._make_stack(init_loc)] if self.num_layers else []
+        return [*stack, SinhArcsinh(len(init_loc)).to(init_loc)] if self.tails else stack
 
     def _make_stack(self, init_loc: Tensor) -> Planar | Sylvester:
         """K layers at the identity, with the size, dtype and device of ``init_loc``."""
@@ -95,14 +99,20 @@ class AutoPlanarFlow(_LayeredGuide):
     """A planar flow as guide for any Pyro model with continuous latents.
 
     :class:`AutoFlow` with K planar layers: they start at the identity, so the guide starts as the
-    Gaussian that ``init_loc_fn`` and ``init_scale`` say. With K = 0 it stays one and is, step by
-    step, Pyro's ``AutoDiagonalNormal`` (affine "diagonal") or ``AutoMultivariateNormal`` ("full").
+    Gaussian that ``init_loc_fn`` and ``init_scale`` say. With K = 0 and no tails it stays one and
+    is, step by step, Pyro's ``AutoDiagonalNormal`` (affine "diagonal") or
+    ``AutoMultivariateNormal`` ("full").
 
     Args:
         model: a Pyro model. Discrete latents must be enumerated or blocked.
         num_layers: K; "auto" starts with 4, and :func:`~pyroflow.fit_guide` adds more while the
             bound gains by them.
         affine: as in :class:`AutoFlow`, like init_loc_fn, init_scale, base_df and centring.
+        tails: whether a :class:`~pyroflow.SinhArcsinh` layer follows the planar ones, last
+            before the affine layer, for K = 0 too. Planar layers leave the tails of their base as
+            they are; it gives each coordinate skew and tails of its own. It is the identity at
+            the start. Train it by :func:`~pyroflow.fit_guide`, which places the Gaussian first:
+            in Pyro's SVI the skew also moves what starts far off, and takes longer to return.
 
     Attributes:
         num_layers: the present K.
@@ -153,6 +163,7 @@ class AutoSylvesterFlow(_LayeredGuide):
         orthogonal: how the M orthonormal directions of each layer are made, as in
             :class:`~pyroflow.Sylvester`; or "random": rotations that are drawn once and not
             trained, which costs less a step and takes more of them.
+        tails: as in :class:`AutoPlanarFlow`.
 
     Attributes:
         num_layers: the present L.
@@ -185,11 +196,12 @@ class AutoSylvesterFlow(_LayeredGuide):
         orthogonal: Rotation = "householder",
         base_df: float | None = None,
         centring: Centring = "auto",
+        tails: bool = False,
     ) -> None:
         check_choice("orthogonal", orthogonal, ("random", *KINDS))
         self.num_units = None if num_units is None else check_count("num_units", num_units, 1)
         self.orthogonal = orthogonal
-        options = {"base_df": base_df, "centring": centring}
+        options = {"base_df": base_df, "centring": centring, "tails": tails}
         super().__init__(model, num_layers, affine, init_loc_fn, init_scale, **options)
 
     @property

@@ -23,7 +23,7 @@ from pyroflow.seeds import one_at_a_time, seeded
 # The constructor's arguments, and the guide's attributes that hold them.
 _COMMON = {"affine": "affine_kind", "init_scale": "init_scale", "base_df": "base_df"}
 _COMMON |= {"centring": "centring_given"}
-_LAYERED = _COMMON | {"num_layers": "num_layers"}
+_LAYERED = _COMMON | {"num_layers": "num_layers", "tails": "tails"}
 _OPTIONS: dict[type[AutoFlow], dict[str, str]] = {
     AutoFlow: _COMMON,
     AutoPlanarFlow: _LAYERED,

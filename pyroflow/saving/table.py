@@ -111,6 +111,7 @@ _RADIAL = {
     "input_dim": lambda t: t.x0.shape[-1],
     "num_layers": lambda t: t.x0.shape[0],
 }
+_SINH_ARCSINH = {"input_dim": lambda t: t.skew.shape[-1]}
 _SYLVESTER = {
     "input_dim": lambda t: t.frame.shape[-1],
     "num_units": lambda t: t.frame.shape[-2],
@@ -188,10 +189,12 @@ _RECIPES: dict[str, Recipe] = {
         transforms,
         Planar=_PLANAR,
         Radial=_RADIAL,
+        SinhArcsinh=_SINH_ARCSINH,
         Sylvester=_SYLVESTER,
         Affine=_AFFINE,
         ConditionalPlanar=_conditional("planar", _PLANAR),
         ConditionalRadial=_conditional("radial", _RADIAL),
+        ConditionalSinhArcsinh=_conditional("sinharcsinh", _SINH_ARCSINH),
         ConditionalSylvester=_conditional("sylvester", _SYLVESTER),
         ConditionalAffine=_conditional("affine", _AFFINE),
     ),

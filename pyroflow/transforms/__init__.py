@@ -7,10 +7,12 @@ from pyroflow.transforms.conditional import (
     ConditionalAffine,
     ConditionalPlanar,
     ConditionalRadial,
+    ConditionalSinhArcsinh,
     ConditionalSylvester,
 )
 from pyroflow.transforms.planar import Planar
 from pyroflow.transforms.radial import Radial
+from pyroflow.transforms.sinh_arcsinh import SinhArcsinh
 from pyroflow.transforms.sylvester import Sylvester
 
 __all__ = [
@@ -20,9 +22,11 @@ __all__ = [
     "ConditionalAffine",
     "ConditionalPlanar",
     "ConditionalRadial",
+    "ConditionalSinhArcsinh",
     "ConditionalSylvester",
     "Conditioned",
     "Planar",
     "Radial",
+    "SinhArcsinh",
     "Sylvester",
 ]

@@ -19,6 +19,7 @@ from pyroflow.transforms.affine import Affine
 from pyroflow.transforms.bijection import Bijection, Conditioned
 from pyroflow.transforms.planar import Planar
 from pyroflow.transforms.radial import Radial
+from pyroflow.transforms.sinh_arcsinh import SinhArcsinh
 from pyroflow.transforms.sylvester import Sylvester
 
 
@@ -169,6 +170,20 @@ class ConditionalRadial(ConditionalLayers):
     """
 
     family = Radial
+
+
+class ConditionalSinhArcsinh(ConditionalLayers):
+    """A :class:`Conditional` of a :class:`SinhArcsinh` layer, whose further arguments it takes.
+
+    Example:
+        >>> import torch
+        >>> from pyroflow import ConditionalSinhArcsinh
+        >>> t = ConditionalSinhArcsinh(2, context_dim=3).condition(torch.randn(7, 3))
+        >>> t(torch.zeros(7, 2)).shape
+        torch.Size([7, 2])
+    """
+
+    family = SinhArcsinh
 
 
 class ConditionalSylvester(ConditionalLayers):

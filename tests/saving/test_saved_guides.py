@@ -21,8 +21,11 @@ GUIDES = {
     "planar-bare": lambda: pf.AutoPlanarFlow(schools, 3, affine=None),
     "planar-K0": lambda: pf.AutoPlanarFlow(schools, 0),
     "planar-student": lambda: pf.AutoPlanarFlow(schools, 3, base_df=7.0),
+    "planar-tails": lambda: pf.AutoPlanarFlow(schools, 3, tails=True),
+    "planar-K0-tails": lambda: pf.AutoPlanarFlow(schools, 0, tails=True),
     "planar-auto": lambda: pf.AutoPlanarFlow(schools, "auto"),
     "sylvester": lambda: pf.AutoSylvesterFlow(schools, num_layers=2),
+    "sylvester-tails": lambda: pf.AutoSylvesterFlow(schools, num_layers=2, tails=True),
     "sylvester-qr": lambda: pf.AutoSylvesterFlow(schools, 3, 2, orthogonal="qr"),
     "flow": lambda: pf.AutoFlow(schools, lambda dim: [pf.Radial(dim, 2), pf.Planar(dim, 2).inv]),
     "flow-foreign": lambda: pf.AutoFlow(
@@ -44,7 +47,8 @@ def test_a_guide_samples_without_its_model(name: str, tmp_path: Path) -> None:
     assert_same(guide.quantiles([0.1, 0.9]), loaded.quantiles([0.1, 0.9]))
     assert torch.equal(guide.log_prob(here), loaded.log_prob(here))
     assert (loaded.affine is None) == (guide.affine is None)
-    for option in ("affine_kind", "init_scale", "base_df", "num_layers", "grows", "num_units"):
+    options = ["affine_kind", "init_scale", "base_df", "num_layers", "grows", "num_units", "tails"]
+    for option in options:
         assert getattr(loaded, option, None) == getattr(guide, option, None)
 
 

@@ -87,14 +87,14 @@ def test_flows_come_back_with_their_direction(name: str, tmp_path: Path) -> None
     assert loaded.get_extra_state() == flow.get_extra_state()
 
 
-@pytest.mark.parametrize("family", ["planar", "radial", "sylvester", "affine"])
+@pytest.mark.parametrize("family", ["planar", "radial", "sinhArcsinh", "sylvester", "affine"])
 def test_conditional_options_come_back(family: str, tmp_path: Path) -> None:
     options = {
         "planar": {"nonlinearity": "leaky_relu", "negative_slope": 0.4},
         "sylvester": {"num_units": 2, "orthogonal": "qr"},
         "affine": {"kind": "diagonal"},
     }
-    made = getattr(pf, f"Conditional{family.capitalize()}")
+    made = getattr(pf, f"Conditional{family[0].upper()}{family[1:]}")
     t = made(3, 5, hidden_dims=[6, 4], **options.get(family, {}))
     flow = pf.Flow(StandardNormal(3), [scatter(t, 0.3)])
     assert_equal(returned(flow, tmp_path), flow, torch.randn(2, 5))

@@ -48,8 +48,9 @@ def assert_compiles(step: Callable, parameters: list[Tensor], *inputs: Tensor) -
         lambda: pf.Planar(3, 4, nonlinearity="leaky_relu"),
         lambda: pf.Sylvester(3, 2, 2),
         lambda: pf.Radial(3, 2),
+        lambda: pf.SinhArcsinh(3),
     ],
-    ids=["planar", "leaky", "sylvester", "radial"],
+    ids=["planar", "leaky", "sylvester", "radial", "sinh_arcsinh"],
 )
 def test_a_transform(make: Callable[[], nn.Module], inverse: bool) -> None:
     module = scatter(make(), 0.7)

@@ -184,6 +184,7 @@ def test_chains_of_batched_parameters_have_a_batch_shape() -> None:
     [
         (pf.ConditionalPlanar, pf.Planar),
         (pf.ConditionalRadial, pf.Radial),
+        (pf.ConditionalSinhArcsinh, pf.SinhArcsinh),
         (pf.ConditionalSylvester, pf.Sylvester),
         (pf.ConditionalAffine, pf.Affine),
     ],
