@@ -11,7 +11,7 @@ from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoPlanarFlow, Auto
 from pyroflow.inference import Fit, fit_density, fit_energy, fit_guide, paper_annealing
 from pyroflow.inference.schedule import AdaptiveAnnealing
 from pyroflow.inference.stop_rule import StopRule
-from pyroflow.mcmc import Chains, mcmc
+from pyroflow.mcmc import Chains, mcmc, neutra
 from pyroflow.saving import load, save
 from pyroflow.transforms import (
     Affine,
@@ -62,6 +62,7 @@ __all__ = [
     "fit_guide",
     "load",
     "mcmc",
+    "neutra",
     "paper_annealing",
     "planar",
     "planar_flow",
