@@ -10,7 +10,7 @@ from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 
 from pyroflow.checks import check_shape
-from pyroflow.guides.flow_guide import FlowGuide
+from pyroflow.guides import AutoFlow
 from pyroflow.mcmc.sampler import check_guide
 
 
@@ -23,7 +23,7 @@ class NeuTra:
         reparam: Pyro's ``NeuTraReparam`` behind it.
     """
 
-    def __init__(self, model: Callable, guide: FlowGuide) -> None:
+    def __init__(self, model: Callable, guide: AutoFlow) -> None:
         # Not trained here: its gradients would cost time, and torch.jit cannot record them.
         self.guide = guide = copy.deepcopy(guide).requires_grad_(False)
         self.reparam = NeuTraReparam(guide)
@@ -62,7 +62,7 @@ class NeuTra:
         return {name: value.detach() for name, value in values.items()}  # without their latents
 
 
-def neutra(model: Callable, guide: FlowGuide) -> NeuTra:
+def neutra(model: Callable, guide: AutoFlow) -> NeuTra:
     """A model in the base space of a guide, for Pyro's own NUTS and HMC.
 
     There the posterior is nearly a standard normal one if the guide is good, so that few leapfrog

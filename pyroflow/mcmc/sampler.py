@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_choice, check_count
-from pyroflow.guides.flow_guide import FlowGuide
+from pyroflow.guides import AutoFlow
 from pyroflow.mcmc.chains import Chains, judge
 from pyroflow.mcmc.convergence import LEAST_DRAWS, summarise
 from pyroflow.mcmc.hmc import HMC
@@ -46,7 +46,7 @@ class Recorded(NamedTuple):
 @one_at_a_time
 def mcmc(
     model: Callable,
-    guide: FlowGuide,
+    guide: AutoFlow,
     args: tuple = (),
     kwargs: dict[str, Any] | None = None,
     num_samples: int = 1000,
@@ -150,12 +150,13 @@ def mcmc(
         return _result(model, bound, pilot, kernels, recorded, slow, began)
 
 
-def check_guide(guide: FlowGuide) -> None:
+def check_guide(guide: AutoFlow) -> None:
     """Raise ``TypeError`` if it has no map from a base space, ``ValueError`` if not set up."""
-    if not isinstance(guide, FlowGuide):
+    if not isinstance(guide, AutoFlow):
         raise TypeError(
             "guide must be of the AutoFlow family, such as AutoPlanarFlow(model), whose flow is a "
-            f"map between a base space and the latents; got {type(guide).__name__}"
+            "map between a base space and the latents (a mixture has no such map, its parts have); "
+            f"got {type(guide).__name__}"
         )
     if guide.prototype_trace is None:
         raise ValueError(
@@ -165,7 +166,7 @@ def check_guide(guide: FlowGuide) -> None:
 
 
 def _bound(
-    model: Callable, guide: FlowGuide, args: tuple, kwargs: dict[str, Any] | None
+    model: Callable, guide: AutoFlow, args: tuple, kwargs: dict[str, Any] | None
 ) -> BoundModel:
     """Model and guide, found to fit together."""
     check_guide(guide)
@@ -284,7 +285,7 @@ def _worst(by_site: dict[str, dict[str, Tensor]], name: str, sign: float = 1.0) 
     return (sign * values).max().item() * sign if len(values) else math.nan
 
 
-def _sites_of(columns: Sequence[int], guide: FlowGuide) -> list[str]:
+def _sites_of(columns: Sequence[int], guide: AutoFlow) -> list[str]:
     """The sites that some of the D numbers belong to."""
     pairs = zip(guide.latents, guide.latents.sizes, strict=True)
     owners = [name for site, size in pairs for name in [site.name] * size]

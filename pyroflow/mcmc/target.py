@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroflow.guides.flow_guide import FlowGuide
+from pyroflow.guides import AutoFlow
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.seeds import quick
@@ -75,7 +75,7 @@ class Target:
         num: the number of points whose gradients are asked for at once.
     """
 
-    def __init__(self, bound: BoundModel, guide: FlowGuide, num: int) -> None:
+    def __init__(self, bound: BoundModel, guide: AutoFlow, num: int) -> None:
         self.log_joint = LogJoint(bound, guide, num)
         self.like = guide.flow.base.loc
         self.flow = copy.deepcopy(guide.flow).double().requires_grad_(False)

@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor
 
 import pyroflow as pf
+from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.mcmc.chains import judge
 from pyroflow.mcmc.pilot import Pilot
 from pyroflow.mcmc.target import Points
@@ -366,6 +367,10 @@ def quietly_set_up(model: Callable) -> pf.AutoPlanarFlow:
         return pf.AutoPlanarFlow(model, 0).setup()
 
 
+def mixture(model: Callable) -> MixtureGuide:
+    return MixtureGuide(model, [poor_guide(model), poor_guide(model)], torch.ones(2))
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -386,6 +391,7 @@ class TestRefusals:
         ("model", "make", "error", "message"),
         [
             (gaussian, pyro.infer.autoguide.AutoNormal, TypeError, "of the AutoFlow family"),
+            (gaussian, mixture, TypeError, "a mixture has no such map, its parts have"),
             (gaussian, pf.AutoPlanarFlow, ValueError, "the guide was never set up"),
             (two_sites, lambda _: poor_guide(gaussian), ValueError, "samples site 'w', which was"),
             (gaussian, lambda _: poor_guide(two_sites), ValueError, "samples site 'w', which the"),
