@@ -11,6 +11,7 @@ from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoPlanarFlow, Auto
 from pyroflow.inference import Fit, fit_density, fit_energy, fit_guide, paper_annealing
 from pyroflow.inference.schedule import AdaptiveAnnealing
 from pyroflow.inference.stop_rule import StopRule
+from pyroflow.mcmc import Chains, mcmc, neutra
 from pyroflow.saving import load, save
 from pyroflow.transforms import (
     Affine,
@@ -41,6 +42,7 @@ __all__ = [
     "AutoPlanarFlow",
     "AutoSylvesterFlow",
     "Calibration",
+    "Chains",
     "ConditionalAffine",
     "ConditionalPlanar",
     "ConditionalRadial",
@@ -65,6 +67,8 @@ __all__ = [
     "fit_energy",
     "fit_guide",
     "load",
+    "mcmc",
+    "neutra",
     "paper_annealing",
     "planar",
     "planar_flow",

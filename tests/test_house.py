@@ -38,7 +38,7 @@ BASE = {"checks", "io", "seeds"}
 DENSITIES = BASE | {"transforms", "flows"}
 GUIDES = DENSITIES | {"model", "guides"}
 CHECKED = GUIDES | {"inference", "diagnostics"}
-ALL = CHECKED | {"arviz", "calibration", "datasets", "plots", "saving", "targets"}
+ALL = CHECKED | {"arviz", "calibration", "mcmc", "datasets", "plots", "saving", "targets"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "transforms": BASE,
@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "diagnostics": CHECKED,
     "arviz": CHECKED,
     "calibration": CHECKED,
+    "mcmc": CHECKED | {"arviz"},
     "datasets": BASE,
     "targets": BASE,
     "plots": BASE,

@@ -120,10 +120,11 @@ def to_arviz(
     groups = {name: group for name, group in groups.items() if group}
     tables = labels.datasets(groups, dims or {}, coords or {}, predictions_coords or {})
     tables["sample_stats"].attrs |= {"khat": khat, "resampled": int(resample)}
-    return _container(tables)
+    return container(tables)
 
 
-def _container(tables: dict[str, Dataset]) -> InferenceData | DataTree:
+def container(tables: dict[str, Dataset]) -> InferenceData | DataTree:
+    """One object of several datasets: of the kind that the installed ArviZ takes."""
     try:
         old = version("arviz").startswith("0.")
     except PackageNotFoundError:  # only the parts of ArviZ 1.x are installed

@@ -37,6 +37,11 @@ def drawn_sites(sites: Sites, names: Iterable[str]) -> Group:
     }
 
 
+def joined(parts: Sequence[Variable]) -> Variable:
+    """A variable whose draws come in parts."""
+    return parts[0][0], np.concatenate([values for _, values in parts])
+
+
 def log_likelihood(site: SiteRuns) -> Variable:
     """The log density of a site's data, by draw."""
     return _dims(site.record, site.log_prob.shape[1:], event_dim=0), as_array(site.log_prob)
@@ -88,11 +93,16 @@ def named_arguments(model: Callable, args: tuple, kwargs: dict[str, Any]) -> dic
 
 
 def datasets(
-    groups: dict[str, Group], dims: Dims, coords: Coords, predictions_coords: Coords
+    groups: dict[str, Group],
+    dims: Dims,
+    coords: Coords,
+    predictions_coords: Coords,
+    num_chains: int = 1,
 ) -> dict[str, Dataset]:
     """The groups as datasets, with the caller's names of dimensions and labels.
 
     A plate named "chain" or "draw" becomes ``{plate}_plate``; labels are 0, 1, … by default.
+    Draws come chain by chain.
 
     Raises:
         ValueError: If a name is nowhere; if a variable has another number of dimensions, or a
@@ -104,7 +114,9 @@ def datasets(
         if isinstance(given, str):
             raise TypeError(f"dims[{name!r}] must be a list of names, got the string {given!r}")
     named = {
-        group: {name: _named(group, name, variable, dims) for name, variable in variables.items()}
+        group: {
+            n: _named(group, n, variable, dims, num_chains) for n, variable in variables.items()
+        }
         for group, variables in groups.items()
     }
     sizes = {
@@ -130,15 +142,17 @@ def _check_known(argument: str, given: Mapping, groups: Iterable[Mapping]) -> No
             raise ValueError(f"{argument} has an entry {name!r}, expected some of {sorted(known)}")
 
 
-def _named(group: str, name: str, variable: Variable, dims: Dims) -> Variable:
-    """A variable with all of its dimensions: there is one chain, and names may be the caller's."""
+def _named(group: str, name: str, variable: Variable, dims: Dims, num_chains: int) -> Variable:
+    """A variable with all of its dimensions, chains too; names may be the caller's."""
     own, values = variable
     names = list(dims.get(name, [f"{dim}_plate" if dim in SAMPLE else dim for dim in own]))
     if group == "log_likelihood":  # of a site without its event dimensions
         names = names[: len(own)]
     if len(names) != len(own):
         raise ValueError(f"dims[{name!r}] must name {len(own)} dimensions, like {own}; got {names}")
-    return (names, values) if group in DATA else (SAMPLE + names, values[None])
+    if group in DATA:
+        return names, values
+    return SAMPLE + names, values.reshape(num_chains, len(values) // num_chains, *values.shape[1:])
 
 
 def _sizes(group: Group) -> dict[str, int]:
