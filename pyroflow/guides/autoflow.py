@@ -79,6 +79,14 @@ class FlowGuide(ModuleGuide, AutoContinuous):
         draws, _ = self.latents.constrain(self.get_posterior().sample((MARGINAL_DRAWS,)))
         return marginal_quantiles(draws, levels)
 
+    def constrain(self, x: Tensor) -> tuple[Values, Tensor]:
+        """Values by site at points x (*B, D) of the flow, and the log-determinant of the map."""
+        return self.latents.constrain(x)
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The points x (*B, D) of the flow at values by site, the inverse of :meth:`constrain`."""
+        return self.latents.unconstrain(values, like=self.flow.base.loc)[0]
+
     def check_model(self, model_trace: poutine.Trace) -> None:
         """Raise ``ValueError`` by name if a later run of the model has other latents."""
         self.latents.check(model_trace)
