@@ -182,7 +182,9 @@ class _FarChecks:
             try:
                 with between_draws():
                     modes = census(log_joint, starts_around(self.bound, guide, log_joint))
-                    missed = missed_by(modes, log_joint, guide.flow(), report.log_evidence)
+                    drawn = guide.unconstrain(report.draws.sites), report.log_weights.exp()
+                    q, evidence = guide.flow(), report.log_evidence
+                    missed = missed_by(modes, log_joint, q, evidence, drawn)
             except FAILURES as error:
                 self.why = f"the model fails far from the guide's draws ({error})"
         if self.why is not None:

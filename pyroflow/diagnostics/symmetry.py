@@ -74,7 +74,8 @@ def _groups(guide: AutoFlow) -> Iterator[tuple[int, dict[str, int]]]:
 def _mirrored(guide: AutoFlow, one: Mode, other: Mode) -> str | None:
     """Advice, if some latents of the other mode have changed their signs."""
     flipped = (one.loc + other.loc).abs() < (one.loc - other.loc).abs()
-    if not _near(torch.where(flipped, -other.loc, other.loc), one):
+    flipped &= one.loc.abs() > torch.linalg.vector_norm(one.scale, dim=-1)
+    if not bool(flipped.any()) or not _near(torch.where(flipped, -other.loc, other.loc), one):
         return None
     parts = guide.latents.unpack(flipped)
     names = ", ".join(repr(name) for name, part in parts.items() if bool(part.any()))

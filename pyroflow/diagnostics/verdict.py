@@ -118,6 +118,10 @@ def _unseen(report: Report, wide: WideReport) -> str | None:
     """What wider draws find that the weighted draws of the guide do not, if anything."""
     if wide.khat_interval[0] > wide.khat_threshold:
         return f"wider draws find mass that its own miss, with a k-hat of {wide.khat:.2f}"
+    worst, name = wide.marginals.worst
+    low, _ = khat_interval(worst, len(wide.log_weights))
+    if low > wide.khat_threshold + MARGIN:
+        return f"wider draws find a tail of {name} that its own miss, with a k-hat of {worst:.2f}"
     error = math.hypot(wide.log_evidence_se, report.log_evidence_se)
     more = wide.log_evidence - report.log_evidence
     if more > UNSEEN + SURE * error:

@@ -23,7 +23,7 @@ from pyroflow.seeds import drawing
 
 OWN, ALONG, AROUND = 0.4, 0.45, 0.15  # parts: the base's own, one direction wider, all wider
 FREEDOM, SCALE = 2.0, 1.5  # of the Student-t along a direction
-SCALES = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # of the whole base
+SCALES = (1.25, 1.6, 2.5, 5.0, 10.0, 20.0)  # of the whole base
 CHUNK = 1000  # draws side by side, to bound the memory
 LEARNT_FROM = 2000  # draws, the directions of the latents
 

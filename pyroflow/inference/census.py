@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch.distributions import Distribution
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.gaussian_start import (
     Gaussian,
+    Points,
     _antithetic,
     _moved_on,
     _scored,
@@ -27,7 +27,11 @@ WIDEST = 256  # latents, beyond which the Hessians cost too much
 PATHS = 8  # of each kind of start
 COORDINATES = 800  # latents times paths of all kinds, above which there are fewer of them
 STEPS = 40  # of an ascent
-OVERDISPERSED = (3.0, 5.0)  # times the base of the guide, starts in turn
+OVERDISPERSED = (1.0, 2.0, 3.0, 5.0, 8.0)  # times the base of the guide
+PROBED = 1000  # draws of each, among which starts are looked for
+CHUNK = 1000  # draws side by side, to bound the memory
+ALONG = 12  # points of a path at which a Gaussian is tried
+ALONG_DRAWS = 32  # behind the bound of each
 MOST = 12  # modes that are kept
 ROUNDS = 10  # in which a mode's Gaussian is moved to its optimum
 DRAWS = 512  # behind the evidence of a mode
@@ -36,7 +40,9 @@ LINE = 31  # points between two modes
 DIP = 0.5  # nats below the lower end, that the log joint must fall to between two modes
 MISSED = 3.0  # nats, by which a guide's density is too low where it misses mass
 LEAST_SHARE = 1e-3  # of the posterior, for a mode to be named as missed
-MOSTLY = 0.5  # of a mode's draws
+NEAR = 3.0  # standard deviations of a mode's χ² distance above its mean
+LARGEST = 100.0  # nats, to take the exponential of
+MOSTLY = 0.5  # of a mode's draws, or of its mass
 
 
 class Mode(NamedTuple):
@@ -45,7 +51,8 @@ class Mode(NamedTuple):
     loc: Tensor  # shape (D,), in the coordinates of the guide's flow
     scale: Tensor  # shape (D, D)
     bound: float  # of the Gaussian, a lower bound of the log evidence there
-    paths: int  # ascents that ended there
+    paths: int  # ascents that led there
+    peak: Tensor  # shape (D,), where an ascent from loc ends
 
 
 class Missed(NamedTuple):
@@ -61,39 +68,65 @@ def census(log_joint: LogJoint, starts: Tensor) -> list[Mode]:
     """The modes that ascents from P starts (P, D) end in, the one with the most evidence first.
 
     Ascents find modes, and not mass: where a density has a spike, as at the neck of a funnel, its
-    evidence is small however high it is. So the Gaussian of each end is moved to its optimum,
-    whose bound weighs it. Ends are one mode where their Gaussians overlap, or the log joint does
-    not dip on the straight line between them.
+    evidence is small however high it is. So of the Gaussians along a path the best one is taken,
+    and moved to its optimum, whose bound weighs the mode. Two are one mode where they overlap, or
+    the log joint does not dip on the straight line between them, or between the peaks to which
+    ascents lead from them.
 
     Args:
         log_joint: the log joint, as a function of D coordinates.
         starts: shape (P, D); those where it is not finite are left out.
 
     Returns:
-        At most 12 modes with a finite bound; none, if no ascent ends in one.
+        At most 12 modes, those with less than a thousandth of the evidence of the first left out;
+        none, if no ascent ends in one.
+
+    Example:
+        >>> from pyroflow import AutoPlanarFlow
+        >>> from pyroflow.targets import toy_model
+        >>> guide = AutoPlanarFlow(toy_model).setup()
+        >>> bound = BoundModel(toy_model, guide)
+        >>> log_joint = LogJoint(bound, guide, 64)
+        >>> len(census(log_joint, starts_around(bound, guide, log_joint)))
+        1
     """
     with between_draws():
         value, gradient = log_joint.values_and_gradients(starts)
         starts = starts[value.isfinite() & gradient.isfinite().all(-1)]
         if not len(starts):
             return []
-        points = ascend(log_joint, starts, STEPS)
-        ends = zip(points.z[-1], points.scale[-1], points.value[-1].tolist(), strict=True)
-        found = [Mode(*end, 1) for end in ends if math.isfinite(end[2])]
-        found = _merged(log_joint, found)[:MOST]
+        found = _merged(log_joint, _best_along(log_joint, ascend(log_joint, starts, STEPS)))[:MOST]
         if not found:
             return []
         test = _antithetic(DRAWS, starts[0])
-        loc, scale = (torch.stack([getattr(m, name) for m in found]) for name in ("loc", "scale"))
-        scored = _scored(log_joint, loc, scale, test)[0]
-        moved = [_moved_on(log_joint, g, ROUNDS, test, int) for g in scored]
-        found = [Mode(*g, mode.paths) for g, mode in zip(moved, found, strict=True)]
-        return _merged(log_joint, [mode for mode in found if math.isfinite(mode.bound)])
+        gaussians = [Gaussian(*mode[:3]) for mode in found]
+        moved = [_moved_on(log_joint, g, ROUNDS, test, int) for g in gaussians]
+        peaks = ascend(log_joint, torch.stack([g.loc for g in moved]), STEPS).z[-1]
+        triples = zip(moved, found, peaks, strict=True)
+        found = [Mode(*g, mode.paths, peak) for g, mode, peak in triples]
+        least = max(mode.bound for mode in found) + math.log(LEAST_SHARE)
+        return _merged(log_joint, [mode for mode in found if mode.bound > max(least, -math.inf)])
+
+
+def _best_along(log_joint: LogJoint, points: Points) -> list[Mode]:
+    """The Gaussian with the highest bound on each path, and the end of the path."""
+    steps = torch.linspace(0, len(points.z) - 1, ALONG, device="cpu").round().long().unique()
+    z, scale = points.z[steps], points.scale[steps]
+    noise = _antithetic(ALONG_DRAWS, z[0, 0])
+    tried = _scored(log_joint, z.flatten(0, 1), scale.flatten(0, 1), noise)[0]
+    num = z.shape[1]
+    paths = [max(tried[path::num], key=lambda g: g.bound) for path in range(num)]
+    ends = zip(paths, points.z[-1], strict=True)
+    return [Mode(*g, 1, end) for g, end in ends if math.isfinite(g.bound)]
 
 
 @torch.no_grad()
 def missed_by(
-    modes: list[Mode], log_joint: LogJoint, q: Distribution, log_evidence: float
+    modes: list[Mode],
+    log_joint: LogJoint,
+    q: Distribution,
+    log_evidence: float,
+    drawn: tuple[Tensor, Tensor] | None = None,
 ) -> list[Missed]:
     """The modes where the guide's density q is far below the posterior's.
 
@@ -106,6 +139,8 @@ def missed_by(
         log_joint: the log joint.
         q: the guide's distribution over the same coordinates.
         log_evidence: the log evidence by its draws.
+        drawn: the guide's draws (S, D) with weights (S,) that sum to one, where there are any:
+            a mode at which they have most of the mass is not missed.
     """
     found, covered = [], []
     for mode in modes:
@@ -122,13 +157,25 @@ def missed_by(
             covered.append(mode)
             continue
         mass = (log_p - log_g)[missed].mean().item() + math.log(part)
+        if drawn is not None:
+            share, seen = math.exp(min(mass - log_evidence, LARGEST)), _mass_near(mode, *drawn)
+            if seen >= MOSTLY * share:
+                continue
+            mass = log_evidence + math.log(share - seen)
         if mass < log_evidence + math.log(LEAST_SHARE):
             continue
         found.append(Missed(mode, mass, apart=True))
     return [
-        missed._replace(apart=not any(_connected(log_joint, missed.mode, m) for m in covered))
+        missed._replace(apart=not any(_are_one(log_joint, missed.mode, m) for m in covered))
         for missed in found
     ]
+
+
+def _mass_near(mode: Mode, x: Tensor, weights: Tensor) -> float:
+    """The weight of the draws inside of nearly all of a mode's Gaussian."""
+    size = torch.linalg.solve(mode.scale, (x - mode.loc).mT).square().sum(0)
+    dim = x.shape[-1]
+    return weights[(size < dim + NEAR * math.sqrt(2 * dim)).to(weights.device)].sum().item()
 
 
 def shares_missed(missed: list[Missed], log_evidence: float) -> list[float]:
@@ -139,33 +186,50 @@ def shares_missed(missed: list[Missed], log_evidence: float) -> list[float]:
 
 @torch.no_grad()
 def starts_around(bound: BoundModel, guide: AutoFlow, log_joint: LogJoint) -> Tensor:
-    """Where to ascend from: draws of the priors, points around the start, wide draws of the guide.
+    """Where to ascend from: around the guide's start, priors' draws, wide draws of the guide.
+
+    Of the latter two some are taken as they come, and some where log p − log q is highest, of each
+    width alike.
 
     Returns:
-        Shape (P, D): up to 8 of each kind, fewer in many dimensions.
+        Shape (P, D): up to 10 of each kind, fewer in many dimensions.
     """
     num = max(2, min(PATHS, COORDINATES // guide.latent_dim))
     q = guide.flow()
     with drawing():
-        x = q.base_dist.sample((num,))
-        wide = x.new_tensor(OVERDISPERSED).repeat(num)[:num]
-        x = wide.unsqueeze(-1) * x
-        parts = list(_prior_draws(bound, guide, num))
-    for t in q.transforms:
-        x = t(x)
-    if (around := _starts(log_joint, guide._init_loc())) is not None:
-        parts.append(around[:num])
-    return torch.cat([x, *parts])
+        u = q.base_dist.sample((PROBED,))
+        prior = _prior_draws(bound, guide, PROBED)
+    parts = [] if (around := _starts(log_joint, guide._init_loc())) is None else [around[:num]]
+    for width in OVERDISPERSED:
+        x = width * u
+        for t in q.transforms:
+            x = t(x)
+        parts.append(x[_missed_most(log_joint, q, x, num // 4)])
+    parts.append(x[: num // 2])
+    if prior is not None:
+        parts += [prior[:num], prior[_missed_most(log_joint, q, prior, num // 2)]]
+    return torch.cat(parts)
 
 
-def _prior_draws(bound: BoundModel, guide: AutoFlow, num: int) -> Iterator[Tensor]:
-    """Draws of each prior with its parents where they were in a run, without further runs."""
-    for _ in range(num):
+def _missed_most(log_joint: LogJoint, q: Distribution, x: Tensor, num: int) -> Tensor:
+    """Of points x (S, D) the rows where log p − log q is highest."""
+    log_p = torch.cat([log_joint.values(part) for part in x.split(CHUNK)])
+    missed = (log_p - q.log_prob(x)).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    return missed.topk(max(1, num)).indices
+
+
+def _prior_draws(bound: BoundModel, guide: AutoFlow, num: int) -> Tensor | None:
+    """Draws (N, D) of each prior with its parents where they were in a run, without further runs.
+
+    None where a prior is improper, or every draw is at an edge.
+    """
+    for size in (num, PATHS, 1):  # one value that is rounded to an edge spoils a draw of all
         try:
-            drawn = {name: bound.runs.records[name]["fn"].sample() for name in bound.latents}
-            yield guide.unconstrain(drawn).unsqueeze(0)
-        except (NotImplementedError, RuntimeError, ValueError):  # improper, or drawn at an edge
+            fns = {name: bound.runs.records[name]["fn"] for name in bound.latents}
+            return guide.unconstrain({name: fn.sample((size,)) for name, fn in fns.items()})
+        except (NotImplementedError, RuntimeError, ValueError):
             continue
+    return None
 
 
 def _merged(log_joint: LogJoint, modes: list[Mode]) -> list[Mode]:
@@ -173,7 +237,7 @@ def _merged(log_joint: LogJoint, modes: list[Mode]) -> list[Mode]:
     kept: list[Mode] = []
     for mode in sorted(modes, key=lambda m: -m.bound):
         for index, other in enumerate(kept):
-            if _divergence(mode, other) < OVERLAP or _connected(log_joint, mode, other):
+            if _are_one(log_joint, mode, other):
                 kept[index] = other._replace(paths=other.paths + mode.paths)
                 break
         else:
@@ -181,7 +245,7 @@ def _merged(log_joint: LogJoint, modes: list[Mode]) -> list[Mode]:
     return kept
 
 
-def _divergence(one: Mode | Gaussian, other: Mode | Gaussian) -> float:
+def _divergence(one: Mode, other: Mode) -> float:
     """KL(one ‖ other) + KL(other ‖ one)."""
     there = torch.linalg.solve(other.scale, one.scale)
     back = torch.linalg.solve(one.scale, other.scale)
@@ -191,9 +255,14 @@ def _divergence(one: Mode | Gaussian, other: Mode | Gaussian) -> float:
     return total.item() / 2 - len(one.loc)
 
 
-def _connected(log_joint: LogJoint, one: Mode, other: Mode) -> bool:
-    """Whether the log joint does not dip on the straight line between two modes."""
-    steps = torch.linspace(0, 1, LINE, dtype=one.loc.dtype, device=one.loc.device)
-    value = log_joint.values_and_gradients(torch.lerp(one.loc, other.loc, steps.unsqueeze(-1)))[0]
+def _are_one(log_joint: LogJoint, one: Mode, other: Mode) -> bool:
+    pairs = (one.loc, other.loc), (one.peak, other.peak)
+    return _divergence(one, other) < OVERLAP or any(_connected(log_joint, *p) for p in pairs)
+
+
+def _connected(log_joint: LogJoint, one: Tensor, other: Tensor) -> bool:
+    """Whether the log joint does not dip on the straight line between two points (D,)."""
+    steps = torch.linspace(0, 1, LINE, dtype=one.dtype, device=one.device).unsqueeze(-1)
+    value = log_joint.values_and_gradients(torch.lerp(one, other, steps))[0]
     value = value.nan_to_num(-torch.inf)
     return bool(value.min() >= torch.minimum(value[0], value[-1]) - DIP)
