@@ -227,5 +227,5 @@ def combined(*errors: Tensor) -> Tensor:
 
 def is_sound(found: Marginals, khat: float, threshold: float) -> bool:
     """Whether weights with this k-hat give all means and standard deviations."""
-    fine = khat <= threshold and found.worst[0] <= threshold + MARGIN
+    fine = max(khat, found.worst[0]) <= threshold
     return fine and found.uncertain() is None

@@ -115,21 +115,25 @@ def _doubt(report: Report) -> str:
 
 
 def _unseen(report: Report, wide: WideReport) -> str | None:
-    """What wider draws find that the weighted draws of the guide do not, if anything."""
-    if wide.khat_interval[0] > wide.khat_threshold:
-        return f"wider draws find mass that its own miss, with a k-hat of {wide.khat:.2f}"
+    """What wider draws find that the weighted draws of the guide do not, if anything.
+
+    Where their weights, or those times a latent or its square, have a heavy tail, their standard
+    errors say too little, and are not allowed for.
+    """
     worst, name = wide.marginals.worst
     low, _ = khat_interval(worst, len(wide.log_weights))
-    if low > wide.khat_threshold + MARGIN:
-        return f"wider draws find a tail of {name} that its own miss, with a k-hat of {worst:.2f}"
-    error = math.hypot(wide.log_evidence_se, report.log_evidence_se)
+    tail = low > wide.khat_threshold + MARGIN
+    sure = 0.0 if tail or wide.khat_interval[0] > wide.khat_threshold else 1.0
+    error = sure * math.hypot(wide.log_evidence_se, report.log_evidence_se)
     more = wide.log_evidence - report.log_evidence
     if more > UNSEEN + SURE * error:
         return f"wider draws find {math.expm1(more):.0%} more mass than its own"
     own, other = report.marginals.smoothed, wide.marginals.smoothed
     errors = combined(own.mean_error, other.mean_error), combined(own.sd_error, other.sd_error)
+    errors = sure * errors[0], sure * errors[1]
     size, words = disagreement(report.marginals.names, own, other, errors)
-    return f"wider draws correct {words}" if size > 1 else None
+    found = f", and a tail of {name} with a k-hat of {worst:.2f}" if tail else ""
+    return f"wider draws correct {words}{found}" if size > 1 else None
 
 
 def _uneven(report: Report) -> str | None:
