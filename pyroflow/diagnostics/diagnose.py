@@ -6,13 +6,28 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pyro
+import torch
+
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.funnel import find_funnels
+from pyroflow.diagnostics.marginals import Columns, Marginals, columns_of, effect, marginals
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
-from pyroflow.diagnostics.report import Report, advice_on_fit, is_undecided, judge
+from pyroflow.diagnostics.report import Report
+from pyroflow.diagnostics.symmetry import find_symmetries
+from pyroflow.diagnostics.verdict import advice_on_fit, is_undecided, judge
+from pyroflow.diagnostics.wider import WideReport, wide_draws
+from pyroflow.guides import AutoFlow
+from pyroflow.inference.census import WIDEST, census, missed_by, shares_missed, starts_around
 from pyroflow.model.bound import BoundModel
+from pyroflow.model.comparison import FAILURES
 from pyroflow.model.draws import Draws, draw, join
-from pyroflow.seeds import one_at_a_time, seeded
+from pyroflow.model.log_joint import LogJoint
+from pyroflow.seeds import between_draws, one_at_a_time, seeded
+
+LEAST_WIDE = 1000  # draws wider than the guide
+LEAST_ESS = 0.05  # part of the guide's draws that are effective, for wider ones to be of use
+POINTS = 128  # at which the log joint is evaluated at a time
 
 
 @one_at_a_time
@@ -25,14 +40,20 @@ def diagnose(
     seed: int | None = 0,
     max_sets: int = 5,
 ) -> Report:
-    """Say whether a guide can be trusted, from importance weights of its own draws.
+    """Say whether a guide can be trusted, by three kinds of check.
 
-    One k-hat is noise: at 10,000 draws it strays by 0.1. As long as its interval holds the
-    threshold, and the weights are not nearly equal, another set of draws is taken and the k-hats
-    are averaged. The other numbers are of all draws together.
+    1. Importance weights of its own draws: k-hat of the weights, and of the weights times each
+       unconstrained latent and its square, so that a wrong standard deviation shows; the means
+       and standard deviations of the draws, with and without weights. One k-hat is noise: at
+       10,000 draws it strays by 0.1. As long as its interval holds the threshold, another set of
+       draws is taken and the k-hats are averaged. The other numbers are of all draws together.
+    2. For guides of the :class:`~pyroflow.AutoFlow` family, draws of a mixture wider than the
+       guide, which see heavier tails than its own. Where they are sound, they decide.
+    3. For the same, with up to 256 latents, a census of the modes of the posterior: what the
+       guide never draws no weight can show.
 
-    What the guide never draws, such as a mode that it misses, no weight can show:
-    :func:`~pyroflow.calibrate` can.
+    The last two need a model that runs many draws at once, and are left out, as the report says,
+    where the first already condemns the guide.
 
     Args:
         model: A Pyro model.
@@ -68,24 +89,121 @@ def diagnose(
     check_count("max_sets", max_sets, 1)
     with seeded(seed):
         bound = BoundModel.for_weights(model, guide, args, kwargs)
-        sets = [draw(bound, num_samples)]
-        if point := sets[0].point:
+        sets = _Sets(bound, num_samples)
+        report = sets.report()
+        with pyro.validation_enabled(False):
+            far = _FarChecks(bound, num_samples)
+            far.widen(report)
+            while is_undecided(report) and sets.number < max_sets and not bound.sequential:
+                sets.take()
+                report = sets.report(report.wide)
+            far.count(report)
+            judge(report)
+    if report.level != "good":
+        symmetries = find_symmetries(guide, report.modes) if report.missed else []
+        funnels = find_funnels(bound, report.draws)
+        report.advice += symmetries + advice_on_fit(report, funnels)
+    return report
+
+
+class _Sets:
+    """The sets of a guide's own draws, and what they say."""
+
+    def __init__(self, bound: BoundModel, size: int) -> None:
+        self.bound, self.size = bound, size
+        self.draws: list[Draws] = []
+        self.columns: list[Columns] = []
+        self.take()
+        first = self.draws[0]
+        if point := first.point:
             raise ValueError(
                 f"the guide has one point for site {point!r} and no distribution, so it has no "
                 "ELBO or weights: pass a guide with a density there, such as AutoPlanarFlow(model)"
             )
-        sets[0].check_weighted()
-        report = _report(sets)
-        while is_undecided(report) and len(sets) < max_sets and not bound.sequential:
-            sets.append(draw(bound, num_samples))
-            report = _report(sets)
-    judge(report)
-    if report.level != "good":
-        report.advice += advice_on_fit(report, find_funnels(bound, report.draws))
-    return report
+        first.check_weighted()
+
+    @property
+    def number(self) -> int:
+        return len(self.draws)
+
+    def take(self) -> None:
+        """One more set."""
+        self.draws.append(draw(self.bound, self.size))
+        self.columns.append(columns_of(self.draws[-1].sites, self.bound.runs.records))
+
+    def report(self, wide: WideReport | None = None) -> Report:
+        """Without a verdict."""
+        log_weights = [part.log_weights for part in self.draws]
+        found = marginals(self.columns, log_weights)
+        if wide is not None:
+            wide = WideReport.of(wide.columns, wide.log_weights, found)
+        return _report(self.draws, found, wide)
 
 
-def _report(sets: list[Draws]) -> Report:
+class _FarChecks:
+    """The checks that see further than the guide's own draws, as far as they can be made."""
+
+    def __init__(self, bound: BoundModel, size: int) -> None:
+        self.bound, self.size = bound, max(LEAST_WIDE, size // 2)
+        self.log_joint: LogJoint | None = None
+        self.why = self._why_not()
+
+    def _why_not(self) -> str | None:
+        if not isinstance(self.bound.guide, AutoFlow):
+            return "the guide is not of the AutoFlow family"
+        if self.bound.learns:
+            return "the model has parameters"
+        if self.bound.sequential:
+            return "each draw takes a run of the model"
+        return None
+
+    def widen(self, report: Report) -> None:
+        """Add what wider draws say, unless the guide is past saving."""
+        if self.why is None and report.ess_fraction < LEAST_ESS:
+            self.why = "too few of the guide's draws are effective"
+        if self.why is not None:
+            report.census = f"not taken: {self.why}"
+            return
+        try:
+            with between_draws():
+                self.log_joint = LogJoint(self.bound, self.bound.guide, POINTS)
+                found = wide_draws(self.bound, self.log_joint, self.size)
+        except FAILURES as error:  # such as a matrix that is singular far from the guide
+            self.why = f"the model fails far from the guide's draws ({error})"
+            return
+        report.wide = WideReport.of(*found, report.marginals)
+
+    def count(self, report: Report) -> None:
+        """Add the census of modes."""
+        guide, log_joint = self.bound.guide, self.log_joint
+        if self.why is None and guide.latent_dim > WIDEST:
+            self.why = f"it is for up to {WIDEST} latents, and there are {guide.latent_dim}"
+        if self.why is None:
+            try:
+                with between_draws():
+                    modes = census(log_joint, starts_around(self.bound, guide, log_joint))
+                    drawn = guide.unconstrain(report.draws.sites)[0], report.log_weights.exp()
+                    q, evidence = guide.flow(), report.log_evidence
+                    missed = missed_by(modes, log_joint, q, evidence, drawn)
+            except FAILURES as error:
+                self.why = f"the model fails far from the guide's draws ({error})"
+        if self.why is not None:
+            report.census = f"not taken: {self.why}"
+            return
+        report.modes, report.missed = modes, missed
+        shares = shares_missed(missed, report.log_evidence)
+        report.missed_share = sum(shares)
+        if missed:
+            there = torch.stack([part.mode.loc for part in missed])
+            there = columns_of(guide.constrain(there)[0], self.bound.runs.records)
+            report.missed_effect = effect(report.marginals, there, shares)
+        report.census = f"{len(modes)} modes" if len(modes) != 1 else "one mode"
+        if missed:
+            share = f"{report.missed_share:.1%} of the mass"
+            report.census += f"; the guide's draws miss {share} in {len(missed)} of them"
+
+
+def _report(sets: list[Draws], found: Marginals, wide: WideReport | None) -> Report:
     draws = join(sets)
     raw, num = draws.log_weights, len(draws)
     finite = raw[raw.isfinite()]
@@ -113,4 +231,6 @@ def _report(sets: list[Draws]) -> Report:
         rounded_sites=draws.rounded,
         draws=draws,
         log_weights=smoothed,
+        marginals=found,
+        wide=wide,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 LEAST_DRAWS = 25  # with fewer there is no tail to smooth
 CONFIDENCE = 1.645  # standard deviations of a 90 % interval
+PRIOR_DRAWS = 10  # exceedances that a prior on k-hat counts as
 ROUNDING = 1e-9  # spread of log weights, relative, that is no more than rounding
 
 
@@ -39,9 +40,45 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float, float]:
     with np.errstate(all="ignore"):  # the fit tries shapes whose likelihood overflows
         values, khat = _psislw()(positive.numpy().copy())
     smoothed[finite] = values = torch.as_tensor(values, device="cpu")
-    # The smallest weight is below the tail, so that only the sum was taken off it.
-    smallest = positive.argmin()
-    return smoothed, (positive[smallest] - values[smallest]).item(), float(khat)
+    # The median weight is below the tail, so that only the sum was taken off it; the smallest one
+    # may be so small that the difference is lost.
+    middle = positive.median(0).indices
+    return smoothed, (positive[middle] - values[middle]).item(), float(khat)
+
+
+def tail_shapes(log_values: Tensor) -> Tensor:
+    """The k-hat of each row of C log values (C, S), as :func:`pareto_smooth` finds it for one row.
+
+    The empirical Bayes estimate of Zhang and Stephens, A New and Efficient Estimation Method for
+    the Generalized Pareto Distribution, 2009, https://doi.org/10.1198/tech.2009.08017, drawn
+    towards 0.5 as ten more exceedances would.
+
+    Returns:
+        Shape (C,); −inf where the largest values are equal, inf where fewer than 25 are positive.
+    """
+    rows = log_values.double().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    few = (rows > -torch.inf).sum(1) < LEAST_DRAWS
+    tail = rows.topk(tail_length(rows.shape[1]) + 1, dim=1).values
+    even = tail[:, 0] - tail[:, -1] <= ROUNDING * tail[:, 0].abs().clamp(min=1.0)
+    tail = (tail - tail[:, :1]).exp()
+    exceedances = (tail[:, :-1] - tail[:, -1:]).flip(1).clamp(min=torch.finfo(tail.dtype).tiny)
+    found = _pareto_shapes(exceedances).nan_to_num(torch.inf)
+    return found.masked_fill(even, -torch.inf).masked_fill(few, torch.inf)
+
+
+def _pareto_shapes(x: Tensor) -> Tensor:
+    """The shapes of generalised Pareto distributions, one for each row of x (C, M), ascending."""
+    num = x.shape[1]
+    points = 30 + math.isqrt(num)
+    grid = torch.arange(1, points + 1, dtype=x.dtype, device=x.device)
+    grid = 1 - (points / (grid - 0.5)).sqrt()
+    quartile = x[:, int(num / 4 + 0.5) - 1, None]
+    b = grid / (3 * quartile) + 1 / x[:, -1:]
+    k = torch.stack([(-b_g[:, None] * x).log1p().mean(1) for b_g in b.unbind(1)], 1)
+    likelihood = num * ((-b / k).log() - k - 1)
+    weight = likelihood.nan_to_num(-torch.inf, neginf=-torch.inf).softmax(1)
+    b = (weight * b).sum(1, keepdim=True)
+    return (num * (-b * x).log1p().mean(1) + PRIOR_DRAWS * 0.5) / (num + PRIOR_DRAWS)
 
 
 def tail_length(num_samples: int) -> int:

@@ -8,18 +8,14 @@ from typing import Literal
 from torch import Tensor
 
 from pyroflow.checks import check_count
-from pyroflow.diagnostics.funnel import Funnel
+from pyroflow.diagnostics.marginals import Marginals
 from pyroflow.diagnostics.psis import systematic
+from pyroflow.diagnostics.wider import WideReport
+from pyroflow.inference.census import Missed, Mode
 from pyroflow.model.draws import Draws
 from pyroflow.seeds import seeded
 
 Level = Literal["good", "resample", "bad"]
-
-EVEN_ESS = 0.95  # part of the draws, for weights so even that the k-hat of their tail is noise
-EVEN_GAP, EVEN_GAP_ESS = 0.03, 0.8  # the same by the bound, which is less noisy than the ESS
-# Part of the draws that may be NaN or rounded to an edge; outside, in a guide that is good.
-LOST = 0.01
-FEW_EFFECTIVE = 100  # an error of the means of a tenth of a standard deviation
 
 
 @dataclass(repr=False)
@@ -49,9 +45,19 @@ class Report:
         nonfinite_sites: By site, the draws where its log density is not finite.
         rounded_sites: By site, the draws so near an edge of its support that the value is
             rounded, where the rest of the model would say something else of the draw.
+        marginals: Mean, standard deviation and k-hat of each unconstrained latent, as the draws
+            and as their weights have it.
+        wide: The same by draws of a mixture wider than the guide; None where they were not taken.
+        modes: Of the posterior, in the coordinates of the guide's flow, as the census found them.
+        missed: Those that the guide does not draw.
+        missed_share: The part of the posterior that is in them, about, and at least.
+        missed_effect: The largest change that these modes make in a mean or a standard deviation
+            of a latent, in tenths of the standard deviation.
+        census: What the census found, or why it was not taken, in words.
         level: "good": the guide's draws can be used as they are; "resample": those of
             :meth:`resample` can; "bad": neither. A guide with more than 1 % of its draws outside
-            is never "good", and one with fewer than 100 effective draws always "bad".
+            is never "good", and one with fewer than 100 effective draws whose weights are uneven
+            always "bad".
         verdict: The same in words, with the reason.
         advice: What to try next, most promising first; empty where nothing is amiss.
         draws: The draws themselves, with log p and log q.
@@ -75,6 +81,13 @@ class Report:
     rounded_sites: dict[str, int]
     draws: Draws
     log_weights: Tensor
+    marginals: Marginals
+    wide: WideReport | None = None
+    modes: list[Mode] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
+    missed_share: float = 0.0
+    missed_effect: float = 0.0
+    census: str = "not taken"
     level: Level = "bad"
     verdict: str = ""
     advice: list[str] = field(default_factory=list)
@@ -116,6 +129,11 @@ class Report:
             "ESS": f"{self.ess:.0f} of {self.num_samples} draws ({self.ess_fraction:.1%})",
             "k-hat": f"{self.khat:.2f} (90 % interval {low:.2f} to {high:.2f}{sets}), "
             f"threshold {self.khat_threshold:.2f}",
+            "latents": "k-hat of weight times latent and its square up to {:.2f}, at {}".format(
+                *self.marginals.worst
+            ),
+            "wider draws": str(self.wide) if self.wide else "not taken",
+            "census": self.census,
         }
         if self.num_nonfinite:
             part, sites = self.num_nonfinite / self.num_samples, str(self.nonfinite_sites)[1:-1]
@@ -128,104 +146,3 @@ class Report:
         return "\n".join(f"{label:<13} {text}" for label, text in rows.items())
 
     __repr__ = __str__
-
-
-def has_even_weights(report: Report) -> bool:
-    """Whether the weights are nearly equal, so that k-hat cannot condemn the guide.
-
-    Of 41 fits with an ESS above 0.99, the k-hats went from 0.16 to 0.91.
-    """
-    close = report.gap <= EVEN_GAP and report.ess_fraction >= EVEN_GAP_ESS
-    return report.ess_fraction >= EVEN_ESS or close
-
-
-def is_undecided(report: Report) -> bool:
-    """Whether another set of draws may change the verdict."""
-    low, high = report.khat_interval
-    return not has_even_weights(report) and low < report.khat_threshold < high
-
-
-def judge(report: Report) -> None:
-    """Set level, verdict, and advice on the model's densities."""
-    failed = report.num_nonfinite - round(report.outside * report.num_samples)
-    rounded = max(report.rounded_sites.values(), default=0)
-    even = has_even_weights(report)
-    if failure := _failure(report, failed, rounded):
-        report.level, words = "bad", f"do not trust: {failure}"
-    elif even and report.outside <= LOST:
-        report.level = "good"
-        words = f"good: the weights are nearly equal (ESS {report.ess_fraction:.1%}), use its draws"
-    else:
-        report.level = "resample"
-        why = f"k-hat {report.khat:.2f} is below {report.khat_threshold:.2f}"
-        why = f"{report.outside:.1%} of the draws are not the posterior's" if even else why
-        words = f"usable with resampling: {why}"
-    if is_undecided(report):
-        words += ", but the interval spans it"
-    if report.outside:
-        words += f"; {report.outside:.2%} of the draws lie outside the support and have weight zero"
-    if failed:
-        words += f"; {failed} draws were not finite and have weight zero"
-    report.verdict = words
-    report.advice = _advice_on_densities(report, failed, rounded)
-
-
-def _failure(report: Report, failed: int, rounded: int) -> str | None:
-    """Why neither the draws nor their weights can be used, if so."""
-    num = report.num_samples
-    if failed > LOST * num:
-        return f"the weights of {failed} of {num} draws failed"
-    if rounded > LOST * num:
-        return (
-            f"{rounded} of {num} draws are nearer to an edge of a support than their numbers can "
-            "say, and the model's density depends on it"
-        )
-    if has_even_weights(report):
-        return None
-    if not report.khat <= report.khat_threshold:
-        return f"k-hat {report.khat:.2f} is above {report.khat_threshold:.2f}"
-    if report.ess < FEW_EFFECTIVE:
-        return f"only {report.ess:.0f} of {num} draws are effective"
-    return None
-
-
-def _advice_on_densities(report: Report, failed: int, rounded: int) -> list[str]:
-    advice, sites = [], ", ".join(map(repr, report.nonfinite_sites))
-    if failed:
-        advice.append(f"look at the log density of {sites}, where it is NaN or inf")
-    elif report.outside:
-        advice.append(
-            f"tell the guide of the support that {sites} cuts off, by latents that cannot leave "
-            "it: an interval's bounds, or positive steps in the place of an order"
-        )
-    if rounded > LOST * report.num_samples:
-        sites = ", ".join(map(repr, report.rounded_sites))
-        advice.append(
-            f"let the model take {sites} in float64, or sample its logit or logarithm instead and "
-            "write the densities that depend on it by that"
-        )
-    return advice
-
-
-def advice_on_fit(report: Report, funnels: dict[str, Funnel]) -> list[str]:
-    """What to try where a guide is not good, by the sites that form a funnel."""
-    advice = []
-    for matrix in (False, True):
-        found = {site: funnel for site, funnel in funnels.items() if funnel.matrix == matrix}
-        if not found:
-            continue
-        scales = ", ".join(sorted({name for funnel in found.values() for name in funnel.scales}))
-        if matrix:
-            sites = ", ".join(map(repr, found))
-            way = f"write {sites} as loc + scale_tril @ eps with latents eps ~ Normal(0, 1)"
-        else:
-            config = ", ".join(f"{site!r}: LocScaleReparam(0.0)" for site in found)
-            way = f"pyro.poutine.reparam(model, config={{{config}}})"
-        advice.append(
-            f"reparametrise the model, a funnel in {scales}: {way}, and make the guide for that"
-        )
-    if is_undecided(report) or report.ess < FEW_EFFECTIVE:
-        advice.append("more draws, by a higher num_samples")
-    advice.append("more steps in fit_guide, and more layers")
-    advice.append("a richer guide: AutoSylvesterFlow, whose layers act on all latents at once")
-    return advice

@@ -1,0 +1,268 @@
+"""A census of the modes of a posterior, and of those that a guide never draws."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyroflow.guides import AutoFlow
+from pyroflow.inference.gaussian_start import (
+    Gaussian,
+    Points,
+    _scored,
+    _starts,
+    ascend,
+    moved_on,
+    normal_pairs,
+)
+from pyroflow.model.bound import BoundModel
+from pyroflow.model.log_joint import LogJoint
+from pyroflow.seeds import between_draws, drawing
+
+WIDEST = 256  # latents, beyond which the Hessians cost too much
+PATHS = 8  # of each kind of start
+COORDINATES = 800  # latents times paths of all kinds, above which there are fewer of them
+STEPS = 40  # of an ascent
+OVERDISPERSED = (1.0, 2.0, 3.0, 5.0, 8.0)  # times the base of the guide
+PROBED = 1000  # draws of each, among which starts are looked for
+CHUNK = 1000  # draws side by side, to bound the memory
+ALONG = 12  # points of a path at which a Gaussian is tried
+ALONG_DRAWS = 32  # behind the bound of each
+MOST = 12  # modes that are kept
+ROUNDS = 10  # in which a mode's Gaussian is moved to its optimum
+DRAWS = 512  # behind the evidence of a mode
+OVERLAP = 10.0  # nats of symmetrised KL, below which two Gaussians are one mode
+LINE = 31  # points between two modes
+DIP = 0.5  # nats below the lower end, that the log joint must fall to between two modes
+MISSED = 3.0  # nats, by which a guide's density is too low where it misses mass
+LEAST_SHARE = 1e-3  # of the posterior, for a mode to be named as missed
+NEAR = 3.0  # standard deviations of a mode's χ² distance above its mean
+LARGEST = 100.0  # nats, to take the exponential of
+MOSTLY = 0.5  # of a mode's draws, or of its mass
+
+
+class Mode(NamedTuple):
+    """A mode of the log joint: the best Gaussian N(loc, scale scaleᵀ) there."""
+
+    loc: Tensor  # shape (D,), in the coordinates of the guide's flow
+    scale: Tensor  # shape (D, D)
+    bound: float  # of the Gaussian, a lower bound of the log evidence there
+    paths: int  # ascents that led there
+    peak: Tensor  # shape (D,), where an ascent from loc ends
+
+
+class Missed(NamedTuple):
+    """A mode that a guide does not draw, with a lower bound of the log evidence missed there."""
+
+    mode: Mode
+    log_mass: float
+    apart: bool  # whether the log joint dips between it and the others that the guide draws
+
+
+@torch.no_grad()
+def census(log_joint: LogJoint, starts: Tensor) -> list[Mode]:
+    """The modes that ascents from P starts (P, D) end in, the one with the most evidence first.
+
+    Ascents find modes, and not mass: where a density has a spike, as at the neck of a funnel, its
+    evidence is small however high it is. So of the Gaussians along a path the best one is taken,
+    and moved to its optimum, whose bound weighs the mode. Two are one mode where they overlap, or
+    the log joint does not dip on the straight line between them, or between the peaks to which
+    ascents lead from them.
+
+    Args:
+        log_joint: the log joint, as a function of D coordinates.
+        starts: shape (P, D); those where it is not finite are left out.
+
+    Returns:
+        At most 12 modes, those with less than a thousandth of the evidence of the first left out;
+        none, if no ascent ends in one.
+
+    Example:
+        >>> from pyroflow import AutoPlanarFlow
+        >>> from pyroflow.targets import toy_model
+        >>> guide = AutoPlanarFlow(toy_model).setup()
+        >>> bound = BoundModel(toy_model, guide)
+        >>> log_joint = LogJoint(bound, guide, 64)
+        >>> len(census(log_joint, starts_around(bound, guide, log_joint)))
+        1
+    """
+    with between_draws():
+        value, gradient = log_joint.values_and_gradients(starts)
+        starts = starts[value.isfinite() & gradient.isfinite().all(-1)]
+        if not len(starts):
+            return []
+        found = _merged(log_joint, _best_along(log_joint, ascend(log_joint, starts, STEPS)))[:MOST]
+        if not found:
+            return []
+        test = normal_pairs(DRAWS, starts[0])
+        gaussians = [Gaussian(*mode[:3]) for mode in found]
+        moved = [moved_on(log_joint, g, ROUNDS, test, int) for g in gaussians]
+        peaks = ascend(log_joint, torch.stack([g.loc for g in moved]), STEPS).z[-1]
+        triples = zip(moved, found, peaks, strict=True)
+        found = [Mode(*g, mode.paths, peak) for g, mode, peak in triples]
+        least = max(mode.bound for mode in found) + math.log(LEAST_SHARE)
+        return _merged(log_joint, [mode for mode in found if mode.bound > max(least, -math.inf)])
+
+
+def _best_along(log_joint: LogJoint, points: Points) -> list[Mode]:
+    """The Gaussian with the highest bound on each path, and the end of the path."""
+    steps = torch.linspace(0, len(points.z) - 1, ALONG, device="cpu").round().long().unique()
+    z, scale = points.z[steps], points.scale[steps]
+    noise = normal_pairs(ALONG_DRAWS, z[0, 0])
+    tried = _scored(log_joint, z.flatten(0, 1), scale.flatten(0, 1), noise)[0]
+    num = z.shape[1]
+    paths = [max(tried[path::num], key=lambda g: g.bound) for path in range(num)]
+    ends = zip(paths, points.z[-1], strict=True)
+    return [Mode(*g, 1, end) for g, end in ends if math.isfinite(g.bound)]
+
+
+@torch.no_grad()
+def missed_by(
+    modes: list[Mode],
+    log_joint: LogJoint,
+    q: Distribution,
+    log_evidence: float,
+    drawn: tuple[Tensor, Tensor] | None = None,
+) -> list[Missed]:
+    """The modes where the guide's density q is far below the posterior's.
+
+    Mass is missed where log p − log q is above the log evidence that the guide's own draws show
+    by more than 3 nats: less than a twentieth of it is drawn. With R such draws among those of the
+    mode's Gaussian g, Jensen's inequality bounds it: log ∫_R p ≥ E_g[log p − log g | R] + log g(R).
+
+    Args:
+        modes: of the log joint, as :func:`census` finds them.
+        log_joint: the log joint.
+        q: the guide's distribution over the same coordinates.
+        log_evidence: the log evidence by its draws.
+        drawn: the guide's draws (S, D) with weights (S,) that sum to one, where there are any:
+            a mode at which they have most of the mass is not missed.
+    """
+    found, covered = [], []
+    for mode in modes:
+        noise = normal_pairs(DRAWS, mode.loc)
+        x = mode.loc + noise @ mode.scale.mT
+        log_p = log_joint.values_and_gradients(x)[0].double()
+        log_g = -noise.square().sum(-1) / 2 - x.shape[-1] / 2 * math.log(2 * math.pi)
+        log_g = log_g - torch.linalg.slogdet(mode.scale).logabsdet
+        # Far from its draws a flow may have no inverse that is found in finite numbers.
+        log_q = q.log_prob(x).double().nan_to_num(-torch.inf)
+        missed = (log_p - log_q - log_evidence > MISSED) & log_p.isfinite()
+        part = missed.double().mean().item()
+        if part < MOSTLY:
+            covered.append(mode)
+            continue
+        mass = (log_p - log_g)[missed].mean().item() + math.log(part)
+        if drawn is not None:
+            share, seen = math.exp(min(mass - log_evidence, LARGEST)), _mass_near(mode, *drawn)
+            if seen >= MOSTLY * share:
+                continue
+            mass = log_evidence + math.log(share - seen)
+        if mass < log_evidence + math.log(LEAST_SHARE):
+            continue
+        found.append(Missed(mode, mass, apart=True))
+    return [
+        missed._replace(apart=not any(_are_one(log_joint, missed.mode, m) for m in covered))
+        for missed in found
+    ]
+
+
+def _mass_near(mode: Mode, x: Tensor, weights: Tensor) -> float:
+    """The weight of the draws inside of nearly all of a mode's Gaussian."""
+    size = torch.linalg.solve(mode.scale, (x - mode.loc).mT).square().sum(0)
+    dim = x.shape[-1]
+    return weights[(size < dim + NEAR * math.sqrt(2 * dim)).to(weights.device)].sum().item()
+
+
+def shares_missed(missed: list[Missed], log_evidence: float) -> list[float]:
+    """The part of the posterior in each of the modes that a guide misses, at least."""
+    masses = torch.tensor([m.log_mass for m in missed] + [log_evidence], dtype=torch.float64)
+    return masses.softmax(0)[:-1].tolist()
+
+
+@torch.no_grad()
+def starts_around(bound: BoundModel, guide: AutoFlow, log_joint: LogJoint) -> Tensor:
+    """Where to ascend from: around the guide's start, priors' draws, wide draws of the guide.
+
+    Of the latter two some are taken as they come, and some where log p − log q is highest, of each
+    width alike.
+
+    Returns:
+        Shape (P, D): up to 10 of each kind, fewer in many dimensions.
+    """
+    num = max(2, min(PATHS, COORDINATES // guide.latent_dim))
+    q = guide.flow()
+    with drawing():
+        u = q.base_dist.sample((PROBED,))
+        prior = _prior_draws(bound, guide, PROBED)
+    parts = [] if (around := _starts(log_joint, guide._init_loc())) is None else [around[:num]]
+    for width in OVERDISPERSED:
+        x = width * u
+        for t in q.transforms:
+            x = t(x)
+        parts.append(x[_missed_most(log_joint, q, x, num // 4)])
+    parts.append(x[: num // 2])
+    if prior is not None:
+        parts += [prior[:num], prior[_missed_most(log_joint, q, prior, num // 2)]]
+    return torch.cat(parts)
+
+
+def _missed_most(log_joint: LogJoint, q: Distribution, x: Tensor, num: int) -> Tensor:
+    """Of points x (S, D) the rows where log p − log q is highest."""
+    log_p = torch.cat([log_joint.values(part) for part in x.split(CHUNK)])
+    missed = (log_p - q.log_prob(x)).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    return missed.topk(max(1, num)).indices
+
+
+def _prior_draws(bound: BoundModel, guide: AutoFlow, num: int) -> Tensor | None:
+    """Draws (N, D) of each prior with its parents where they were in a run, without further runs.
+
+    None where a prior is improper, or every draw is at an edge.
+    """
+    for size in (num, PATHS, 1):  # one value that is rounded to an edge spoils a draw of all
+        try:
+            fns = {name: bound.runs.records[name]["fn"] for name in bound.latents}
+            return guide.unconstrain({name: fn.sample((size,)) for name, fn in fns.items()})[0]
+        except (NotImplementedError, RuntimeError, ValueError):
+            continue
+    return None
+
+
+def _merged(log_joint: LogJoint, modes: list[Mode]) -> list[Mode]:
+    """The modes in the order of their bounds, without those that one before them takes in."""
+    kept: list[Mode] = []
+    for mode in sorted(modes, key=lambda m: -m.bound):
+        for index, other in enumerate(kept):
+            if _are_one(log_joint, mode, other):
+                kept[index] = other._replace(paths=other.paths + mode.paths)
+                break
+        else:
+            kept.append(mode)
+    return kept
+
+
+def _divergence(one: Mode, other: Mode) -> float:
+    """KL(one ‖ other) + KL(other ‖ one)."""
+    there = torch.linalg.solve(other.scale, one.scale)
+    back = torch.linalg.solve(one.scale, other.scale)
+    shift = (one.loc - other.loc).unsqueeze(-1)
+    apart = [torch.linalg.solve(g.scale, shift).square().sum() for g in (one, other)]
+    total = there.square().sum() + back.square().sum() + sum(apart)
+    return total.item() / 2 - len(one.loc)
+
+
+def _are_one(log_joint: LogJoint, one: Mode, other: Mode) -> bool:
+    pairs = (one.loc, other.loc), (one.peak, other.peak)
+    return _divergence(one, other) < OVERLAP or any(_connected(log_joint, *p) for p in pairs)
+
+
+def _connected(log_joint: LogJoint, one: Tensor, other: Tensor) -> bool:
+    """Whether the log joint does not dip on the straight line between two points (D,)."""
+    steps = torch.linspace(0, 1, LINE, dtype=one.dtype, device=one.device).unsqueeze(-1)
+    value = log_joint.values_and_gradients(torch.lerp(one, other, steps))[0]
+    value = value.nan_to_num(-torch.inf)
+    return bool(value.min() >= torch.minimum(value[0], value[-1]) - DIP)
