@@ -50,7 +50,7 @@ class Coordinates(Bijection, TransformModule):
     Args:
         sites: of each site that is moved, its name, the place of its numbers in z, their
             shape, and whether its scale is a matrix.
-        to_z: (x, c, *tensors) ↦ z and the log-determinant.
+        to_z: (x, c, *tensors) ↦ z, the log-determinant, and by how much z is rounded.
         priors: z ↦ location, scale and information of each site in turn.
         c: shape (D,), 1 for all other sites.
         tensors: of each site those of its map.
@@ -164,15 +164,19 @@ class Coordinates(Bijection, TransformModule):
         """The c and the sites' tensors, which :meth:`set` changes in place."""
         return self._map_parameters()
 
-    def move(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """The z at x (*B, D), and log |det ∂z/∂x|, with :meth:`tensors` given, and no cache."""
-        return self._forward(x, tensors)
+    def move(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The z at x (*B, D) and log |det ∂z/∂x|, with :meth:`tensors` given, and no cache.
+
+        The last result is by how many standard deviations of a prior its site's numbers are rounded
+        at most, shape (*B).
+        """
+        run = torch.func.vmap(self.to_z, in_dims=(0, *(None for _ in tensors)))
+        z, log_det, lost = run(x.reshape(-1, x.shape[-1]), *tensors)
+        batch = x.shape[:-1]
+        return z.reshape(x.shape), log_det.reshape(batch), lost.reshape(batch)
 
     def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        places = (0, *(None for _ in parameters))
-        run = torch.func.vmap(self.to_z, in_dims=places)
-        z, log_det = run(x.reshape(-1, x.shape[-1]), *parameters)
-        return z.reshape(x.shape), log_det.reshape(x.shape[:-1])
+        return self.move(x, *parameters)[:2]
 
     def _invert(
         self, y: Tensor, parameters: Parameters, cached: Pair | None
@@ -288,8 +292,9 @@ def _recorded(run: Callable, latents: Latents, start: Tensor, *, given: bool) ->
     tensors = _tensors(sites, read, c, start, given)
     counts = [len(own) for own in tensors]
 
-    def to_z(x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        pieces, at, z, log_dets, own = latents.unpack(x), latents.unpack(c), {}, [], {}
+    def to_z(x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pieces, at, z, own = latents.unpack(x), latents.unpack(c), {}, {}
+        log_dets, lost = [], []
         left = iter(tensors)
         for name, count in zip(moved, counts, strict=True):
             own[name] = [next(left) for _ in range(count)]
@@ -297,12 +302,13 @@ def _recorded(run: Callable, latents: Latents, start: Tensor, *, given: bool) ->
         def number(name: str, prior: Prior | None) -> Tensor:
             z[name] = pieces[name]
             if name in moved:
-                z[name], log_det = prior.forth(pieces[name], at[name], *own[name])
+                z[name], log_det, off = prior.forth(pieces[name], at[name], *own[name])
                 log_dets.append(log_det.sum())
+                lost.append(off.amax())
             return z[name]
 
         run(number)
-        return latents.pack(z), torch.stack(log_dets).sum()
+        return latents.pack(z), torch.stack(log_dets).sum(), torch.stack(lost).amax()
 
     recorded = Recorded.of(to_z, start, c, *(t for own in tensors for t in own))
     return Coordinates(sites, recorded, read, c, tensors)

@@ -139,7 +139,7 @@ def _curvatures(coordinates: Coordinates, x: Tensor, z: Tensor) -> list[Tensor]:
             white = torch.linalg.solve_triangular(prior.scale, factor, upper=False)
             found.append(white.mT @ white * prior.information.mean())
         else:
-            _, log_factor = prior.forth(coordinates.part(x, i), at, *own)
+            _, log_factor, _ = prior.forth(coordinates.part(x, i), at, *own)
             found.append((log_factor.exp() / prior.scale).square() * prior.information)
     return found
 

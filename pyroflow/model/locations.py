@@ -43,53 +43,61 @@ class Prior(NamedTuple):
         wide = (*shape, shape[-1]) if self.matrix else shape
         return self.loc.expand(shape), self.scale.expand(wide), information.expand(shape)
 
-    def forth(self, x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers z at coordinates x, and log |det ∂z/∂x| by element; see :func:`powers`."""
-        return (self._matrix if self.matrix else self._number)(x, False, c, *tensors)
+    def forth(self, x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers z at coordinates x, log |det ∂z/∂x| by element, and what rounding z costs.
+
+        The last is by how much it moves (z − m)/s: where s is small against m, as at the neck of
+        a funnel, the model cannot know x from z.
+        """
+        factor, shift, log_det = self._affine(c, *tensors)
+        if self.matrix:
+            off, written = times(factor, x) + shift, _written(c)
+            z = torch.where(written, x, self.loc + off)
+            lost = torch.linalg.solve_triangular(
+                self.scale, (z - self.loc - off).unsqueeze(-1), upper=False
+            ).squeeze(-1)
+            return z, torch.where(written, 0.0, log_det), torch.where(written, 0.0, lost).abs()
+        z = factor * x + (shift + self.loc)
+        return z, log_det, ((z - self.loc - (factor * x + shift)) / self.scale).abs()
 
     def back(self, z: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`forth`, with the same log-determinant."""
-        return (self._matrix if self.matrix else self._number)(z, True, c, *tensors)
+        factor, shift, log_det = self._affine(c, *tensors)
+        if self.matrix:
+            moved = (z - self.loc - shift).unsqueeze(-1)
+            x, written = torch.linalg.solve(factor, moved).squeeze(-1), _written(c)
+            return torch.where(written, z, x), torch.where(written, 0.0, log_det)
+        return (z - (shift + self.loc)) / factor, log_det
 
-    def _number(
-        self, given: Tensor, inverse: bool, c: Tensor, unit: Tensor, *at: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _affine(self, c: Tensor, unit: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Factor F, shift b and the parts of log |det F| in z = m + b + F x."""
+        if self.matrix:
+            return self._matrix(c, unit, *at)
         log_ratio = self.scale.log() - unit
-        if at:
-            target, centre = at
-            log_factor = -torch.logaddexp(torch.log1p(-c) - 2 * log_ratio, c.log()) / 2
-            share = (c.log() + 2 * log_factor).exp()
-            factor = log_factor.exp()
-            shift = self.loc + share * (target - self.loc) - factor * centre
-        else:
-            log_factor = (1 - c) * log_ratio
-            factor = log_factor.exp()
-            shift = (1 - c * factor) * self.loc
-        return (given - shift) / factor if inverse else factor * given + shift, log_factor
+        if not at:
+            factor = ((1 - c) * log_ratio).exp()
+            return factor, -c * factor * self.loc, (1 - c) * log_ratio
+        target, centre = at
+        log_factor = -torch.logaddexp(torch.log1p(-c) - 2 * log_ratio, c.log()) / 2
+        share, factor = (c.log() + 2 * log_factor).exp(), log_factor.exp()
+        return factor, share * (target - self.loc) - factor * centre, log_factor
+
+    def _matrix(self, c: Tensor, unit: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not at:
+            factor = (1 - c).unsqueeze(-1) * (self.scale @ unit) + c.diag_embed()
+            log_det = factor.diagonal(dim1=-2, dim2=-1).log()
+            return factor, -times(factor, c * self.loc), log_det
+        pull, centre, curvature, log_unit = at
+        root, log_det = self.conditional(curvature)
+        moved = times(root, times(root.mT, pull - times(curvature, self.loc)))
+        factor = root @ unit
+        return factor, moved - times(factor, centre), log_det + log_unit
 
     def slope(self, c: Tensor, unit: Tensor, *at: Tensor) -> Tensor:
         """The matrices ∂z/∂x of a site whose scale is one, where its coordinates were found."""
         factor = self.conditional(at[2])[0] @ unit
         identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        return torch.where((c == 1).all(-1)[..., None, None], identity, factor)
-
-    def _matrix(
-        self, given: Tensor, inverse: bool, c: Tensor, unit: Tensor, *at: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if at:
-            pull, centre, curvature, log_unit = at
-            factor, log_det = self.conditional(curvature)
-            mean = self.loc + times(factor, times(factor.mT, pull - times(curvature, self.loc)))
-            factor, log_det = factor @ unit, log_det + log_unit
-        else:
-            factor = (1 - c).unsqueeze(-1) * (self.scale @ unit) + c.diag_embed()
-            log_det = factor.diagonal(dim1=-2, dim2=-1).log()
-            mean, centre = self.loc, c * self.loc
-        moved = torch.linalg.solve(factor, (given - mean).unsqueeze(-1)).squeeze(-1) + centre
-        if not inverse:
-            moved = mean + times(factor, given - centre)
-        written = (c == 1).all(-1, keepdim=True)
-        return torch.where(written, given, moved), torch.where(written, 0.0, log_det)
+        return torch.where(_written(c).unsqueeze(-1), identity, factor)
 
     def conditional(self, curvature: Tensor) -> tuple[Tensor, Tensor]:
         """R with R Rᵀ = (K⁻¹ + H)⁻¹, for K = L Lᵀ and a curvature H, and the parts of log |det R|.
@@ -102,6 +110,11 @@ class Prior(NamedTuple):
         factor = torch.linalg.solve_triangular(C, L.mT, upper=False).mT
         diagonals = [t.diagonal(dim1=-2, dim2=-1).log() for t in (L, C)]
         return factor, diagonals[0] - diagonals[1]
+
+
+def _written(c: Tensor) -> Tensor:
+    """Whether vectors are left as they are written, shape (*B, 1)."""
+    return (c == 1).all(-1, keepdim=True)
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:

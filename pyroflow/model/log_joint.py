@@ -22,13 +22,18 @@ Points = tuple[Tensor, Tensor, Tensor]  # x (S, D), the log joint there and its 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+# Standard deviations of a prior, by which its site's numbers may be rounded.
+ROUNDED = 0.05
+
+
 class LogJoint:
     """log p(y, θ(x)) + log |det ∂θ/∂x| for the coordinates x of a guide's flow, θ the latents.
 
     Running a Pyro model through its handlers costs ten times its arithmetic. So value and gradient
     of N points at once are recorded as one graph of plain operations, which is kept if it
     repeats at fresh points what the model itself says there. Where it does not, or nothing can be
-    recorded (control flow that depends on the latents), the model runs each time.
+    recorded (control flow that depends on the latents), the model runs each time. It is NaN where
+    the coordinates say more than the latents have digits for, as at the far neck of a funnel.
 
     Args:
         bound: a model, with all latents covered by the guide and without a subsampled plate.
@@ -112,12 +117,14 @@ class LogJoint:
     def _evaluated(
         self, x: Tensor, way: Way | None = None, moved_by: tuple[Tensor, ...] | None = None
     ) -> Tensor:
-        z, moved = x, 0.0
-        if self.guide.coordinates is not None:
-            given = self._moved_by() if moved_by is None else moved_by
-            z, moved = self.guide.coordinates.move(x, *given)
+        if self.guide.coordinates is None:
+            latents, log_det = self.guide.latents.constrain(x)
+            return self.runs.log_joint(latents, len(x), way) + log_det
+        given = self._moved_by() if moved_by is None else moved_by
+        z, moved, lost = self.guide.coordinates.move(x, *given)
         latents, log_det = self.guide.latents.constrain(z)
-        return self.runs.log_joint(latents, len(x), way) + log_det + moved
+        value = self.runs.log_joint(latents, len(x), way) + log_det + moved
+        return value.where(lost < ROUNDED, torch.nan)
 
     def _recorded(self, expected: Callable[[], Points]) -> Callable | None:
         """The graph of value and gradient at N points, if it gives what is expected at others."""
