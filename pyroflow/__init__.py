@@ -11,6 +11,7 @@ from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoPlanarFlow, Auto
 from pyroflow.inference import Fit, fit_density, fit_energy, fit_guide, paper_annealing
 from pyroflow.inference.schedule import AdaptiveAnnealing
 from pyroflow.inference.stop_rule import StopRule
+from pyroflow.ladder import Posterior, posterior
 from pyroflow.mcmc import Chains, mcmc, neutra
 from pyroflow.saving import load, save
 from pyroflow.transforms import (
@@ -51,6 +52,7 @@ __all__ = [
     "Fit",
     "Flow",
     "Planar",
+    "Posterior",
     "Radial",
     "Report",
     "SinhArcsinh",
@@ -72,6 +74,7 @@ __all__ = [
     "paper_annealing",
     "planar",
     "planar_flow",
+    "posterior",
     "radial",
     "radial_flow",
     "save",

@@ -120,7 +120,7 @@ def fit_guide(
             settings["log joint of a draw"] = start.fingerprint
         if set_up:
             guide.check_model(start.model_trace)  # whether it was made for these latents
-        problem, valid = _inspected(model, guide, args, kwargs)
+        problem, valid = inspected(model, guide, args, kwargs)
         check_latents(problem)
         if isinstance(guide, nn.Module):
             guide.to(device)
@@ -171,7 +171,7 @@ def _check_objective(objective: str, group_size: int, num_particles: int | None)
         )
 
 
-def _inspected(
+def inspected(
     model: Callable, guide: Callable, args: tuple, kwargs: dict | None
 ) -> tuple[BoundModel, bool]:
     """``BoundModel``, and whether a draw of the guide was valid in the model.

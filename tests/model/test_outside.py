@@ -91,3 +91,19 @@ def test_a_parameter_out_of_its_domain_is_never_good(family: Callable) -> None:
     assert report.level != "good"
     assert report.outside < 0.1
     assert report.log_evidence == pytest.approx(exact, abs=0.05)
+
+
+def test_a_parameter_of_more_dimensions_than_its_constraint_says_counts_once() -> None:
+    """``MixtureOfDiagNormals`` declares its scales, K × D numbers, positive one by one."""
+    locs, scales = torch.zeros(2, 3), torch.ones(2, 3)
+
+    def model(scales: torch.Tensor = scales) -> None:
+        pyro.sample("x", dist.MixtureOfDiagNormals(locs, scales, torch.zeros(2)))
+
+    x = torch.randn(4, 3)
+    expected = dist.Normal(0.0, 1.0).log_prob(x).sum(-1)
+    for way in ("by_vmap", "in_plate", "one_by_one"):
+        runs = Runs(model, depth=0)
+        torch.testing.assert_close(runs.log_joint({"x": x}, 4, getattr(runs, way)), expected)
+    runs = Runs(model, (-scales,), depth=0)
+    assert bool(runs.log_joint({"x": x}, 4, runs.one_by_one).isneginf().all())

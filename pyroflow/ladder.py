@@ -1,0 +1,307 @@
+"""A posterior in one call: fits of rising cost, each checked, until one can be trusted."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyro
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyroflow.arviz import to_arviz
+from pyroflow.checks import check_count
+from pyroflow.diagnostics import Report, diagnose
+from pyroflow.diagnostics.report import Level
+from pyroflow.guides import AutoFlow, AutoSylvesterFlow
+from pyroflow.guides.mixture import MixtureGuide
+from pyroflow.inference.gaussian_start import Gaussian
+from pyroflow.inference.guide import inspected
+from pyroflow.inference.guide_fit import WIDEST_WARM_START, fit_flow, refuse_nonfinite
+from pyroflow.inference.mixture import fit_mixture
+from pyroflow.inference.objectives import LogJointBound
+from pyroflow.mcmc import Chains, mcmc
+from pyroflow.model.bound import BoundModel, check_latents, check_whole
+from pyroflow.seeds import between_draws, one_at_a_time, seeded
+
+if TYPE_CHECKING:
+    from arviz import InferenceData
+    from xarray import DataTree
+
+STEPS = (300, 1000, 3000)  # of the fits, each going on from the last
+PART_STEPS = (300, 1000)  # of the parts of a mixture
+LAYERS, UNITS = 6, 16  # of the flow
+MOST_PARTS = 10
+LEAST_ESS = 400  # an error of the means of a twentieth of a standard deviation
+CHAINS, CHAIN_DRAWS = 128, 250
+TRUSTED = ("good", "resample")
+
+
+class Rung(NamedTuple):
+    """What was tried, the seconds that it took with its checks, and their verdict."""
+
+    name: str
+    seconds: float
+    verdict: str
+
+
+@dataclass(repr=False)
+class Posterior:
+    """The result of :func:`~pyroflow.posterior`.
+
+    Attributes:
+        draws: {site: tensor of shape (S, *site)}, on the sites' own supports.
+        level: "good": the draws can be used as they are. "resample": they are the guide's draws
+            resampled, and repeat where its weights vary. "bad": they cannot be trusted.
+        verdict: the same in words, with the reason.
+        log_evidence: from the guide's importance weights, in nats.
+        error: Monte Carlo error of the means, at most so many standard deviations; infinite where
+            the draws cannot be trusted.
+        guide: the fitted guide, or a mixture of several.
+        report: of the last :func:`~pyroflow.diagnose`, on draws of its own.
+        chains: of :func:`~pyroflow.mcmc`, where the draws are theirs; else None.
+        rungs: what was tried, in order.
+        seconds: wall-clock time.
+        model, args, kwargs: the model and its arguments, for :meth:`to_arviz`.
+    """
+
+    draws: dict[str, Tensor]
+    level: Level
+    verdict: str
+    log_evidence: float
+    error: float
+    guide: AutoFlow | MixtureGuide
+    report: Report
+    chains: Chains | None
+    rungs: list[Rung]
+    seconds: float
+    model: Callable = field(repr=False)
+    args: tuple = field(repr=False)
+    kwargs: dict[str, Any] = field(repr=False)
+
+    def to_arviz(self, num_samples: int | None = None) -> InferenceData | DataTree:
+        """The draws for ArviZ: the chains, or so many resampled draws of the guide (all)."""
+        if self.chains is not None:
+            return self.chains.to_arviz()
+        num = num_samples or len(next(iter(self.draws.values())))
+        return to_arviz(self.model, self.guide, self.args, self.kwargs, num, resample=True)
+
+    def __str__(self) -> str:
+        rows = {
+            "verdict": self.verdict,
+            "error": f"of the means at most {self.error:.3f} sd",
+            "log evidence": f"{self.log_evidence:.3f}",
+            "draws": f"{len(next(iter(self.draws.values())))}",
+            "seconds": f"{self.seconds:.1f}",
+        }
+        lines = [f"{label:<13} {text}" for label, text in rows.items()]
+        for number, rung in enumerate(self.rungs):
+            label = "tried" if number == 0 else ""
+            lines.append(f"{label:<13} {rung.name}, {rung.seconds:.1f} s: {rung.verdict}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+@one_at_a_time
+def posterior(
+    model: Callable,
+    args: tuple = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    num_samples: int = 10_000,
+    progress: bool = True,
+) -> Posterior:
+    """Fit a flow to a model's posterior, check it, and mend it until it can be trusted, or say so.
+
+    In turn, each going on from the last, until the checks of :func:`~pyroflow.diagnose` hold on two
+    sets of draws and the Monte Carlo error of every mean is at most 0.05 standard deviations:
+
+    1. A Sylvester flow with a layer for tails, in the coordinates that the model dictates, from
+       the best Gaussian: 300 steps, 1,000 more, 3,000 more; fewer where nothing is left to gain.
+    2. Where the census of modes finds others, a mixture with a flow at each.
+    3. :func:`~pyroflow.mcmc` over the flow, whose chains must agree with each other.
+
+    Else the level is "bad", with the reason. Ctrl-C ends it with the best so far, called what
+    it is.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        seed: makes the result reproducible, without touching the global generator.
+        num_samples: draws, at least 1,000.
+        progress: show each rung as it ends.
+
+    Returns:
+        Draws and verdict, the guide, and how it was reached.
+
+    Raises:
+        ValueError: If a latent is discrete, a plate subsamples, the latents change from run to run,
+            or the log density is finite nowhere near the start (each names the site); if the
+            model has parameters of its own, or num_samples is below 1,000.
+
+    Example:
+        >>> from pyroflow.targets import toy_model
+        >>> post = posterior(toy_model, seed=0, num_samples=2000, progress=False)
+        >>> post.level, post.draws["z"].shape
+        ('good', torch.Size([2000, 2]))
+    """
+    check_count("num_samples", num_samples, 1000)
+    check_count("seed", seed, 0)
+    climb = _Climb(model, tuple(args), dict(kwargs or {}), seed, num_samples, progress)
+    try:
+        climb.run()
+    except KeyboardInterrupt:
+        if climb.guide is None or climb.report is None:
+            raise
+        climb.reason = "it was interrupted"
+    return climb.result()
+
+
+class _Climb:
+    """One way up the ladder."""
+
+    def __init__(
+        self, model: Callable, args: tuple, kwargs: dict, seed: int, num: int, progress: bool
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.seed, self.num, self.progress = seed, num, progress
+        self.guide: AutoFlow | MixtureGuide | None = None
+        self.report: Report | None = None
+        self.chains: Chains | None = None
+        self.rungs: list[Rung] = []
+        self.began = self.last = time.perf_counter()
+        self.reason, self.checks = "", 0
+
+    def run(self) -> None:
+        """Climb until a rung holds."""
+        flow = self._make()
+        with seeded(self.seed):
+            problem = self._problem(flow)
+            bound = LogJointBound(problem, "elbo", 1, None, seed=self.seed)
+        for steps in STEPS:
+            with seeded(self.seed), between_draws():
+                fit = fit_flow(bound, steps, self.seed, progress=False)
+            if self._holds(flow, f"flow, {fit.steps} steps"):
+                return
+            if self.report.missed and self._by_mixture(problem, flow):
+                return
+        self._by_chains(flow)
+
+    def _make(self) -> AutoFlow:
+        return AutoSylvesterFlow(self.model, num_layers=LAYERS, tails=True)
+
+    def _problem(self, guide: AutoFlow) -> BoundModel:
+        problem, valid = inspected(self.model, guide, self.args, self.kwargs)
+        check_latents(problem)
+        check_whole(problem)
+        if problem.learns:
+            raise ValueError(
+                "the model has parameters (pyro.param, or of a PyroModule), and a posterior is of "
+                "its latents alone: train them by fit_guide with a guide, or give them priors by "
+                "pyro.sample"
+            )
+        if not valid and guide.latent_dim > WIDEST_WARM_START:
+            refuse_nonfinite(problem)
+        return problem
+
+    def _holds(self, guide: AutoFlow | MixtureGuide, name: str) -> bool:
+        """Whether the guide's draws hold two checks; the better guide so far is kept."""
+        report = self._check(guide)
+        before = self.report
+        better = before is None or _rank(report) >= _rank(before)
+        if better:
+            self.guide, self.report = guide, report
+        held = _is_exact(report)
+        if held:  # what was looked at before does not count as a check of what was chosen by it
+            fresh = self._check(guide)
+            held = _is_exact(fresh)
+            self.report, report = fresh, fresh
+        self._note(name, report.verdict)
+        return held
+
+    def _check(self, guide: AutoFlow | MixtureGuide) -> Report:
+        self.checks += 1
+        seed = self.seed + 1000 * self.checks
+        return diagnose(self.model, guide, self.args, self.kwargs, seed=seed, max_sets=3)
+
+    def _by_mixture(self, problem: BoundModel, flow: AutoFlow) -> bool:
+        """Whether a mixture with a part at each mode of the census holds."""
+        for steps in PART_STEPS:
+            modes = sorted(self.report.modes, key=lambda mode: -mode.bound)[:MOST_PARTS]
+            starts = [Gaussian(mode.loc, mode.scale, mode.bound) for mode in modes]
+            if len(starts) < 2:
+                return False
+            with seeded(self.seed), between_draws():
+                options = {"steps": steps, "seed": self.seed}
+                mixture = fit_mixture(problem, flow, starts, self._make, **options)
+            if self._holds(mixture, f"mixture of {len(mixture.guides)} flows, {steps} steps each"):
+                return True
+        return False
+
+    def _by_chains(self, flow: AutoFlow) -> None:
+        """Exact draws, where the census does not say that there is more than the flow reaches."""
+        if self.report.missed or not isinstance(self.guide, AutoFlow):
+            return
+        options = {"num_samples": CHAIN_DRAWS, "num_chains": CHAINS, "seed": self.seed}
+        with pyro.validation_enabled(False):
+            chains = mcmc(self.model, flow, self.args, self.kwargs, **options, progress=False)
+        self._note(f"{CHAINS} chains", chains.verdict)
+        if chains.level == "good":
+            self.chains = chains
+
+    def _note(self, name: str, verdict: str) -> None:
+        now = time.perf_counter()
+        rung, self.last = Rung(name, now - self.last, verdict), now
+        self.rungs.append(rung)
+        if self.progress:
+            tqdm.write(f"posterior: {rung.name}, {rung.seconds:.1f} s: {rung.verdict}")
+
+    def result(self) -> Posterior:
+        """The best so far, called what it is."""
+        report, chains = self.report, self.chains
+        if chains is not None:
+            index = _thinned(len(chains.log_p), self.num)
+            draws = {name: value[index] for name, value in chains.draws.items()}
+            level, verdict, error = "good", f"good: {chains.verdict}", 1 / math.sqrt(chains.ess)
+        else:
+            draws = report.resample(self.num, seed=self.seed)
+            level, verdict, error = report.level, report.verdict, 1 / math.sqrt(report.ess)
+        if level in TRUSTED and report.ess < LEAST_ESS and chains is None:
+            level, verdict = "bad", f"do not trust: only {report.ess:.0f} draws are effective"
+        if self.reason:
+            verdict += f"; {self.reason}"
+        return Posterior(
+            draws,
+            level,
+            verdict,
+            report.log_evidence,
+            error if level in TRUSTED else math.inf,
+            self.guide,
+            report,
+            chains,
+            self.rungs,
+            time.perf_counter() - self.began,
+            self.model,
+            self.args,
+            self.kwargs,
+        )
+
+
+def _is_exact(report: Report) -> bool:
+    return report.level in TRUSTED and report.ess >= LEAST_ESS
+
+
+def _rank(report: Report) -> tuple[bool, float]:
+    """Trusted before not, then by effective draws; what misses mass is worth what it has."""
+    return report.level in TRUSTED, report.ess_fraction * (1 - report.missed_share)
+
+
+def _thinned(total: int, num: int) -> slice:
+    """Every k-th of the draws, at least ``num`` of them where there are as many."""
+    return slice(None, None, max(1, total // num))
