@@ -18,12 +18,11 @@ from pyroflow.diagnostics import Report, diagnose
 from pyroflow.diagnostics.report import Level
 from pyroflow.guides import AutoFlow, AutoSylvesterFlow
 from pyroflow.guides.mixture import MixtureGuide
-from pyroflow.inference.gaussian_start import Gaussian
 from pyroflow.inference.guide import inspected
 from pyroflow.inference.guide_fit import WIDEST_WARM_START, fit_flow, refuse_nonfinite
-from pyroflow.inference.mixture import fit_mixture
 from pyroflow.inference.objectives import LogJointBound
 from pyroflow.mcmc import Chains, mcmc
+from pyroflow.mixing import Mixing
 from pyroflow.model.bound import BoundModel, check_latents, check_whole
 from pyroflow.seeds import between_draws, one_at_a_time, seeded
 
@@ -32,11 +31,10 @@ if TYPE_CHECKING:
     from xarray import DataTree
 
 STEPS = (300, 1000, 3000)  # of the fits, each going on from the last
-PART_STEPS = (300, 1000)  # of the parts of a mixture
-LAYERS, UNITS = 6, 16  # of the flow
-MOST_PARTS = 10
+MIXTURES = 4  # that are tried after each of them
+LAYERS = 6  # of the flow
 LEAST_ESS = 400  # an error of the means of a twentieth of a standard deviation
-CHAINS, CHAIN_DRAWS = 128, 250
+CHAINS, CHAIN_DRAWS = 128, 500
 TRUSTED = ("good", "resample")
 
 
@@ -173,6 +171,7 @@ class _Climb:
         self.seed, self.num, self.progress = seed, num, progress
         self.guide: AutoFlow | MixtureGuide | None = None
         self.report: Report | None = None
+        self.latest: Report | None = None
         self.chains: Chains | None = None
         self.rungs: list[Rung] = []
         self.began = self.last = time.perf_counter()
@@ -184,13 +183,14 @@ class _Climb:
         with seeded(self.seed):
             problem = self._problem(flow)
             bound = LogJointBound(problem, "elbo", 1, None, seed=self.seed)
+        mixing = Mixing(problem, (flow, bound), self._make, self.seed)
         for steps in STEPS:
             with seeded(self.seed), between_draws():
                 fit = fit_flow(bound, steps, self.seed, progress=False)
-            if self._holds(flow, f"flow, {fit.steps} steps"):
+            if self._holds(flow, f"flow, {fit.steps} steps") or self._by_mixture(mixing):
                 return
-            if self.report.missed and self._by_mixture(problem, flow):
-                return
+            if not fit.steps:  # with nothing left to gain
+                break
         self._by_chains(flow)
 
     def _make(self) -> AutoFlow:
@@ -212,16 +212,14 @@ class _Climb:
 
     def _holds(self, guide: AutoFlow | MixtureGuide, name: str) -> bool:
         """Whether the guide's draws hold two checks; the better guide so far is kept."""
-        report = self._check(guide)
-        before = self.report
-        better = before is None or _rank(report) >= _rank(before)
-        if better:
+        self.latest = report = self._check(guide)
+        if self.report is None or _rank(report) >= _rank(self.report):
             self.guide, self.report = guide, report
         held = _is_exact(report)
         if held:  # what was looked at before does not count as a check of what was chosen by it
-            fresh = self._check(guide)
-            held = _is_exact(fresh)
-            self.report, report = fresh, fresh
+            self.latest = report = self._check(guide)
+            held = _is_exact(report)
+            self.guide, self.report = guide, report
         self._note(name, report.verdict)
         return held
 
@@ -230,17 +228,15 @@ class _Climb:
         seed = self.seed + 1000 * self.checks
         return diagnose(self.model, guide, self.args, self.kwargs, seed=seed, max_sets=3)
 
-    def _by_mixture(self, problem: BoundModel, flow: AutoFlow) -> bool:
-        """Whether a mixture with a part at each mode of the census holds."""
-        for steps in PART_STEPS:
-            modes = sorted(self.report.modes, key=lambda mode: -mode.bound)[:MOST_PARTS]
-            starts = [Gaussian(mode.loc, mode.scale, mode.bound) for mode in modes]
-            if len(starts) < 2:
-                return False
+    def _by_mixture(self, mixing: Mixing) -> bool:
+        """Whether a mixture holds: a part at each mode, and one for what is wider than the flow."""
+        for _ in range(MIXTURES):
             with seeded(self.seed), between_draws():
-                options = {"steps": steps, "seed": self.seed}
-                mixture = fit_mixture(problem, flow, starts, self._make, **options)
-            if self._holds(mixture, f"mixture of {len(mixture.guides)} flows, {steps} steps each"):
+                added = mixing.add(self.latest)
+                mixture = mixing.mixture() if added else None
+            if mixture is None:
+                return False
+            if self._holds(mixture, f"mixture of {len(mixture.guides)} flows"):
                 return True
         return False
 

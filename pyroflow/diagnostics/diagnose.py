@@ -17,7 +17,7 @@ from pyroflow.diagnostics.report import Report
 from pyroflow.diagnostics.symmetry import find_symmetries
 from pyroflow.diagnostics.verdict import advice_on_fit, is_undecided, judge
 from pyroflow.diagnostics.wider import WideReport, wide_draws
-from pyroflow.guides import AutoFlow
+from pyroflow.guides.flow_guide import FlowGuide
 from pyroflow.inference.census import WIDEST, census, missed_by, shares_missed, starts_around
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES
@@ -149,7 +149,7 @@ class _FarChecks:
         self.why = self._why_not()
 
     def _why_not(self) -> str | None:
-        if not isinstance(self.bound.guide, AutoFlow):
+        if not isinstance(self.bound.guide, FlowGuide):
             return "the guide is not of the AutoFlow family"
         if self.bound.learns:
             return "the model has parameters"

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyroflow.guides import AutoFlow
+from pyroflow.guides.flow_guide import FlowGuide
 from pyroflow.inference.census import Mode
 
 ALIKE = 0.3  # nats between the bounds of modes that a symmetry makes equal
 NEAR = 0.5  # standard deviations of a mode, root mean square, to where the other one is put
 
 
-def find_symmetries(guide: AutoFlow, modes: list[Mode]) -> list[str]:
+def find_symmetries(guide: FlowGuide, modes: list[Mode]) -> list[str]:
     """Advice on pairs of modes with equal evidence, where one is the other by a symmetry."""
     found = []
     for i, one in enumerate(modes):
@@ -25,7 +25,7 @@ def find_symmetries(guide: AutoFlow, modes: list[Mode]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _exchanged(guide: AutoFlow, one: Mode, other: Mode) -> str | None:
+def _exchanged(guide: FlowGuide, one: Mode, other: Mode) -> str | None:
     """Advice, if the rows of a plate, or of vectors, are those of the other mode in new order."""
     from scipy.optimize import linear_sum_assignment
 
@@ -58,7 +58,7 @@ def _exchanged(guide: AutoFlow, one: Mode, other: Mode) -> str | None:
     return None
 
 
-def _groups(guide: AutoFlow) -> Iterator[tuple[int, dict[str, int]]]:
+def _groups(guide: FlowGuide) -> Iterator[tuple[int, dict[str, int]]]:
     """Sites with rows of one number, by what they share: a plate, or only the number."""
     found: dict[tuple, dict[str, int]] = {}
     for site in guide.latents:
@@ -71,7 +71,7 @@ def _groups(guide: AutoFlow) -> Iterator[tuple[int, dict[str, int]]]:
     yield from ((size, where) for (size, _), where in found.items() if size > 1)
 
 
-def _mirrored(guide: AutoFlow, one: Mode, other: Mode) -> str | None:
+def _mirrored(guide: FlowGuide, one: Mode, other: Mode) -> str | None:
     """Advice, if some latents of the other mode have changed their signs."""
     flipped = (one.loc + other.loc).abs() < (one.loc - other.loc).abs()
     flipped &= one.loc.abs() > torch.linalg.vector_norm(one.scale, dim=-1)

@@ -17,6 +17,7 @@ from pyroflow.diagnostics.marginals import (
     marginals,
 )
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
+from pyroflow.guides.mixture import FlowMixture
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.seeds import drawing
@@ -24,7 +25,6 @@ from pyroflow.seeds import drawing
 OWN, ALONG, AROUND = 0.4, 0.45, 0.15  # parts: the base's own, one direction wider, all wider
 FREEDOM, SCALE = 2.0, 1.5  # of the Student-t along a direction
 SCALES = (1.25, 1.6, 2.5, 5.0, 10.0, 20.0)  # of the whole base
-CHUNK = 1000  # draws side by side, to bound the memory
 LEARNT_FROM = 2000  # draws, the directions of the latents
 
 
@@ -96,19 +96,43 @@ def wide_draws(bound: BoundModel, log_joint: LogJoint, num: int) -> tuple[Column
     Returns:
         The unconstrained latents of S draws, and log p − log m, shape (S,).
     """
-    guide = bound.guide
-    flow = guide.flow()
-    base = flow.base_dist
-    directions = _directions(flow)
+    x, log_m = wider(bound.guide.flow(), num)
+    log_p = log_joint.values_and_gradients(x)[0]
+    values, _ = bound.guide.constrain(x)
+    return columns_of(values, bound.runs.records), log_p.double() - log_m
+
+
+@torch.no_grad()
+def wider(q: Distribution, num: int) -> tuple[Tensor, Tensor]:
+    """Draws x (S, D) of the mixture m around a flow, and log m there; see :func:`wide_draws`.
+
+    Of a mixture of flows, one of such mixtures around each.
+    """
+    parts = q.parts if isinstance(q, FlowMixture) else [q]
+    log_weights = q.log_weights.double() if isinstance(q, FlowMixture) else torch.zeros(1)
+    directions = [_directions(part) for part in parts]
     with drawing():
-        u = _draw(base, directions, num)
-    x = u
-    for t in flow.transforms:
-        x = t(x)
-    log_p = torch.cat([log_joint.values(part) for part in x.split(CHUNK)])
-    log_m = flow.log_prob(x) + _log_ratio(base, directions, u)
-    values, _ = guide.constrain(x)
-    return columns_of(values, bound.runs.records), log_p.double() - log_m.double()
+        chosen = torch.multinomial(log_weights.exp().cpu(), num, replacement=True)
+        counts = chosen.bincount(minlength=len(parts)).tolist()
+        drawn = zip(parts, directions, counts, strict=True)
+        x = torch.cat([_pushed(part, _draw(part.base_dist, d, n)) for part, d, n in drawn])
+    log_m = [_log_wide(part, d, x) for part, d in zip(parts, directions, strict=True)]
+    return x, (torch.stack(log_m, -1) + log_weights.to(x.device)).logsumexp(-1)
+
+
+def _pushed(q: Distribution, u: Tensor) -> Tensor:
+    for t in q.transforms:
+        u = t(u)
+    return u
+
+
+def _log_wide(q: Distribution, directions: Tensor, x: Tensor) -> Tensor:
+    """Log m of one flow at any x (S, D); zero density where the flow has no inverse."""
+    u = x
+    for t in reversed(q.transforms):
+        u = t.inv(u)
+    log_m = q.log_prob(x) + _log_ratio(q.base_dist, directions, u)
+    return log_m.double().nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
 
 def _is_normal(base: Distribution) -> bool:
@@ -126,9 +150,7 @@ def _directions(flow: Distribution) -> Tensor:
     axes = torch.eye(dim, dtype=u.dtype, device=u.device)
     if not _is_normal(base):  # whose directions are not alike
         return axes
-    x = u
-    for t in flow.transforms:
-        x = t(x)
+    x = _pushed(flow, u)
     finite = x.isfinite().all(-1)
     u, x = u[finite], x[finite]
     moves = (x - x.mean(0)).mT @ u

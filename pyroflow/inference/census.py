@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroflow.guides import AutoFlow
+from pyroflow.guides.flow_guide import FlowGuide
+from pyroflow.guides.mixture import FlowMixture
 from pyroflow.inference.gaussian_start import (
     Gaussian,
     Points,
@@ -29,7 +30,6 @@ COORDINATES = 800  # latents times paths of all kinds, above which there are few
 STEPS = 40  # of an ascent
 OVERDISPERSED = (1.0, 2.0, 3.0, 5.0, 8.0)  # times the base of the guide
 PROBED = 1000  # draws of each, among which starts are looked for
-CHUNK = 1000  # draws side by side, to bound the memory
 ALONG = 12  # points of a path at which a Gaussian is tried
 ALONG_DRAWS = 32  # behind the bound of each
 MOST = 12  # modes that are kept
@@ -95,7 +95,7 @@ def census(log_joint: LogJoint, starts: Tensor) -> list[Mode]:
         starts = starts[value.isfinite() & gradient.isfinite().all(-1)]
         if not len(starts):
             return []
-        found = _merged(log_joint, _best_along(log_joint, ascend(log_joint, starts, STEPS)))[:MOST]
+        found = merged(log_joint, _best_along(log_joint, ascend(log_joint, starts, STEPS)))[:MOST]
         if not found:
             return []
         test = normal_pairs(DRAWS, starts[0])
@@ -105,7 +105,7 @@ def census(log_joint: LogJoint, starts: Tensor) -> list[Mode]:
         triples = zip(moved, found, peaks, strict=True)
         found = [Mode(*g, mode.paths, peak) for g, mode, peak in triples]
         least = max(mode.bound for mode in found) + math.log(LEAST_SHARE)
-        return _merged(log_joint, [mode for mode in found if mode.bound > max(least, -math.inf)])
+        return merged(log_joint, [mode for mode in found if mode.bound > max(least, -math.inf)])
 
 
 def _best_along(log_joint: LogJoint, points: Points) -> list[Mode]:
@@ -185,7 +185,7 @@ def shares_missed(missed: list[Missed], log_evidence: float) -> list[float]:
 
 
 @torch.no_grad()
-def starts_around(bound: BoundModel, guide: AutoFlow, log_joint: LogJoint) -> Tensor:
+def starts_around(bound: BoundModel, guide: FlowGuide, log_joint: LogJoint) -> Tensor:
     """Where to ascend from: around the guide's start, priors' draws, wide draws of the guide.
 
     Of the latter two some are taken as they come, and some where log p − log q is highest, of each
@@ -197,13 +197,10 @@ def starts_around(bound: BoundModel, guide: AutoFlow, log_joint: LogJoint) -> Te
     num = max(2, min(PATHS, COORDINATES // guide.latent_dim))
     q = guide.flow()
     with drawing():
-        u = q.base_dist.sample((PROBED,))
         prior = _prior_draws(bound, guide, PROBED)
-    parts = [] if (around := _starts(log_joint, guide._init_loc())) is None else [around[:num]]
+    parts = [] if (around := _starts(log_joint, guide.start())) is None else [around[:num]]
     for width in OVERDISPERSED:
-        x = width * u
-        for t in q.transforms:
-            x = t(x)
+        x = _dispersed(q, width, PROBED)
         parts.append(x[_missed_most(log_joint, q, x, num // 4)])
     parts.append(x[: num // 2])
     if prior is not None:
@@ -211,14 +208,27 @@ def starts_around(bound: BoundModel, guide: AutoFlow, log_joint: LogJoint) -> Te
     return torch.cat(parts)
 
 
+def _dispersed(q: Distribution, width: float, num: int) -> Tensor:
+    """Draws (N, D) of a flow, or of the parts of a mixture, from a base so many times as wide."""
+    if isinstance(q, FlowMixture):
+        each = -(-num // len(q.parts))
+        x = torch.cat([_dispersed(part, width, each) for part in q.parts])
+        return x[torch.randperm(len(x), device="cpu")[:num].to(x.device)]
+    with drawing():
+        x = width * q.base_dist.sample((num,))
+    for t in q.transforms:
+        x = t(x)
+    return x
+
+
 def _missed_most(log_joint: LogJoint, q: Distribution, x: Tensor, num: int) -> Tensor:
     """Of points x (S, D) the rows where log p − log q is highest."""
-    log_p = torch.cat([log_joint.values(part) for part in x.split(CHUNK)])
+    log_p = log_joint.values_and_gradients(x)[0]
     missed = (log_p - q.log_prob(x)).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     return missed.topk(max(1, num)).indices
 
 
-def _prior_draws(bound: BoundModel, guide: AutoFlow, num: int) -> Tensor | None:
+def _prior_draws(bound: BoundModel, guide: FlowGuide, num: int) -> Tensor | None:
     """Draws (N, D) of each prior with its parents where they were in a run, without further runs.
 
     None where a prior is improper, or every draw is at an edge.
@@ -232,7 +242,8 @@ def _prior_draws(bound: BoundModel, guide: AutoFlow, num: int) -> Tensor | None:
     return None
 
 
-def _merged(log_joint: LogJoint, modes: list[Mode]) -> list[Mode]:
+@torch.no_grad()
+def merged(log_joint: LogJoint, modes: list[Mode]) -> list[Mode]:
     """The modes in the order of their bounds, without those that one before them takes in."""
     kept: list[Mode] = []
     for mode in sorted(modes, key=lambda m: -m.bound):

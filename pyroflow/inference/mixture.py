@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import pyro
 import torch
-from torch import Tensor
 
 from pyroflow.guides import AutoFlow
 from pyroflow.guides.mixture import MixtureGuide
@@ -18,53 +17,45 @@ from pyroflow.inference.objectives import LogJointBound
 from pyroflow.model.bound import BoundModel
 from pyroflow.seeds import drawing
 
-LEAST_WEIGHT = 0.01  # of a part
+LEAST_WEIGHT = 0.002  # of a part
 DRAWS = 2000  # of each part, behind the weights
 ROUNDS = 5  # in which the weights are found
 
 
-def fit_mixture(
-    problem: BoundModel,
-    guide: AutoFlow,
-    starts: Sequence[Gaussian],
-    make: Callable[[], AutoFlow],
-    *,
-    steps: int,
-    seed: int,
-    progress: bool = False,
-) -> MixtureGuide:
-    """One guide at each mode, fitted to the whole density from its Gaussian, and their weights.
+Part = tuple[AutoFlow, LogJointBound]
 
-    The reverse Kullback-Leibler divergence holds a part at its mode. The weights maximise the bound
-    of the mixture with the parts as they are: π_k is the mean of its share of the density, over
-    draws of all parts weighted by p/q. Parts below 1 % are left out.
+
+def fit_part(
+    problem: BoundModel, guide: AutoFlow, start: Gaussian, part: AutoFlow, steps: int, seed: int
+) -> Part:
+    """A new guide fitted to the whole density from a Gaussian at a mode, where it stays.
+
+    The reverse Kullback-Leibler divergence holds a part at its mode.
 
     Args:
         problem: the model, bound to ``guide``.
-        guide: one that was fitted, whose coordinates the parts take.
-        starts: Gaussians at the modes, in those coordinates.
-        make: a new guide, as those of the parts.
-        steps: the most steps of each part.
-        seed: of the fits.
-        progress: whether each shows a progress bar.
+        guide: one that was fitted, whose coordinates the part takes.
+        start: in those coordinates.
+        part: the new guide; trained in place.
+        steps: the most steps; 0 leaves it at the Gaussian.
+        seed: of the fit.
     """
-    parts = []
-    for start in starts:
-        part = make().setup(*problem.args, **problem.kwargs)
-        part.coordinates = copy.deepcopy(guide.coordinates)
-        initialize(part, start)
-        bound = LogJointBound(problem.with_guide(part), "elbo", 1, None, seed=seed)
-        fit_flow(bound, steps, seed, progress=progress)
-        parts.append((part, bound))
-    weights = _weights(parts)
-    kept = weights >= LEAST_WEIGHT
-    guides = [part for (part, _), keep in zip(parts, kept.tolist(), strict=True) if keep]
-    return MixtureGuide(guide.model, guides, weights[kept])
+    part.setup(*problem.args, **problem.kwargs)
+    part.coordinates = copy.deepcopy(guide.coordinates)
+    initialize(part, start)
+    bound = LogJointBound(problem.with_guide(part), "elbo", 1, None, seed=seed)
+    if steps:
+        fit_flow(bound, steps, seed, progress=False)
+    return part, bound
 
 
 @torch.no_grad()
-def _weights(parts: list[tuple[AutoFlow, LogJointBound]]) -> Tensor:
-    """The weights of the parts, shape (K,), from draws of each."""
+def mixed(model: Callable, parts: Sequence[Part]) -> MixtureGuide:
+    """The parts with the weights that maximise the bound of the mixture.
+
+    π_k is the mean of the part's share of the density, over draws of all parts weighted by p/q.
+    Parts below 0.2 % are left out.
+    """
     posteriors, log_p, drawn = [part.get_posterior() for part, _ in parts], [], []
     with pyro.validation_enabled(False):
         for part, bound in parts:
@@ -85,4 +76,6 @@ def _weights(parts: list[tuple[AutoFlow, LogJointBound]]) -> Tensor:
     for _ in range(ROUNDS):
         shares = (weights.log() + log_q).softmax(-1)
         weights = (log_weights.unsqueeze(-1) * shares).sum(0)
-    return weights / weights.sum()
+    kept = weights >= LEAST_WEIGHT
+    guides = [part for (part, _), keep in zip(parts, kept.tolist(), strict=True) if keep]
+    return MixtureGuide(model, guides, weights[kept])
