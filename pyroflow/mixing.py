@@ -86,7 +86,7 @@ class Mixing:
         with pyro.validation_enabled(False):
             log_joint = LogJoint(self.problem.with_guide(guide), guide, POINTS)
             q = guide.flow()
-            x, log_m = wider(q, WIDE_DRAWS)
+            x, log_m = wider(guide, WIDE_DRAWS)
             log_p = log_joint.values_and_gradients(x)[0].double()
             missing = log_p - q.log_prob(x).double() - report.log_evidence > TWICE
         log_weights = (log_p - log_m).nan_to_num(-torch.inf, -torch.inf, -torch.inf)

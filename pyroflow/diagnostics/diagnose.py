@@ -144,7 +144,7 @@ class _FarChecks:
     """The checks that see further than the guide's own draws, as far as they can be made."""
 
     def __init__(self, bound: BoundModel, size: int) -> None:
-        self.bound, self.size = bound, max(LEAST_WIDE, size // 2)
+        self.bound, self.size = bound, max(LEAST_WIDE, size)
         self.log_joint: LogJoint | None = None
         self.why = self._why_not()
 

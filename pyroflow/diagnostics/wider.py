@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from pyroflow.diagnostics.marginals import (
     marginals,
 )
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
+from pyroflow.guides.coordinates import Coordinates
+from pyroflow.guides.flow_guide import FlowGuide
 from pyroflow.guides.mixture import FlowMixture
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
@@ -85,7 +88,7 @@ def wide_draws(bound: BoundModel, log_joint: LogJoint, num: int) -> tuple[Column
 
     In the base space, where the guide is b(u),
 
-    m(u) = b(u) (0.4 + 0.45 mean_j t(d_jᵀu)/N(d_jᵀu) + 0.15 mean_s s^{-D} b(u/s)/b(u)):
+    m(u) = b(u) (0.4 + 0.45 Σ_j w_j t(d_jᵀu)/N(d_jᵀu) + 0.15 mean_s s^{-D} b(u/s)/b(u)):
 
     with one coordinate, or the direction d_j along which one latent moves, from a Student-t, or
     with all of u wider s times. A product of wide densities has no effective draws in many
@@ -96,21 +99,22 @@ def wide_draws(bound: BoundModel, log_joint: LogJoint, num: int) -> tuple[Column
     Returns:
         The unconstrained latents of S draws, and log p − log m, shape (S,).
     """
-    x, log_m = wider(bound.guide.flow(), num)
+    x, log_m = wider(bound.guide, num)
     log_p = log_joint.values_and_gradients(x)[0]
     values, _ = bound.guide.constrain(x)
     return columns_of(values, bound.runs.records), log_p.double() - log_m
 
 
 @torch.no_grad()
-def wider(q: Distribution, num: int) -> tuple[Tensor, Tensor]:
-    """Draws x (S, D) of the mixture m around a flow, and log m there; see :func:`wide_draws`.
+def wider(guide: FlowGuide, num: int) -> tuple[Tensor, Tensor]:
+    """Draws x (S, D) of the mixture m around a guide's flow, and log m; see :func:`wide_draws`.
 
     Of a mixture of flows, one of such mixtures around each.
     """
+    q = guide.flow()
     parts = q.parts if isinstance(q, FlowMixture) else [q]
     log_weights = q.log_weights.double() if isinstance(q, FlowMixture) else torch.zeros(1)
-    directions = [_directions(part) for part in parts]
+    directions = [_directions(part, guide.coordinates) for part in parts]
     with drawing():
         chosen = torch.multinomial(log_weights.exp().cpu(), num, replacement=True)
         counts = chosen.bincount(minlength=len(parts)).tolist()
@@ -126,7 +130,7 @@ def _pushed(q: Distribution, u: Tensor) -> Tensor:
     return u
 
 
-def _log_wide(q: Distribution, directions: Tensor, x: Tensor) -> Tensor:
+def _log_wide(q: Distribution, directions: Directions, x: Tensor) -> Tensor:
     """Log m of one flow at any x (S, D); zero density where the flow has no inverse."""
     u = x
     for t in reversed(q.transforms):
@@ -141,31 +145,52 @@ def _is_normal(base: Distribution) -> bool:
     return isinstance(base, Normal)
 
 
-def _directions(flow: Distribution) -> Tensor:
-    """Unit vectors (K, D): the coordinates, and those along which each latent moves."""
-    base = flow.base_dist
+class Directions(NamedTuple):
+    """Unit vectors (K, D) in the base space, and how often each is widened, shape (K,)."""
+
+    vectors: Tensor
+    weights: Tensor
+
+
+def _directions(q: Distribution, moved: Coordinates | None) -> Directions:
+    """The coordinates, and the directions along which each latent moves.
+
+    Half of the draws widen a latent that priors of others depend on, if there are such: there
+    a hierarchy has its necks and long tails.
+    """
+    base, transforms = q.base_dist, list(q.transforms)
+    if transforms and isinstance(transforms[-1], Coordinates):
+        moved = transforms.pop()
     dim = base.event_shape[-1]
     with drawing():
         u = base.sample((max(LEARNT_FROM, 4 * dim),))
     axes = torch.eye(dim, dtype=u.dtype, device=u.device)
     if not _is_normal(base):  # whose directions are not alike
-        return axes
-    x = _pushed(flow, u)
+        return Directions(axes, torch.full_like(axes[0], 1 / dim))
+    x = u
+    for t in transforms:
+        x = t(x)
     finite = x.isfinite().all(-1)
     u, x = u[finite], x[finite]
     moves = (x - x.mean(0)).mT @ u
     norms = torch.linalg.vector_norm(moves, dim=-1, keepdim=True)
-    return torch.cat(
-        [axes, (moves / norms)[norms.squeeze(-1).isfinite() & (norms > 0).squeeze(-1)]]
-    )
+    good = norms.isfinite() & (norms > 0)
+    vectors = torch.cat([axes, torch.where(good, moves / norms, axes)])
+    weights = torch.full_like(vectors[:, 0], 1 / len(vectors))
+    if moved is not None:
+        parents = moved.parents(moved(x.mean(0)))
+        weights = weights / 2
+        weights[dim:] += parents / (2 * parents.sum())
+    return Directions(vectors, weights)
 
 
-def _draw(base: Distribution, directions: Tensor, num: int) -> Tensor:
+def _draw(base: Distribution, directions: Directions, num: int) -> Tensor:
     u = base.sample((num,))
     like = {"dtype": u.dtype, "device": u.device}
     kind = torch.rand(num, **like)
     along, around = kind < ALONG, (kind >= ALONG) & (kind < ALONG + AROUND)
-    chosen = directions[torch.randint(len(directions), (num,), device=u.device)]
+    index = torch.multinomial(directions.weights, max(num, 1), replacement=True)[:num]
+    chosen = directions.vectors[index]
     wide = SCALE * _student(u).sample((num,))
     moved = u + (wide - (u * chosen).sum(-1)).unsqueeze(-1) * chosen
     scales = torch.tensor(SCALES, **like)
@@ -178,13 +203,13 @@ def _student(like: Tensor) -> StudentT:
     return StudentT(torch.tensor(FREEDOM, dtype=like.dtype, device=like.device))
 
 
-def _log_ratio(base: Distribution, directions: Tensor, u: Tensor) -> Tensor:
+def _log_ratio(base: Distribution, directions: Directions, u: Tensor) -> Tensor:
     """Log m − log b at u (S, D), shape (S,)."""
     own = base.log_prob(u)
-    t = u @ directions.mT
+    t = u @ directions.vectors.mT
     narrow = base.base_dist.log_prob(t) if not _is_normal(base) else _normal_log(t)
     wide = _student(u).log_prob(t / SCALE) - math.log(SCALE)
-    along = (wide - narrow).logsumexp(-1) - math.log(len(directions))
+    along = (wide - narrow + directions.weights.log()).logsumexp(-1)
     dim = u.shape[-1]
     around = torch.stack([base.log_prob(u / s) - dim * math.log(s) - own for s in SCALES])
     around = around.logsumexp(0) - math.log(len(SCALES))

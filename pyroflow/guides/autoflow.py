@@ -13,15 +13,15 @@ from torch.distributions import Distribution, Transform
 
 from pyroflow.checks import check_choice, check_count, check_positive
 from pyroflow.flows import AlongPath, Flow, FlowDistribution, StandardNormal
-from pyroflow.guides.coordinates import (
-    Centring,
-    Coordinates,
-    check_sites,
-    checked_centring,
-    coordinates_of,
-)
+from pyroflow.guides.coordinates import Coordinates, coordinates_of
 from pyroflow.guides.flow_guide import FlowGuide
-from pyroflow.guides.refusals import checked_transforms, refuse_sizes
+from pyroflow.guides.refusals import (
+    Centring,
+    checked_centring,
+    checked_transforms,
+    refuse_centring,
+    refuse_sizes,
+)
 from pyroflow.model.latents import started_anywhere
 from pyroflow.transforms import Affine
 from pyroflow.transforms.affine import AffineKind
@@ -162,7 +162,7 @@ class AutoFlow(FlowGuide):
         start = self._init_loc()
         given = self.centring_given
         found = coordinates_of(self.model, args, kwargs, self.latents, start, given)
-        check_sites(given, found)
+        refuse_centring(given, [] if found is None else list(found.centring))
         if found is not None:
             found.c.copy_(found.spread(given))
         return found

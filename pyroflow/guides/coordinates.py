@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -19,7 +19,6 @@ from pyroflow.transforms import Bijection
 from pyroflow.transforms.bijection import Pair, Parameters
 
 Description = dict[str, Any]
-Centring = Literal["auto"] | Mapping[str, float | Tensor] | None
 
 
 class Coordinates(Bijection, TransformModule):
@@ -43,9 +42,8 @@ class Coordinates(Bijection, TransformModule):
 
     References:
         Papaspiliopoulos, Roberts and Sköld, A general framework for the parametrization of
-        hierarchical models, 2007, https://doi.org/10.1214/088342307000000014; Gorinova, Moore and
-        Hoffman, Automatic reparameterisation of probabilistic programs, 2020, equation 3,
-        https://arxiv.org/abs/1906.03028.
+        hierarchical models, 2007; Gorinova, Moore and Hoffman, Automatic reparameterisation of
+        probabilistic programs, 2020, equation 3, https://arxiv.org/abs/1906.03028.
 
     Args:
         sites: of each site that is moved, its name, the place of its numbers in z, their
@@ -125,6 +123,13 @@ class Coordinates(Bijection, TransformModule):
         parts = zip(found[0::3], found[1::3], found[2::3], self.sites, strict=True)
         return [Prior(*three, site["matrix"]) for *three, site in parts]
 
+    def parents(self, z: Tensor) -> Tensor:
+        """Which of the latents z (D,) a prior's location or scale depends on, as 0 and 1."""
+        slopes = torch.autograd.functional.jacobian(
+            lambda z: torch.cat([t.flatten() for t in self.priors(z)]), z.detach()
+        )
+        return (slopes != 0).any(0).to(z)
+
     def own_tensors(self, index: int) -> list[Tensor]:
         """Those of a site."""
         start = sum(self.counts[:index])
@@ -153,11 +158,7 @@ class Coordinates(Bijection, TransformModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coordinates:
         super()._apply(fn, recurse)
-
-        def move(t: Tensor) -> Tensor:
-            return fn(t)
-
-        self.to_z, self.priors = self.to_z.to(move), self.priors.to(move)
+        self.to_z, self.priors = self.to_z.to(fn), self.priors.to(fn)
         return self
 
     def tensors(self) -> Parameters:
@@ -197,38 +198,6 @@ class Coordinates(Bijection, TransformModule):
 
 def _slice(site: Description) -> slice:
     return slice(site["start"], site["stop"])
-
-
-def checked_centring(centring: Centring) -> Centring:
-    """The argument of a guide, a mapping as a dict of its own.
-
-    Raises:
-        ValueError: If it is neither "auto", None nor a mapping, or a c is outside [0, 1].
-    """
-    if centring is None or centring == "auto":
-        return centring
-    if not isinstance(centring, Mapping):
-        raise ValueError(f"centring must be 'auto', None, or c by site, got {centring!r}")
-    for name, c in centring.items():
-        values = torch.as_tensor(c)
-        if not bool(((values >= 0) & (values <= 1)).all()):
-            raise ValueError(
-                f"centring expects c in [0, 1] for site {name!r}, 1 as written and 0 non-centred, "
-                f"got {c}"
-            )
-    return dict(centring)
-
-
-def check_sites(centring: Mapping[str, Any], found: Coordinates | None) -> None:
-    """Raise ``ValueError`` if c is given for a site that cannot be moved."""
-    movable = [] if found is None else [site["name"] for site in found.sites]
-    wrong = [name for name in centring if name not in movable]
-    if wrong:
-        raise ValueError(
-            f"centring has site {wrong[0]!r}, which cannot be moved: it may name sites whose prior "
-            "takes its location or scale from other latents, of a location and scale family, "
-            f"here {movable or 'none'}. Leave it out"
-        )
 
 
 def coordinates_of(

@@ -13,7 +13,7 @@ from torch.distributions import Transform
 from pyroflow.checks import check_choice, check_count
 from pyroflow.flows import Flow
 from pyroflow.guides.autoflow import AutoFlow
-from pyroflow.guides.coordinates import Centring
+from pyroflow.guides.refusals import Centring
 from pyroflow.transforms import Planar, SinhArcsinh, Sylvester
 from pyroflow.transforms.affine import AffineKind
 from pyroflow.transforms.sylvester import KINDS, Orthogonal, orthonormal

@@ -5,8 +5,8 @@ Each function raises ``ValueError`` with the way out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -27,6 +27,7 @@ from pyroflow.seeds import seeded
 
 # They say that they are on the real line, where each turn of the circle counts once more.
 _CIRCULAR = (VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+Centring = Literal["auto"] | Mapping[str, float | Tensor] | None
 _CONSTANT = [value for value in vars(constraints).values() if isinstance(value, Constraint)]
 _LARGEST_TRIED = 1000  # of the sizes that are offered to a transform which refuses the latents
 
@@ -203,3 +204,34 @@ def _size_taken(t: Transform, like: Tensor) -> int | None:
             continue
         return size
     return None
+
+
+def checked_centring(centring: Centring) -> Centring:
+    """The argument of a guide, a mapping as a dict of its own.
+
+    Raises:
+        ValueError: If it is neither "auto", None nor a mapping, or a c is outside [0, 1].
+    """
+    if centring is None or centring == "auto":
+        return centring
+    if not isinstance(centring, Mapping):
+        raise ValueError(f"centring must be 'auto', None, or c by site, got {centring!r}")
+    for name, c in centring.items():
+        values = torch.as_tensor(c)
+        if not bool(((values >= 0) & (values <= 1)).all()):
+            raise ValueError(
+                f"centring expects c in [0, 1] for site {name!r}, 1 as written and 0 non-centred, "
+                f"got {c}"
+            )
+    return dict(centring)
+
+
+def refuse_centring(centring: Mapping[str, Any], movable: list[str]) -> None:
+    """For a site that c is given for, and that cannot be moved."""
+    wrong = [name for name in centring if name not in movable]
+    if wrong:
+        raise ValueError(
+            f"centring has site {wrong[0]!r}, which cannot be moved: it may name sites whose prior "
+            "takes its location or scale from other latents, of a location and scale family, "
+            f"here {movable or 'none'}. Leave it out"
+        )

@@ -162,7 +162,7 @@ def _unfit(fn: Distribution) -> Tensor | None:
             found.append((value < 0).any(-1))
         elif plain is not constraints.real and plain.event_dim == 0:
             near = plain.check(value) | plain.check(value * (1 - SLACK)) | value.isnan()
-            # Some of Pyro's declare the constraint of a number for a parameter with more dimensions.
+            # Some declare the constraint of a number for a parameter of more dimensions.
             beyond = near.dim() - constraint.event_dim - len(fn.batch_shape)
             found.append(_any(~near, constraint.event_dim + max(0, beyond)))
     return torch.stack(torch.broadcast_tensors(*found)).any(0) if found else None
