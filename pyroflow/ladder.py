@@ -36,6 +36,7 @@ LAYERS = 6  # of the flow
 LEAST_ESS = 400  # an error of the means of a twentieth of a standard deviation
 SD_ERROR = 0.05  # standard error of a standard deviation, as a part of it
 LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains over it
+EVEN = 0.985  # part of the draws, so many effective that there is no tail to speak of
 SURE_KHAT = 0.6  # of weight times a latent or its square
 CHAINS, CHAIN_DRAWS = 128, 500
 TRUSTED = ("good", "resample")
@@ -128,7 +129,7 @@ def posterior(
     2. Chains of :func:`~pyroflow.mcmc` over it, which must agree with each other.
     3. A mixture with a flow at each mode of the census, and a wider part where the flow has too
        little mass.
-    4. The same after 1,000 more steps, and after 3,000 more.
+    4. The same after 1,000 more steps of the flow, or of the parts, and after 3,000 more.
 
     Else the level is "bad", with the reason. Ctrl-C ends it with the best so far, called what
     it is.
@@ -191,13 +192,17 @@ class _Climb:
             bound = LogJointBound(problem, "elbo", 1, None, seed=self.seed)
         mixing = Mixing(problem, (flow, bound), self._make, self.seed)
         for steps in STEPS:
+            if len(mixing.parts) > 1:
+                if self._by_parts(mixing, steps):
+                    return
+                continue
             with seeded(self.seed), between_draws():
                 fit = fit_flow(bound, steps, self.seed, progress=False)
             if self._holds(flow, f"flow, {fit.steps} steps"):
                 return
             if self._by_chains(flow, mixing) or self._by_mixture(mixing):
                 return
-            if not fit.steps:  # with nothing left to gain
+            if not fit.steps and len(mixing.parts) < 2:  # with nothing left to gain
                 return
 
     def _make(self) -> AutoFlow:
@@ -222,10 +227,10 @@ class _Climb:
         self.latest = report = self._check(guide)
         if self.report is None or _rank(report) >= _rank(self.report):
             self.guide, self.report = guide, report
-        held = _is_exact(report)
+        held = _is_exact(guide, report)
         if held:  # what was looked at before does not count as a check of what was chosen by it
             self.latest = report = self._check(guide)
-            held = _is_exact(report)
+            held = _is_exact(guide, report)
             self.guide, self.report = guide, report
         self._note(name, report.verdict)
         return held
@@ -246,6 +251,14 @@ class _Climb:
             if self._holds(mixture, f"mixture of {len(mixture.guides)} flows"):
                 return True
         return False
+
+    def _by_parts(self, mixing: Mixing, steps: int) -> bool:
+        """Whether the mixture holds after more steps of its parts."""
+        with seeded(self.seed), between_draws():
+            mixing.train(steps)
+            mixture = mixing.mixture()
+        name = f"mixture of {len(mixture.guides)} flows, {steps} steps more"
+        return self._holds(mixture, name) or self._by_mixture(mixing)
 
     def _by_chains(self, flow: AutoFlow, mixing: Mixing) -> bool:
         """Whether chains agree, where the checks do not say that there is more than they reach."""
@@ -276,7 +289,7 @@ class _Climb:
         else:
             draws, ess = report.resample(self.num, seed=self.seed), report.ess
             level, verdict = report.level, report.verdict
-            if level in TRUSTED and not _is_exact(report):
+            if level in TRUSTED and not _is_exact(self.guide, report):
                 level = "bad"
                 verdict = f"do not trust: the tails of {report.marginals.worst[1]} are not settled"
         error = 1 / math.sqrt(ess) if level in TRUSTED else math.inf
@@ -299,13 +312,16 @@ class _Climb:
         )
 
 
-def _is_exact(report: Report) -> bool:
+def _is_exact(guide: AutoFlow | MixtureGuide, report: Report) -> bool:
     """Whether the weighted draws give all means and sds, with a margin for the heaviest tail.
 
     From a k-hat of 0.5 on, standard errors say too little; the largest of many is high by noise.
+    Over one flow chains may decide where there is no such margin.
     """
     if report.level not in TRUSTED or report.ess < LEAST_ESS:
         return False
+    if not isinstance(guide, AutoFlow) or report.ess_fraction > EVEN:
+        return True
     kinds = [report.marginals] + ([] if report.wide is None else [report.wide.marginals])
     error = report.marginals.smoothed.sd_error.max().item()
     return error <= SD_ERROR and all(found.worst[0] <= SURE_KHAT for found in kinds)

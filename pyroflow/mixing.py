@@ -15,6 +15,7 @@ from pyroflow.guides import AutoFlow, AutoPlanarFlow
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.inference.census import Mode, merged
 from pyroflow.inference.gaussian_start import Gaussian, lower_factor
+from pyroflow.inference.guide_fit import fit_flow
 from pyroflow.inference.mixture import Part, fit_part, mixed
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
@@ -66,6 +67,11 @@ class Mixing:
             return False
         self.wide = self._wide_part(report)
         return self.wide is not None
+
+    def train(self, steps: int) -> None:
+        """Fit the parts at the modes further."""
+        for _, bound in self.parts:
+            fit_flow(bound, steps, self.seed, progress=False)
 
     def mixture(self) -> MixtureGuide:
         """The parts with their weights."""
