@@ -178,10 +178,20 @@ def _directions(q: Distribution, moved: Coordinates | None) -> Directions:
     vectors = torch.cat([axes, torch.where(good, moves / norms, axes)])
     weights = torch.full_like(vectors[:, 0], 1 / len(vectors))
     if moved is not None:
-        parents = moved.parents(moved(x.mean(0)))
+        parents = _parents(moved, moved(x.mean(0)))
         weights = weights / 2
         weights[dim:] += parents / (2 * parents.sum())
     return Directions(vectors, weights)
+
+
+def _parents(coordinates: Coordinates, z: Tensor) -> Tensor:
+    """Which of the latents z (D,) a prior's location or scale depends on, as 0 and 1."""
+
+    def priors(z: Tensor) -> Tensor:
+        return torch.cat([t.flatten() for t in coordinates.priors(z)])
+
+    slopes = torch.autograd.functional.jacobian(priors, z.detach())
+    return (slopes != 0).any(0).to(z)
 
 
 def _draw(base: Distribution, directions: Directions, num: int) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pyroflow.checks import check_choice, check_count, check_positive
-from pyroflow.flows import AlongPath, Flow, FlowDistribution, StandardNormal
-from pyroflow.guides.coordinates import Coordinates, coordinates_of
+from pyroflow.flows import AlongPath, Flow, StandardNormal
+from pyroflow.guides.coordinates import Coordinates
 from pyroflow.guides.flow_guide import FlowGuide
+from pyroflow.guides.recording import coordinates_of, spread
 from pyroflow.guides.refusals import (
     Centring,
     checked_centring,
@@ -87,7 +88,6 @@ class AutoFlow(FlowGuide):
 
     Attributes:
         flow: after the first call, the :class:`~pyroflow.Flow` over coordinates x of shape (D,).
-        coordinates: the map from x to the unconstrained latents; None where they are x itself.
         affine: after the first call, its affine layer; None if there is none.
         path_derivative: whether gradients of log q go along the path of the sample only
             (:class:`~pyroflow.flows.AlongPath`), in any ELBO.
@@ -157,25 +157,20 @@ class AutoFlow(FlowGuide):
 
     def _fixed_coordinates(self, args: tuple, kwargs: dict[str, Any]) -> Coordinates | None:
         """Those of the ``centring`` that was given as a dict."""
-        if not isinstance(self.centring_given, dict):
-            return None
-        start = self._init_loc()
         given = self.centring_given
-        found = coordinates_of(self.model, args, kwargs, self.latents, start, given)
+        if not isinstance(given, dict):
+            return None
+        found = coordinates_of(self.model, args, kwargs, self.latents, self._init_loc(), given)
         refuse_centring(given, [] if found is None else list(found.centring))
         if found is not None:
-            found.c.copy_(found.spread(given))
+            found.c.copy_(spread(found, given))
         return found
 
-    def find_coordinates(self, args: tuple, kwargs: dict[str, Any]) -> Coordinates | None:
-        """Record the model's coordinates, c = 1, where ``centring`` is "auto"; None if it is not.
-
-        Called by :func:`~pyroflow.fit_guide`, which then sets c.
-        """
+    def find_coordinates(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Record the model's coordinates, c = 1, for a fit to find c, if it is to be found."""
         if self.centring_given == "auto" and self.coordinates is None:
-            start = self._init_loc()
-            self.coordinates = coordinates_of(self.model, args, kwargs, self.latents, start)
-        return self.coordinates if self.centring_given == "auto" else None
+            found = coordinates_of(self.model, args, kwargs, self.latents, self._init_loc())
+            self.coordinates = found
 
     def _transforms(self, init_loc: Tensor) -> list[Transform]:
         """What lies between the base and the affine layer."""
@@ -198,8 +193,9 @@ class AutoFlow(FlowGuide):
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         """The guide's distribution over the unconstrained latents, event shape (D,)."""
         # A list, not a composed transform: torch's would run the stack again to score a sample.
-        made = AlongPath if self.path_derivative else FlowDistribution
-        return made(self.get_base_dist(), self.get_transforms())
+        q = self.over_coordinates()
+        moved = self.coordinates
+        return q if moved is None else type(q)(q.base_dist, [*q.transforms, moved])
 
     def over_coordinates(self) -> dist.TransformedDistribution:
         """The same over the flow's own coordinates x, as :meth:`constrain` takes them."""

@@ -6,15 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 
-from pyroflow.model.comparison import FAILURES
-from pyroflow.model.latents import Latents
-from pyroflow.model.locations import Filled, Prior, conditionals, powers
+from pyroflow.model.locations import Prior, conditionals
 from pyroflow.model.recorded import Recorded
-from pyroflow.model.records import quietly
 from pyroflow.transforms import Bijection
 from pyroflow.transforms.bijection import Pair, Parameters
 
@@ -97,24 +93,6 @@ class Coordinates(Bijection, TransformModule):
             for kept, tensor in zip(self.own_tensors(i), found, strict=True):
                 kept.copy_(tensor)
 
-    def spread(self, centring: Mapping[str, float | Tensor]) -> Tensor:
-        """One vector c, shape (D,), from c by site; 1 for all others.
-
-        Raises:
-            ValueError: If a tensor does not broadcast to the unconstrained shape of its site.
-        """
-        c = torch.ones_like(self.c)
-        for site in self.sites:
-            given = torch.as_tensor(centring.get(site["name"], 1.0), dtype=c.dtype, device=c.device)
-            try:
-                c[_slice(site)] = given.expand(site["shape"]).reshape(-1)
-            except RuntimeError:
-                raise ValueError(
-                    f"centring expects c for site {site['name']!r} as a number or with shape "
-                    f"{tuple(site['shape'])}, got {tuple(given.shape)}"
-                ) from None
-        return c
-
     def read(self, z: Tensor) -> list[Prior]:
         """The priors of the sites at z (*B, D), each part with the shape (*B, *shape of site)."""
         flat = z.reshape(-1, z.shape[-1])
@@ -122,13 +100,6 @@ class Coordinates(Bijection, TransformModule):
         found = [t.reshape((*z.shape[:-1], *t.shape[1:])) for t in found]
         parts = zip(found[0::3], found[1::3], found[2::3], self.sites, strict=True)
         return [Prior(*three, site["matrix"]) for *three, site in parts]
-
-    def parents(self, z: Tensor) -> Tensor:
-        """Which of the latents z (D,) a prior's location or scale depends on, as 0 and 1."""
-        slopes = torch.autograd.functional.jacobian(
-            lambda z: torch.cat([t.flatten() for t in self.priors(z)]), z.detach()
-        )
-        return (slopes != 0).any(0).to(z)
 
     def own_tensors(self, index: int) -> list[Tensor]:
         """Those of a site."""
@@ -198,112 +169,3 @@ class Coordinates(Bijection, TransformModule):
 
 def _slice(site: Description) -> slice:
     return slice(site["start"], site["stop"])
-
-
-def coordinates_of(
-    model: Callable,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    latents: Latents,
-    start: Tensor,
-    centring: Mapping[str, float | Tensor] | None = None,
-) -> Coordinates | None:
-    """The coordinates of a model as it is written, c = 1; None where there are none to choose.
-
-    There are none if no prior takes location or scale from other latents, or what it takes cannot
-    be recorded: control flow that depends on latents, random numbers, unknown operations.
-
-    Args:
-        model: a Pyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        latents: the table of its latents.
-        start: unconstrained latents, shape (D,), at which it is run.
-        centring: c by site, of ``LocScaleReparam``; else c is 1, to be found.
-    """
-
-    def run(number: Callable[[str, Prior | None], Tensor]) -> None:
-        with quietly(), poutine.block(), Filled(latents, number):
-            model(*args, **kwargs)
-
-    try:
-        return _recorded(run, latents, start.detach(), given=centring is not None)
-    except FAILURES:
-        return None
-
-
-def _recorded(run: Callable, latents: Latents, start: Tensor, *, given: bool) -> Coordinates | None:
-    found: dict[str, Prior | None] = {}
-
-    def priors(z: Tensor) -> list[Tensor]:
-        pieces = latents.unpack(z)
-
-        def number(name: str, prior: Prior | None) -> Tensor:
-            found[name] = prior
-            return pieces[name]
-
-        run(number)
-        kept = [(found[site.name], site.unconstrained_shape) for site in latents]
-        return [t for prior, shape in kept if prior is not None for t in prior.expand(shape)]
-
-    read = Recorded.of(priors, start)
-    located = [site.name for site in latents if found[site.name] is not None]
-    parts = [read.outputs[i : i + 3] for i in range(0, len(read.outputs), 3)]
-    # What depends on no latent was computed when it was recorded.
-    fixed = [all("constant" in part for part in three[:2]) for three in parts]
-    moved = [name for name, alone in zip(located, fixed, strict=True) if not alone]
-    if not moved:
-        return None
-    outputs = [t for three, alone in zip(parts, fixed, strict=True) if not alone for t in three]
-    sites = _places(latents, {name: found[name].matrix for name in moved})
-    c = torch.ones_like(start)
-    read = Recorded(read.steps, read.constants, outputs)
-    tensors = _tensors(sites, read, c, start, given)
-    counts = [len(own) for own in tensors]
-
-    def to_z(x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pieces, at, z, own = latents.unpack(x), latents.unpack(c), {}, {}
-        log_dets, lost = [], []
-        left = iter(tensors)
-        for name, count in zip(moved, counts, strict=True):
-            own[name] = [next(left) for _ in range(count)]
-
-        def number(name: str, prior: Prior | None) -> Tensor:
-            z[name] = pieces[name]
-            if name in moved:
-                z[name], log_det, off = prior.forth(pieces[name], at[name], *own[name])
-                log_dets.append(log_det.sum())
-                lost.append(off.amax())
-            return z[name]
-
-        run(number)
-        return latents.pack(z), torch.stack(log_dets).sum(), torch.stack(lost).amax()
-
-    recorded = Recorded.of(to_z, start, c, *(t for own in tensors for t in own))
-    return Coordinates(sites, recorded, read, c, tensors)
-
-
-def _tensors(
-    sites: list[Description], read: Recorded, c: Tensor, z: Tensor, given: bool
-) -> list[list[Tensor]]:
-    """The tensors of each site's map, with c = 1."""
-    values, found = iter(read(z)), []
-    for site in sites:
-        prior = Prior(next(values), next(values), next(values), site["matrix"])
-        at, piece = (t[_slice(site)].reshape(site["shape"]) for t in (c, z))
-        own = powers(prior, at) if given else None
-        own = own or conditionals(prior, at, piece, torch.zeros_like(prior.scale))
-        found.append([t.clone() for t in own])
-    return found
-
-
-def _places(latents: Latents, matrices: Mapping[str, bool]) -> list[Description]:
-    """Where the numbers of the moved sites are."""
-    sites, stop = [], 0
-    for site, size in zip(latents, latents.sizes, strict=True):
-        start, stop = stop, stop + size
-        if site.name in matrices:
-            shape, matrix = list(site.unconstrained_shape), matrices[site.name]
-            place = {"name": site.name, "start": start, "stop": stop}
-            sites.append(place | {"shape": shape, "matrix": matrix})
-    return sites

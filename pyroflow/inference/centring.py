@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from pyroflow.guides import AutoFlow
 from pyroflow.guides.coordinates import Coordinates
+from pyroflow.guides.recording import spread
 from pyroflow.inference.gaussian_start import (
     TESTED_BY,
     Gaussian,
@@ -49,7 +50,7 @@ def best_coordinates(
         return best_gaussian(log_joint, guide.start(), bar)
     z = guide.start()
     centred = torch.ones_like(coordinates.c)
-    free = coordinates.spread(dict.fromkeys(coordinates.centring, 0.0))
+    free = spread(coordinates, dict.fromkeys(coordinates.centring, 0.0))
     found = []
     for place in (Place(centred, z, {}), Place(free, z, {})):
         coordinates.set(*place)
@@ -87,7 +88,7 @@ def _by_formula(
     at, slopes = coordinates(gaussian.loc), _slopes(coordinates, gaussian.loc)
     means = {name: part.mean() for name, part in coordinates.by_site(c).items()}
     found = []
-    for wanted in (c, coordinates.spread(means)):
+    for wanted in (c, spread(coordinates, means)):
         place = Place(wanted, at, curvatures)
         coordinates.set(*place)
         loc = coordinates.inv(at)

@@ -134,8 +134,7 @@ class Trainer:
         better = score.mean() < state.best_score.mean()
         if not state.best or self.objective.keep_last or better:
             state.best_score, state.best, state.worse = score, [t.clone() for t in candidate], 0
-            if self.objective.enough is not None:
-                state.stopped = self.objective.enough(score)
+            state.stopped = self.objective.enough(score) if self.objective.enough else ""
         elif self.objective.exact_loss is not None and len(score) > 1:
             excess = score - state.best_score
             clear = excess.mean() > 3 * excess.std() / len(excess) ** 0.5

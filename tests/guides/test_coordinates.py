@@ -18,7 +18,7 @@ from pyro.optim import Adam
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.guides.coordinates import coordinates_of
+from pyroflow.guides.recording import coordinates_of, spread
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.locations import prior_of
 from pyroflow.model.log_joint import LogJoint
@@ -99,7 +99,7 @@ def moved(model: Callable, seed: int = 0) -> tuple[pf.AutoFlow, torch.nn.Module]
     guide.coordinates = coordinates_of(model, (), {}, guide.latents, start)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(2, len(start), generator=generator, dtype=F64)
-    free = guide.coordinates.spread(dict.fromkeys(guide.centring, 0.0))
+    free = spread(guide.coordinates, dict.fromkeys(guide.centring, 0.0))
     curvatures = {}
     for site, prior in zip(guide.coordinates.sites, guide.coordinates.read(start), strict=True):
         root = torch.randn(prior.scale.shape, generator=generator, dtype=F64)

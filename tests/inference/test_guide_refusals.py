@@ -61,6 +61,7 @@ def test_arguments_may_have_any_name_and_another_model_is_not_resumed(tmp_path: 
 
     def fit(loc: float) -> pf.Fit:
         options = {"steps": 10, "seed": 0, "checkpoint": tmp_path / "g.pt", "progress": False}
+        options["early_stop"] = False
         return pf.fit_guide(model, pf.AutoPlanarFlow(model, 1), (loc,), {"model": 1.0}, **options)
 
     assert fit(0.0).steps == 10
