@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow
+from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.io import read_data, walk, write_data
 from pyroflow.saving.guides import (
     GUIDES,
@@ -96,7 +97,7 @@ def load(
     path: str | os.PathLike,
     model: Callable | None = None,
     device: torch.device | str = "cpu",
-) -> Flow | AutoFlow:
+) -> Flow | AutoFlow | MixtureGuide:
     """Read what :func:`save` wrote, with the dtype that it had.
 
     A guide that is loaded without its model samples as before: ``guide()``, ``guide.median()``,

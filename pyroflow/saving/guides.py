@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
 from pyroflow.guides.coordinates import Coordinates
+from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
 from pyroflow.model.bound import signature_of
 from pyroflow.model.latents import Latents, started_anywhere
@@ -32,7 +33,7 @@ _OPTIONS: dict[type[AutoFlow], dict[str, str]] = {
 _CLASSES = {made.__name__: made for made in _OPTIONS}
 _SWITCHES = ("path_derivative", "grows")  # attributes that are set later, or by another argument
 
-GUIDES = tuple(_OPTIONS)
+GUIDES = (*_OPTIONS, MixtureGuide)
 
 
 def describe_flow(flow: Flow) -> Description:
@@ -59,7 +60,7 @@ def restore_flow(description: Description) -> Flow:
     return flow.train(description["training"])
 
 
-def describe_guide(guide: AutoFlow) -> Description:
+def describe_guide(guide: AutoFlow | MixtureGuide) -> Description:
     """Its options, its flow and its latents.
 
     Raises:
@@ -71,6 +72,13 @@ def describe_guide(guide: AutoFlow) -> Description:
             "obj is a guide that was never set up, so its latents are not known: call it once with "
             "the model's arguments first, guide(*args, **kwargs)"
         )
+    if isinstance(guide, MixtureGuide):
+        return {
+            "class": MixtureGuide.__name__,
+            "sites": guide.latents.describe(describe),
+            "guides": [describe_guide(part) for part in guide.guides],
+            "weights": stored(guide.weights),
+        }
     options = _OPTIONS[type(guide)].items()
     return {
         "class": type(guide).__name__,
@@ -82,8 +90,11 @@ def describe_guide(guide: AutoFlow) -> Description:
     }
 
 
-def restore_guide(description: Description, model: Callable | None) -> AutoFlow:
+def restore_guide(description: Description, model: Callable | None) -> AutoFlow | MixtureGuide:
     """The guide of the file; without a model it samples, with one it can be trained on."""
+    if description["class"] == MixtureGuide.__name__:
+        parts = [restore_guide(part, model) for part in description["guides"]]
+        return MixtureGuide(_absent if model is None else model, parts, description["weights"])
     made, options = _CLASSES[description["class"]], description["options"]
     if made is AutoFlow:
         options = options | {"transforms": ()}  # they are in the flow

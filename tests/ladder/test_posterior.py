@@ -1,0 +1,176 @@
+"""A posterior in one call, against exact answers; what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+import pyroflow as pf
+from pyroflow.ladder import climb
+from pyroflow.targets import eight_schools_centered
+
+QUIET = {"seed": 0, "progress": False}
+
+
+def gaussian() -> None:
+    factor = torch.eye(10) + 0.8 * torch.ones(10, 10).tril(-1)
+    pyro.sample("x", dist.MultivariateNormal(torch.arange(10.0), scale_tril=factor))
+
+
+def separate(weights: tuple[float, ...], dim: int) -> Callable:
+    """Normal modes of unlike sizes, 8 apart and more, on a line."""
+
+    def model() -> None:
+        places = 8 * torch.arange(len(weights), dtype=torch.get_default_dtype())
+        loc = places[:, None].expand(-1, dim)
+        scale = torch.linspace(1.0, 0.5, len(weights))[:, None].expand(-1, dim)
+        parts = dist.Independent(dist.Normal(loc, scale), 1)
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.tensor(weights)), parts))
+
+    return model
+
+
+def wide() -> None:
+    """One per cent of the mass in a part ten times as wide."""
+    scale = torch.tensor([[1.0], [10.0]]).expand(2, 3)
+    parts = dist.Independent(dist.Normal(torch.zeros(2, 3), scale), 1)
+    pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.99, 0.01])), parts))
+
+
+def funnel() -> None:
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    with pyro.plate("rows", 20):
+        pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+
+
+def test_a_gaussian_posterior_takes_no_step() -> None:
+    post = pf.posterior(gaussian, **QUIET)
+    assert post.level == "good"
+    assert [rung.name for rung in post.rungs] == ["flow, 0 steps"]
+    assert post.log_evidence == pytest.approx(0, abs=1e-3)
+    x = post.draws["x"]
+    torch.testing.assert_close(x.mean(0), torch.arange(10.0), atol=0.15, rtol=0)
+    assert post.error == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize(("weights", "dim"), [((0.6, 0.4), 5), ((0.9, 0.1), 2)])
+def test_separate_modes_are_all_drawn(weights: tuple[float, ...], dim: int) -> None:
+    post = pf.posterior(separate(weights, dim), **QUIET)
+    assert post.level in ("good", "resample")
+    assert post.log_evidence == pytest.approx(0, abs=0.05)
+    found = (post.draws["x"][:, 0] / 8).round().long().clamp(min=0).bincount() / len(
+        post.draws["x"]
+    )
+    torch.testing.assert_close(found.double(), torch.tensor(weights).double(), atol=0.02, rtol=0)
+    assert "another mode" in post.rungs[0].verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [2, 20])
+def test_five_modes_are_all_drawn(dim: int) -> None:
+    weights = (0.3, 0.25, 0.2, 0.15, 0.1)
+    post = pf.posterior(separate(weights, dim), **QUIET)
+    assert post.level in ("good", "resample")
+    assert post.log_evidence == pytest.approx(0, abs=0.05)
+    found = (post.draws["x"][:, 0] / 8).round().long().clamp(min=0).bincount() / len(
+        post.draws["x"]
+    )
+    torch.testing.assert_close(found.double(), torch.tensor(weights).double(), atol=0.02, rtol=0)
+
+
+def test_a_light_wide_part_is_not_missed() -> None:
+    post = pf.posterior(wide, num_samples=20_000, **QUIET)
+    assert post.level in ("good", "resample")
+    sd = post.draws["x"].std()
+    assert sd == pytest.approx(math.sqrt(0.99 + 1), rel=0.1)  # 1.0 without it
+
+
+def test_a_funnel_is_right() -> None:
+    post = pf.posterior(funnel, **QUIET)
+    assert post.level == "good"
+    v = post.draws["v"]
+    assert v.mean() == pytest.approx(0, abs=0.12)
+    assert v.std() == pytest.approx(3, rel=0.04)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_eight_schools_as_written(seed: int) -> None:
+    post = pf.posterior(eight_schools_centered, seed=seed, progress=False)
+    assert post.level in ("good", "resample")
+    assert post.log_evidence == pytest.approx(-31.312, abs=0.03)
+    log_tau = post.draws["tau"].log()
+    assert log_tau.std() == pytest.approx(1.172, rel=0.05)
+
+
+def test_the_same_seed_gives_the_same_draws_and_leaves_the_global_generator() -> None:
+    before = torch.get_rng_state()
+    first, second = (pf.posterior(gaussian, **QUIET).draws["x"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_result_says_how_it_was_reached(capsys: pytest.CaptureFixture) -> None:
+    post = pf.posterior(gaussian, seed=0)
+    assert "posterior: flow, 0 steps" in "".join(capsys.readouterr())
+    text = str(post)
+    for part in ("verdict", post.verdict, "log evidence", "flow, 0 steps"):
+        assert part in text
+    posterior = post.to_arviz(50)["posterior"]
+    assert posterior["x"].shape == (1, 50, 10)
+
+
+def rows(y: Tensor, size: int | None = None) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y), subsample_size=size) as index:
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y[index])
+
+
+def with_parameter() -> None:
+    scale = pyro.param("scale", torch.tensor(1.0))
+    pyro.sample("x", dist.Normal(0.0, scale))
+
+
+def discrete() -> None:
+    pyro.sample("k", dist.Poisson(3.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "said"),
+    [
+        (rows, (torch.zeros(20), 5), "the plate 'rows' takes 5 of 20 rows"),
+        (with_parameter, (), "the model has parameters"),
+        (discrete, (), "'k'"),
+        (poutine.condition(gaussian, {"x": torch.zeros(10)}), (), "no latent"),
+    ],
+    ids=["subsampled", "parameter", "discrete", "no latents"],
+)
+def test_what_it_cannot_treat_is_refused(model: Callable, args: tuple, said: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        pf.posterior(model, args, **QUIET)
+
+
+def test_too_few_draws_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_samples"):
+        pf.posterior(gaussian, seed=0, num_samples=10)
+
+
+def test_an_interrupt_gives_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(climb.Mixing, "add", interrupted)
+    post = pf.posterior(separate((0.6, 0.4), 2), **QUIET)
+    assert post.level == "bad"
+    assert post.verdict.endswith("it was interrupted")
+    assert post.error == math.inf
+    monkeypatch.setattr(climb, "fit_flow", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # nothing to give yet
+        pf.posterior(gaussian, **QUIET)
