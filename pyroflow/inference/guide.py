@@ -51,10 +51,12 @@ def fit_guide(
     A guide of the :class:`~pyroflow.AutoFlow` family, for a model without parameters and
     subsampled plates, is fitted to the model's log joint as a plain function, recorded once where
     that is possible. The guide is first initialized: its affine layer becomes the best Gaussian
-    that several ascents to the modes find; a guide that was trained before goes on from where it
-    is. Then Adam trains all along path derivatives. Learning-rate schedule: linear warm-up, cosine
-    decay, shortened once the loss is flat (:class:`~pyroflow.StopRule`); the last iterates are
-    averaged. The guide ends in the state with the best bound on a fixed set of draws.
+    that several ascents to the modes find, in the coordinates that the model's priors dictate
+    (``guide.centring``); a guide that was trained before goes on from where it is. Then Adam
+    trains all along path derivatives. Learning-rate schedule: linear warm-up, cosine decay,
+    shortened once the loss is flat (:class:`~pyroflow.StopRule`); the last iterates are averaged.
+    The guide ends in the state with the best bound on a fixed set of draws, and at once where
+    their weights say that nothing is left to gain.
 
     Any other guide or model is fitted by Pyro's ``Trace_ELBO``, vectorised where that is found to
     change nothing; a flow's affine layer is trained first, and parameters of the model too.
@@ -89,7 +91,7 @@ def fit_guide(
         annealing: step ↦ β, the weight of the log joint, such as
             :func:`~pyroflow.paper_annealing`, or an :class:`~pyroflow.AdaptiveAnnealing`. The
             stop rule is off then.
-        early_stop: whether the stop rule may shorten the fit.
+        early_stop: whether the stop rule, or weights that are all equal, may shorten the fit.
 
     Returns:
         The course of the fit; ``best_loss`` is the negative bound that was the objective, in nats,

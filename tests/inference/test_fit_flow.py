@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pyroflow as pf
 from pyroflow.inference import guide_fit, objectives
-from pyroflow.inference.objectives import LogJointBound
+from pyroflow.inference.objectives import LogJointBound, nothing_left
 from pyroflow.inference.trainer import Trainer
 from pyroflow.targets import (
     TOY_LOG_EVIDENCE,
@@ -254,3 +254,32 @@ def test_cut_off_guide_object_goes_on_bit_by_bit(tmp_path: Path) -> None:
     found = pf.fit_guide(banana, guide, checkpoint=path, **options)
     assert found.losses == expected.losses
     assert all(torch.equal(a, b) for a, b in zip(state(guide), state(whole), strict=True))
+
+
+def test_a_fit_ends_where_nothing_is_left_to_gain() -> None:
+    factor = torch.eye(6) + 0.7 * torch.ones(6, 6).tril(-1)
+
+    def model() -> None:
+        pyro.sample("x", dist.MultivariateNormal(torch.arange(6.0), scale_tril=factor))
+
+    guide = pf.AutoSylvesterFlow(model, num_layers=2)
+    fit = pf.fit_guide(model, guide, seed=0, progress=False)
+    assert fit.steps == 0
+    assert fit.stopped.startswith("nothing is left to gain")
+    assert fit.best_loss == pytest.approx(0, abs=1e-3)  # the log evidence is 0
+    guide = pf.AutoSylvesterFlow(model, num_layers=2)
+    assert pf.fit_guide(model, guide, steps=5, early_stop=False, progress=False).steps == 5
+
+
+@pytest.mark.parametrize(
+    ("log_weights", "ends"),
+    [
+        (0.01 * torch.linspace(-2, 2, 500), True),  # KL 7e-5
+        (0.2 * torch.linspace(-2, 2, 500), False),  # KL 0.03
+        (torch.cat([torch.zeros(2000), torch.tensor([3.0])]), False),  # one heavy draw
+        (torch.cat([torch.zeros(500), torch.tensor([-torch.inf])]), False),
+    ],
+    ids=["even", "uneven", "heavy", "outside"],
+)
+def test_nothing_is_left_where_all_weights_are_equal(log_weights: Tensor, ends: bool) -> None:
+    assert bool(nothing_left(-log_weights)) == ends
