@@ -174,7 +174,7 @@ def disagreement(
 def effect(found: Marginals, there: Columns, shares: list[float]) -> float:
     """What masses at other points (M, D) change in the smoothed moments, in units of ``LIMIT``."""
     off = (found.of(there).z - found.smoothed.mean) / found.smoothed.sd
-    share = torch.tensor(shares, dtype=off.dtype)
+    share = torch.tensor(shares, dtype=off.dtype, device=off.device)
     mean = share @ off
     sd = (1 - share.sum() + share @ off.square() - mean.square()).sqrt()
     return torch.maximum(mean.abs(), sd.log().abs()).max().item() / LIMIT

@@ -103,6 +103,8 @@ def _heavy(report: Report) -> str | None:
     worst, name = report.marginals.worst
     if not report.khat <= threshold:
         return f"k-hat {report.khat:.2f} is above {threshold:.2f}{_doubt(report)}"
+    if report.ess < FEW_EFFECTIVE:
+        return f"only {report.ess:.0f} of {report.num_samples} draws are effective"
     threshold = _threshold_of_latents(report)
     if not worst <= threshold:
         return f"k-hat {worst:.2f} of weight times {name} or its square is above {threshold:.2f}"

@@ -112,11 +112,12 @@ def wider(guide: FlowGuide, num: int) -> tuple[Tensor, Tensor]:
     Of a mixture of flows, one of such mixtures around each.
     """
     q = guide.flow()
-    parts = q.parts if isinstance(q, FlowMixture) else [q]
-    log_weights = q.log_weights.double() if isinstance(q, FlowMixture) else torch.zeros(1)
+    parts, log_weights = [q], torch.zeros(1, dtype=torch.float64, device="cpu")
+    if isinstance(q, FlowMixture):
+        parts, log_weights = q.parts, q.log_weights.double().cpu()
     directions = [_directions(part, guide.coordinates) for part in parts]
     with drawing():
-        chosen = torch.multinomial(log_weights.exp().cpu(), num, replacement=True)
+        chosen = torch.multinomial(log_weights.exp(), num, replacement=True)
         counts = chosen.bincount(minlength=len(parts)).tolist()
         drawn = zip(parts, directions, counts, strict=True)
         x = torch.cat([_pushed(part, _draw(part.base_dist, d, n)) for part, d, n in drawn])

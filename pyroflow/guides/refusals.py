@@ -217,7 +217,7 @@ def checked_centring(centring: Centring) -> Centring:
     if not isinstance(centring, Mapping):
         raise ValueError(f"centring must be 'auto', None, or c by site, got {centring!r}")
     for name, c in centring.items():
-        values = torch.as_tensor(c)
+        values = torch.as_tensor(c, device=None if isinstance(c, Tensor) else "cpu")
         if not bool(((values >= 0) & (values <= 1)).all()):
             raise ValueError(
                 f"centring expects c in [0, 1] for site {name!r}, 1 as written and 0 non-centred, "

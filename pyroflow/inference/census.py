@@ -29,7 +29,8 @@ PATHS = 8  # of each kind of start
 COORDINATES = 800  # latents times paths of all kinds, above which there are fewer of them
 STEPS = 40  # of an ascent
 OVERDISPERSED = (1.0, 2.0, 3.0, 5.0, 8.0)  # times the base of the guide
-PROBED = 1000  # draws of each, among which starts are looked for
+# Draws of each kind, among which starts are looked for: in few latents they may hit a mode.
+PROBED, PROBED_WIDE, FEW = 4000, 1000, 20
 ALONG = 12  # points of a path at which a Gaussian is tried
 ALONG_DRAWS = 32  # behind the bound of each
 MOST = 12  # modes that are kept
@@ -38,6 +39,7 @@ DRAWS = 512  # behind the evidence of a mode
 OVERLAP = 10.0  # nats of symmetrised KL, below which two Gaussians are one mode
 LINE = 31  # points between two modes
 DIP = 0.5  # nats below the lower end, that the log joint must fall to between two modes
+LEVEL_BY = 200  # draws of the guide, the level of log p − log q
 MISSED = 3.0  # nats, by which a guide's density is too low where it misses mass
 LEAST_SHARE = 1e-3  # of the posterior, for a mode to be named as missed
 NEAR = 3.0  # standard deviations of a mode's χ² distance above its mean
@@ -180,7 +182,8 @@ def _mass_near(mode: Mode, x: Tensor, weights: Tensor) -> float:
 
 def shares_missed(missed: list[Missed], log_evidence: float) -> list[float]:
     """The part of the posterior in each of the modes that a guide misses, at least."""
-    masses = torch.tensor([m.log_mass for m in missed] + [log_evidence], dtype=torch.float64)
+    found = [m.log_mass for m in missed] + [log_evidence]
+    masses = torch.tensor(found, dtype=torch.float64, device="cpu")
     return masses.softmax(0)[:-1].tolist()
 
 
@@ -195,16 +198,19 @@ def starts_around(bound: BoundModel, guide: FlowGuide, log_joint: LogJoint) -> T
         Shape (P, D): up to 10 of each kind, fewer in many dimensions.
     """
     num = max(2, min(PATHS, COORDINATES // guide.latent_dim))
+    probed = PROBED if guide.latent_dim <= FEW else PROBED_WIDE
     q = guide.flow()
     with drawing():
-        prior = _prior_draws(bound, guide, PROBED)
+        prior = _prior_draws(bound, guide, probed)
+        own = q.sample((LEVEL_BY,))
+    level = (log_joint.values_and_gradients(own)[0] - q.log_prob(own)).nanmedian()
     parts = [] if (around := _starts(log_joint, guide.start())) is None else [around[:num]]
     for width in OVERDISPERSED:
-        x = _dispersed(q, width, PROBED)
-        parts.append(x[_missed_most(log_joint, q, x, num // 4)])
+        x = _dispersed(q, width, probed)
+        parts.append(_missed_most(log_joint, q, x, num // 4, level))
     parts.append(x[: num // 2])
     if prior is not None:
-        parts += [prior[:num], prior[_missed_most(log_joint, q, prior, num // 2)]]
+        parts += [prior[:num], _missed_most(log_joint, q, prior, num // 2, level)]
     return torch.cat(parts)
 
 
@@ -221,11 +227,22 @@ def _dispersed(q: Distribution, width: float, num: int) -> Tensor:
     return x
 
 
-def _missed_most(log_joint: LogJoint, q: Distribution, x: Tensor, num: int) -> Tensor:
-    """Of points x (S, D) the rows where log p − log q is highest."""
+def _missed_most(
+    log_joint: LogJoint, q: Distribution, x: Tensor, num: int, level: Tensor
+) -> Tensor:
+    """Of points x (S, D) those where a guide's density q is too low, shape (up to 2 num, D).
+
+    So many where log p − log q is highest, which may all be at one place; and as many among those
+    where it is above its level at the guide's own draws, each as likely as its density p says.
+    """
     log_p = log_joint.values_and_gradients(x)[0]
     missed = (log_p - q.log_prob(x)).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
-    return missed.topk(max(1, num)).indices
+    highest = missed.topk(max(1, num)).indices
+    with drawing():
+        noise = -torch.empty_like(log_p).exponential_().log()  # Gumbel's, to draw without repeats
+    keys = torch.where(missed > level + MISSED, log_p + noise, -torch.inf)
+    drawn = keys.topk(max(1, num)).indices
+    return x[torch.cat([highest, drawn[keys[drawn].isfinite()]])]
 
 
 def _prior_draws(bound: BoundModel, guide: FlowGuide, num: int) -> Tensor | None:

@@ -72,7 +72,7 @@ def mixed(model: Callable, parts: Sequence[Part]) -> MixtureGuide:
     # Each part has drawn as many: of these draws the density is the plain mean.
     log_weights = log_p - (log_q.logsumexp(-1) - math.log(len(parts)))
     log_weights = log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf).softmax(0)
-    weights = torch.full((len(parts),), 1 / len(parts), dtype=torch.float64)
+    weights = log_q.new_full((len(parts),), 1 / len(parts))
     for _ in range(ROUNDS):
         shares = (weights.log() + log_q).softmax(-1)
         weights = (log_weights.unsqueeze(-1) * shares).sum(0)

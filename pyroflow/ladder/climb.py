@@ -82,8 +82,8 @@ def posterior(
     Example:
         >>> from pyroflow.targets import toy_model
         >>> post = posterior(toy_model, seed=0, num_samples=2000, progress=False)
-        >>> post.level, post.draws["z"].shape
-        ('good', torch.Size([2000, 2]))
+        >>> post.level in ("good", "resample"), post.draws["z"].shape
+        (True, torch.Size([2000, 2]))
     """
     check_count("num_samples", num_samples, 1000)
     check_count("seed", seed, 0)

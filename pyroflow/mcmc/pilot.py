@@ -89,7 +89,10 @@ class Pilot:
         expected = (weights * draws).sum(0)
         variance = (weights * (draws - expected)).square().sum(0)
         level = 1 - FALSE_ALARMS / (2 * len(means))
-        bar = max(ERRORS, torch.special.ndtri(torch.tensor(level, dtype=torch.float64)).item())
+        bar = max(
+            ERRORS,
+            torch.special.ndtri(torch.tensor(level, dtype=torch.float64, device="cpu")).item(),
+        )
         apart = (means - expected).abs() > bar * (variance + errors.square()).sqrt()
         return [
             i for i in apart.nonzero().flatten().tolist() if self._mean_holds(draws, expected, i)

@@ -108,4 +108,5 @@ def poisson_process() -> None:
 def test_one_mode_is_one(model: Callable, seed: int) -> None:
     """Ridges that ascents follow slowly, and necks whose density is high and mass small."""
     pyro.set_rng_seed(seed)
-    assert len(taken(model)[0]) == 1
+    first, *others = taken(model)[0]
+    assert sum(math.exp(mode.bound - first.bound) for mode in others) < 0.01

@@ -231,7 +231,7 @@ def test_a_fit_with_the_stop_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def make() -> pf.AutoFlow:
         pyro.clear_param_store()
         torch.manual_seed(1)
-        return pf.AutoPlanarFlow(banana, 0).setup()
+        return pf.AutoPlanarFlow(banana, 0, centring=None).setup()
 
     def cutting() -> Any:
         return cut(LogJointBound, "loss", 333)
