@@ -49,30 +49,21 @@ class Prior(NamedTuple):
         The last is by how much it moves (z − m)/s: where s is small against m, as at the neck of
         a funnel, the model cannot know x from z.
         """
-        factor, shift, log_det = self._affine(c, *tensors)
         if self.matrix:
-            off, written = times(factor, x) + shift, _written(c)
-            z = torch.where(written, x, self.loc + off)
-            lost = torch.linalg.solve_triangular(
-                self.scale, (z - self.loc - off).unsqueeze(-1), upper=False
-            ).squeeze(-1)
-            return z, torch.where(written, 0.0, log_det), torch.where(written, 0.0, lost).abs()
+            return self._vectors(x, c, *tensors)
+        factor, shift, log_det = self._affine(c, *tensors)
         z = factor * x + (shift + self.loc)
         return z, log_det, ((z - self.loc - (factor * x + shift)) / self.scale).abs()
 
     def back(self, z: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`forth`, with the same log-determinant."""
-        factor, shift, log_det = self._affine(c, *tensors)
         if self.matrix:
-            moved = (z - self.loc - shift).unsqueeze(-1)
-            x, written = torch.linalg.solve(factor, moved).squeeze(-1), _written(c)
-            return torch.where(written, z, x), torch.where(written, 0.0, log_det)
+            return self._vectors_back(z, c, *tensors)
+        factor, shift, log_det = self._affine(c, *tensors)
         return (z - (shift + self.loc)) / factor, log_det
 
     def _affine(self, c: Tensor, unit: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Factor F, shift b and the parts of log |det F| in z = m + b + F x."""
-        if self.matrix:
-            return self._matrix(c, unit, *at)
+        """Factor F, shift b and log |F| in z = m + b + F x, of numbers."""
         log_ratio = self.scale.log() - unit
         if not at:
             factor = ((1 - c) * log_ratio).exp()
@@ -82,16 +73,47 @@ class Prior(NamedTuple):
         share, factor = (c.log() + 2 * log_factor).exp(), log_factor.exp()
         return factor, share * (target - self.loc) - factor * centre, log_factor
 
-    def _matrix(self, c: Tensor, unit: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not at:
-            factor = (1 - c).unsqueeze(-1) * (self.scale @ unit) + c.diag_embed()
+    def _vectors(
+        self, x: Tensor, c: Tensor, unit: Tensor, *at: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        written = _written(c)
+        if at:
+            C, log_det, mean = self._posterior(*at)
+            white = times(unit, x - at[1])
+            off = mean + times(self.scale, solved(C.mT, white, upper=True))
+        else:
+            factor = self._rows(c, unit)
             log_det = factor.diagonal(dim1=-2, dim2=-1).log()
-            return factor, -times(factor, c * self.loc), log_det
-        pull, centre, curvature, log_unit = at
-        root, log_det = self.conditional(curvature)
-        moved = times(root, times(root.mT, pull - times(curvature, self.loc)))
-        factor = root @ unit
-        return factor, moved - times(factor, centre), log_det + log_unit
+            off = times(factor, x - c * self.loc)
+        z = torch.where(written, x, self.loc + off)
+        lost = solved(self.scale, (z - self.loc - off).detach())
+        return z, torch.where(written, 0.0, log_det), torch.where(written, 0.0, lost).abs()
+
+    def _vectors_back(
+        self, z: Tensor, c: Tensor, unit: Tensor, *at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        written, off = _written(c), z - self.loc
+        if at:
+            C, log_det, mean = self._posterior(*at)
+            white = times(C.mT, solved(self.scale, off - mean))
+            x = torch.linalg.solve(unit, white.unsqueeze(-1)).squeeze(-1) + at[1]
+        else:
+            factor = self._rows(c, unit)
+            log_det = factor.diagonal(dim1=-2, dim2=-1).log()
+            x = solved(factor, off) + c * self.loc
+        return torch.where(written, z, x), torch.where(written, 0.0, log_det)
+
+    def _rows(self, c: Tensor, unit: Tensor) -> Tensor:
+        return (1 - c).unsqueeze(-1) * (self.scale @ unit) + c.diag_embed()
+
+    def _posterior(
+        self, pull: Tensor, centre: Tensor, curvature: Tensor, log_unit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """C, the parts of log |det ∂z/∂x|, and μ − m, without a product of matrices."""
+        C, log_det = self._factored(curvature)
+        pulled = times(self.scale.mT, pull - times(curvature, self.loc))
+        mean = times(self.scale, solved(C.mT, solved(C, pulled), upper=True))
+        return C, log_det + log_unit, mean
 
     def slope(self, c: Tensor, unit: Tensor, *at: Tensor) -> Tensor:
         """The matrices ∂z/∂x of a site whose scale is one, where its coordinates were found."""
@@ -104,12 +126,20 @@ class Prior(NamedTuple):
 
         R = L C⁻ᵀ with C Cᵀ = I + Lᵀ H L, so that K may be nearly singular.
         """
+        C, log_det = self._factored(curvature)
+        return torch.linalg.solve_triangular(C, self.scale.mT, upper=False).mT, log_det
+
+    def _factored(self, curvature: Tensor) -> tuple[Tensor, Tensor]:
         L = self.scale
         identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
         C = torch.linalg.cholesky(identity + L.mT @ curvature @ L)
-        factor = torch.linalg.solve_triangular(C, L.mT, upper=False).mT
         diagonals = [t.diagonal(dim1=-2, dim2=-1).log() for t in (L, C)]
-        return factor, diagonals[0] - diagonals[1]
+        return C, diagonals[0] - diagonals[1]
+
+
+def solved(triangle: Tensor, vector: Tensor, *, upper: bool = False) -> Tensor:
+    """The x with T x = v, of triangles (*B, n, n) and vectors (*B, n)."""
+    return torch.linalg.solve_triangular(triangle, vector.unsqueeze(-1), upper=upper).squeeze(-1)
 
 
 def _written(c: Tensor) -> Tensor:
