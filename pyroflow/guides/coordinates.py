@@ -9,12 +9,14 @@ import torch
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 
-from pyroflow.model.locations import Prior, conditionals
+from pyroflow.model.locations import Prior, conditionals, no_curvature, turned
 from pyroflow.model.recorded import Recorded
 from pyroflow.transforms import Bijection
 from pyroflow.transforms.bijection import Pair, Parameters
 
 Description = dict[str, Any]
+
+NUMBERS = 4  # tensors of a site of numbers whose coordinates were found
 
 
 class Coordinates(Bijection, TransformModule):
@@ -72,8 +74,12 @@ class Coordinates(Bijection, TransformModule):
 
     @property
     def centring(self) -> dict[str, Tensor]:
-        """The c of each site, of its unconstrained shape."""
-        return self.by_site(self.c)
+        """The part of each number's precision that comes from the data, by site."""
+        found = self.by_site(self.c)
+        for i, (name, c) in enumerate(found.items()):
+            if self.counts[i] == NUMBERS:  # c is along the axes of these
+                found[name] = turned(c, self.own_tensors(i)[-1].square())
+        return found
 
     def by_site(self, numbers: Tensor) -> dict[str, Tensor]:
         """The parts of a vector (D,) that belong to the sites, in their shapes."""
@@ -83,12 +89,12 @@ class Coordinates(Bijection, TransformModule):
     def set(self, c: Tensor, z: Tensor, curvatures: Mapping[str, Tensor] | None = None) -> None:
         """Set c, shape (D,), where the priors are those at z (D,).
 
-        ``curvatures``: by site, H of those with a matrix; zero by default.
+        ``curvatures``: by site, H of those with a matrix, zero by default, and the axes of others.
         """
         self.c.copy_(c)
         for i, (site, prior) in enumerate(zip(self.sites, self.read(z), strict=True)):
             at, piece = self.part(c, i), self.part(z, i)
-            curvature = (curvatures or {}).get(site["name"], torch.zeros_like(prior.scale))
+            curvature = (curvatures or {}).get(site["name"], no_curvature(prior))
             found = conditionals(prior, at, piece, curvature)
             for kept, tensor in zip(self.own_tensors(i), found, strict=True):
                 kept.copy_(tensor)
@@ -142,6 +148,8 @@ class Coordinates(Bijection, TransformModule):
         The last result is by how many standard deviations of a prior its site's numbers are rounded
         at most, shape (*B).
         """
+        if not x.numel():
+            return x, x.sum(-1), x.sum(-1)
         run = torch.func.vmap(self.to_z, in_dims=(0, *(None for _ in tensors)))
         z, log_det, lost = run(x.reshape(-1, x.shape[-1]), *tensors)
         batch = x.shape[:-1]

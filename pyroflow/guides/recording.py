@@ -12,7 +12,7 @@ from torch import Tensor
 from pyroflow.guides.coordinates import Coordinates, Description
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.latents import Latents
-from pyroflow.model.locations import Filled, Prior, conditionals, powers
+from pyroflow.model.locations import Filled, Prior, conditionals, no_curvature, powers
 from pyroflow.model.recorded import Recorded
 from pyroflow.model.records import quietly
 
@@ -109,7 +109,7 @@ def _tensors(
         prior = Prior(next(values), next(values), next(values), site["matrix"])
         at, piece = (t[site["start"] : site["stop"]].reshape(site["shape"]) for t in (c, z))
         own = powers(prior, at) if given else None
-        own = own or conditionals(prior, at, piece, torch.zeros_like(prior.scale))
+        own = own or conditionals(prior, at, piece, no_curvature(prior))
         found.append([t.clone() for t in own])
     return found
 

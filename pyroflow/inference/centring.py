@@ -18,11 +18,13 @@ from pyroflow.inference.gaussian_start import (
     moved_on,
     normal_pairs,
 )
+from pyroflow.model.locations import Prior
 from pyroflow.model.log_joint import LogJoint
 
 ROUNDS = 3  # of Gaussian → c → Gaussian
 MOVES = 20  # of a Gaussian, after each change of c
 DRAWS = 256  # behind the mean curvature of the priors
+ALIKE = 1e-3  # difference of the logarithms of scales that are one
 SMALLEST = 1e-6  # part of the prior in the precision of a vector that is not left as written
 GAIN = 0.01  # nats, that another round must have brought
 
@@ -104,45 +106,69 @@ def _slopes(coordinates: Coordinates, x: Tensor) -> Tensor:
 
 
 def _suggested(coordinates: Coordinates, gaussian: Gaussian) -> tuple[Tensor, dict[str, Tensor]]:
-    """The formula's c, shape (D,), of a Gaussian in the present coordinates, and H of matrices."""
+    """The formula's c, shape (D,), of a Gaussian in the present coordinates, and its curvatures."""
     loc, scale, _ = gaussian
     precision = torch.cholesky_inverse(scale)
     x = loc + normal_pairs(DRAWS, loc) @ scale.mT
     c, curvatures = torch.ones_like(loc), {}
-    z, slopes = coordinates(x), _slopes(coordinates, loc)
-    around = _curvatures(coordinates, x, z)
-    at_centre = _curvatures(coordinates, loc, coordinates(loc))
-    for site, own, here in zip(coordinates.sites, around, at_centre, strict=True):
+    slopes = _slopes(coordinates, loc)
+    around, here = coordinates.read(coordinates(x)), coordinates.read(coordinates(loc))
+    for i, (site, priors, prior) in enumerate(zip(coordinates.sites, around, here, strict=True)):
         part = slice(site["start"], site["stop"])
-        total, own = precision[part, part], own.nan_to_num(torch.inf).mean(0)
-        if not site["matrix"]:
-            downstream = (total.diagonal() - own.flatten()).clamp(min=0)
-            c[part] = torch.where(
-                here.flatten() > 0, downstream / (downstream + here.flatten()), 1.0
-            )
+        at, own = coordinates.part(coordinates.c, i), coordinates.own_tensors(i)
+        total, back = precision[part, part], torch.linalg.inv(slopes[part, part])
+        if site["matrix"]:
+            total, back = (_blocks(t, site["shape"]) for t in (total, back))
+            prior_own = _of_matrix(priors, at, own)
+        else:
+            prior_own = _of_numbers(priors, at, own)
+        downstream = total - prior_own.nan_to_num(torch.inf).mean(0)
+        if not bool(downstream.isfinite().all()):
+            c[part] = 0.0
             continue
-        blocks = _blocks(total, site["shape"])
-        downstream = _positive(blocks - own)
-        factor = torch.linalg.inv(_blocks(slopes[part, part], site["shape"]))
-        curvatures[site["name"]] = factor.mT @ downstream @ factor
-        ratio = downstream.diagonal(dim1=-2, dim2=-1) / here.diagonal(dim1=-2, dim2=-1)
-        c[part] = (ratio / (1 + ratio)).clamp(max=1 - SMALLEST).flatten()
+        found = back.mT @ downstream @ back  # in the latents themselves
+        set_by = _for_matrix if site["matrix"] else _for_numbers
+        c[part], curvatures[site["name"]] = set_by(found, prior, priors)
     return c.clamp(0, 1), curvatures
 
 
-def _curvatures(coordinates: Coordinates, x: Tensor, z: Tensor) -> list[Tensor]:
-    """Of each site, the prior's expected curvature in x (*B, D): numbers, or matrices."""
-    found = []
-    for i, prior in enumerate(coordinates.read(z)):
-        at, own = coordinates.part(coordinates.c, i), coordinates.own_tensors(i)
-        if prior.matrix:
-            factor = prior.slope(at, *own)
-            white = torch.linalg.solve_triangular(prior.scale, factor, upper=False)
-            found.append(white.mT @ white * prior.information.mean())
-        else:
-            _, log_factor, _ = prior.forth(coordinates.part(x, i), at, *own)
-            found.append((log_factor.exp() / prior.scale).square() * prior.information)
-    return found
+def _of_matrix(priors: Prior, c: Tensor, own: list[Tensor]) -> Tensor:
+    """A prior's expected curvature in x, where its scale is a matrix, (S, *batch, n, n)."""
+    factor = priors.slope(c, *own)
+    white = torch.linalg.solve_triangular(priors.scale, factor, upper=False)
+    return white.mT @ white * priors.information.mean()
+
+
+def _of_numbers(priors: Prior, c: Tensor, own: list[Tensor]) -> Tensor:
+    """The same of all n numbers of a site together, (S, n, n)."""
+    unit, target, _, axes = own
+    log_factor, *_ = priors.along(c, unit, target, axes)
+    size, num = unit.exp().flatten(), len(log_factor)
+    factor = (axes * log_factor.exp().reshape(num, 1, -1)) @ axes.mT
+    factor = size.unsqueeze(-1) * factor / size
+    curvature = (priors.information / priors.scale.square()).reshape(num, -1, 1)
+    return factor.mT @ (curvature * factor)
+
+
+def _for_matrix(found: Tensor, prior: Prior, priors: Prior) -> tuple[Tensor, Tensor]:
+    """C and H of vectors."""
+    downstream = _positive(found)
+    own = torch.cholesky_inverse(prior.scale).diagonal(dim1=-2, dim2=-1)
+    ratio = downstream.diagonal(dim1=-2, dim2=-1) / own
+    return (ratio / (1 + ratio)).clamp(max=1 - SMALLEST).flatten(), downstream
+
+
+def _for_numbers(found: Tensor, prior: Prior, priors: Prior) -> tuple[Tensor, Tensor]:
+    """C and axes of numbers: those of the data's curvature, where all have one scale."""
+    size, information = prior.scale.flatten(), prior.information.mean()
+    white = size.unsqueeze(-1) * (found + found.mT) / 2 * size
+    ratios = (priors.scale / prior.scale).flatten(1).log()
+    if bool((ratios.amax(1) - ratios.amin(1)).max() < ALIKE):
+        values, axes = torch.linalg.eigh(white)
+    else:
+        values, axes = white.diagonal(), torch.eye(len(size), dtype=size.dtype, device=size.device)
+    values = values.clamp(min=0)
+    return values / (values + information), axes
 
 
 def _blocks(matrix: Tensor, shape: list[int]) -> Tensor:

@@ -51,27 +51,53 @@ class Prior(NamedTuple):
         """
         if self.matrix:
             return self._vectors(x, c, *tensors)
-        factor, shift, log_det = self._affine(c, *tensors)
-        z = factor * x + (shift + self.loc)
-        return z, log_det, ((z - self.loc - (factor * x + shift)) / self.scale).abs()
+        if len(tensors) > 1:
+            return self._numbers(x, c, *tensors)
+        log_factor = (1 - c) * (self.scale.log() - tensors[0])
+        factor = log_factor.exp()
+        off = factor * (x - c * self.loc)
+        z = factor * x + (1 - c * factor) * self.loc  # x itself where c = 1
+        return z, log_factor, ((z - self.loc - off) / self.scale).detach().abs()
 
     def back(self, z: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`forth`, with the same log-determinant."""
         if self.matrix:
             return self._vectors_back(z, c, *tensors)
-        factor, shift, log_det = self._affine(c, *tensors)
-        return (z - (shift + self.loc)) / factor, log_det
+        if len(tensors) > 1:
+            return self._numbers_back(z, c, *tensors)
+        log_factor = (1 - c) * (self.scale.log() - tensors[0])
+        factor = log_factor.exp()
+        return (z - (1 - c * factor) * self.loc) / factor, log_factor
 
-    def _affine(self, c: Tensor, unit: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Factor F, shift b and log |F| in z = m + b + F x, of numbers."""
+    def _numbers(
+        self, x: Tensor, c: Tensor, unit: Tensor, target: Tensor, centre: Tensor, axes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size = unit.exp()
+        log_factor, _, shift = self.along(c, unit, target, axes)
+        white = turned(x / size, axes.mT) - centre
+        off = size * turned(log_factor.exp() * white + shift, axes)
+        z = self.loc + off
+        return z, log_factor, ((z - self.loc - off) / self.scale).detach().abs()
+
+    def _numbers_back(
+        self, z: Tensor, c: Tensor, unit: Tensor, target: Tensor, centre: Tensor, axes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        size = unit.exp()
+        log_factor, _, shift = self.along(c, unit, target, axes)
+        white = (turned((z - self.loc) / size, axes.mT) - shift) * (-log_factor).exp()
+        return size * turned(white + centre, axes), log_factor
+
+    def along(
+        self, c: Tensor, unit: Tensor, target: Tensor, axes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Along the axes: log σ/σ₀, the share of the data, and μ − m in units of s₀."""
         log_ratio = self.scale.log() - unit
-        if not at:
-            factor = ((1 - c) * log_ratio).exp()
-            return factor, -c * factor * self.loc, (1 - c) * log_ratio
-        target, centre = at
+        largest = log_ratio.amax().detach()
+        squares = turned((2 * (log_ratio - largest)).exp(), axes.mT.square())
+        log_ratio = largest + squares.log() / 2
         log_factor = -torch.logaddexp(torch.log1p(-c) - 2 * log_ratio, c.log()) / 2
-        share, factor = (c.log() + 2 * log_factor).exp(), log_factor.exp()
-        return factor, share * (target - self.loc) - factor * centre, log_factor
+        share = (c.log() + 2 * log_factor).exp()
+        return log_factor, share, share * (target - turned(self.loc / unit.exp(), axes.mT))
 
     def _vectors(
         self, x: Tensor, c: Tensor, unit: Tensor, *at: Tensor
@@ -147,6 +173,22 @@ def _written(c: Tensor) -> Tensor:
     return (c == 1).all(-1, keepdim=True)
 
 
+def turned(numbers: Tensor, matrix: Tensor) -> Tensor:
+    """The product of a matrix (n, n) and all n numbers of a site, in the shape of the site."""
+    batch = numbers.dim() - _site_dim(numbers, matrix)
+    flat = numbers.reshape((*numbers.shape[:batch], matrix.shape[-1]))
+    return (flat @ matrix.mT).reshape(numbers.shape)
+
+
+def _site_dim(numbers: Tensor, matrix: Tensor) -> int:
+    """How many of the last dimensions hold the numbers of a site."""
+    total, dims = 1, 0
+    while total < matrix.shape[-1]:
+        dims += 1
+        total *= numbers.shape[-dims]
+    return dims
+
+
 def times(matrix: Tensor, vector: Tensor) -> Tensor:
     """The product of matrices (*B, n, n) and vectors (*B, n)."""
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
@@ -163,24 +205,34 @@ def powers(prior: Prior, c: Tensor) -> list[Tensor]:
     return [identity.expand(*c.shape, c.shape[-1]).contiguous()]
 
 
-def conditionals(prior: Prior, c: Tensor, z: Tensor, curvature: Tensor | None) -> list[Tensor]:
+def no_curvature(prior: Prior) -> Tensor:
+    """H = 0 for a matrix; for numbers the axes are their own."""
+    if prior.matrix:
+        return torch.zeros_like(prior.scale)
+    return torch.eye(prior.scale.numel(), dtype=prior.scale.dtype, device=prior.scale.device)
+
+
+def conditionals(prior: Prior, c: Tensor, z: Tensor, curvature: Tensor) -> list[Tensor]:
     r"""The tensors with which x has the prior's conditional distribution given data, standardised.
 
     As if the data were one more normal factor of curvature h at t, z given the other latents is
     normal with variance σ² = 1/(s⁻² + h) and mean μ = σ² (m/s² + h t), and z = μ + (σ/σ₀)(x − μ₀).
     c = h/(h + s₀⁻²); t makes μ₀ the number z that the other latents were taken with, as far as h
-    is not small. The same holds of matrices, s² = L Lᵀ, h = H.
+    is not small. The same holds of matrices, s² = L Lᵀ, h = H, and of numbers of one scale along
+    the axes of the data's curvature.
 
     Args:
         prior: where the other latents are as in z.
-        c: shape of the site.
+        c: shape of the site; along its axes.
         z: the site's numbers.
-        curvature: H, for matrices; a site with c = 1 stays as it is written.
+        curvature: H, for matrices; a site with c = 1 stays as it is written. For numbers the
+            orthogonal axes, shape (n, n), of z in units of s₀.
     """
     off = z - prior.loc
     if not prior.matrix:
-        target = z + off * (1 - c) / (c + LEAST * (1 - c))
-        return [prior.scale.log(), target, (1 - c) * prior.loc + c * target]
+        here, loc = (turned(t / prior.scale, curvature.mT) for t in (z, prior.loc))
+        target = here + (here - loc) * (1 - c) / (c + LEAST * (1 - c))
+        return [prior.scale.log(), target, (1 - c) * loc + c * target, curvature]
     inverse = torch.cholesky_inverse(prior.scale)
     target = z + times(torch.linalg.pinv(curvature + LEAST * inverse), times(inverse, off))
     factor, log_det = prior.conditional(curvature)

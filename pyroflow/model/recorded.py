@@ -157,6 +157,8 @@ class _Reader:
     def _step(self, node: Node) -> None:
         getitem = node.target is operator.getitem
         name = "getitem" if getitem else str(node.target).removeprefix("aten.")
+        # torch's own matmul squeezes a result of its own in place.
+        name = name.replace("squeeze_.", "squeeze.")
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise ValueError(f"the operation {name!r} draws random numbers")
         if not any(parent in self.where for parent in node.all_input_nodes):

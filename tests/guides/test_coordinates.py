@@ -20,7 +20,7 @@ from torch import Tensor
 import pyroflow as pf
 from pyroflow.guides.recording import coordinates_of, spread
 from pyroflow.model.bound import BoundModel
-from pyroflow.model.locations import prior_of
+from pyroflow.model.locations import Prior, prior_of
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.model.recorded import Recorded
 from pyroflow.targets import eight_schools_centered
@@ -92,6 +92,12 @@ MODELS = {name: hierarchy(family) for name, family in (LOCATED | OTHERS).items()
 MODELS |= {"Cholesky": vectors(False), "covariance": vectors(True), "walk": walk}
 
 
+def _axes(prior: Prior, generator: torch.Generator) -> Tensor:
+    """Random orthogonal axes of all numbers of a site."""
+    size = prior.scale.numel()
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=F64)).Q
+
+
 def moved(model: Callable, seed: int = 0) -> tuple[pf.AutoFlow, torch.nn.Module]:
     """A guide with the model's coordinates at random c, and units at a random place."""
     guide = pf.AutoFlow(model, []).setup()
@@ -103,7 +109,7 @@ def moved(model: Callable, seed: int = 0) -> tuple[pf.AutoFlow, torch.nn.Module]
     curvatures = {}
     for site, prior in zip(guide.coordinates.sites, guide.coordinates.read(start), strict=True):
         root = torch.randn(prior.scale.shape, generator=generator, dtype=F64)
-        curvatures[site["name"]] = root @ root.mT if prior.matrix else None
+        curvatures[site["name"]] = root @ root.mT if prior.matrix else _axes(prior, generator)
     guide.coordinates.set(torch.where(free == 0, noise[0], 1.0), start + noise[1], curvatures)
     return guide, guide.coordinates
 
