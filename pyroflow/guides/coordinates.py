@@ -9,7 +9,7 @@ import torch
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 
-from pyroflow.model.locations import Prior, conditionals, no_curvature, turned
+from pyroflow.model.centring import Prior, conditionals, no_curvature, turned
 from pyroflow.model.recorded import Recorded
 from pyroflow.transforms import Bijection
 from pyroflow.transforms.bijection import Pair, Parameters
@@ -25,18 +25,17 @@ class Coordinates(Bijection, TransformModule):
     For a latent whose prior has a location m and a scale s that depend on other latents it is one
     of two maps, elementwise, in the order of the model's sites. c = 1 leaves a site as it is
     written, c = 0 is its non-centred form. Where c is given, it is that of Pyro's
-    ``LocScaleReparam``, :func:`~pyroflow.model.locations.powers`:
+    ``LocScaleReparam``, :func:`~pyroflow.model.centring.powers`:
 
     z = m + s^{1 − c} (x − c m),   log |∂z/∂x| = (1 − c) log s.
 
-    Where it is found, :func:`~pyroflow.model.locations.conditionals`, the latent is standardised
+    Where it is found, :func:`~pyroflow.model.centring.conditionals`, the latent is standardised
     given the others, with c the part of its precision that comes from the data:
 
     z = μ + (σ/σ₀)(x − μ₀),   σ² = 1/((1 − c) (s₀/s)² + c) σ₀²,   μ = m + c (σ/σ₀)² (t − m).
 
-    Both agree to first order in s; at the neck of a funnel, where s vanishes, the second is the
-    non-centred form for any c < 1. m and s are functions of z that were recorded from the model,
-    so that neither the model nor its data are needed later.
+    At the neck of a funnel, where s vanishes, the second is the non-centred form for any c < 1. m
+    and s are functions of z, recorded from the model: later neither it nor its data are needed.
 
     References:
         Papaspiliopoulos, Roberts and Sköld, A general framework for the parametrization of
@@ -65,21 +64,20 @@ class Coordinates(Bijection, TransformModule):
         Bijection.__init__(self)
         self.sites, self.to_z, self.priors = sites, to_z, priors
         self.counts = [len(own) for own in tensors]
-        self.register_buffer("c", c, persistent=False)
-        self.event_dims = {"c": 1}
-        for i, tensor in enumerate(t for own in tensors for t in own):
-            self.register_buffer(f"tensor_{i}", tensor, persistent=False)
-            self.event_dims[f"tensor_{i}"] = tensor.dim()
-        self.fixed = tuple(self.event_dims)
+        numbered = enumerate(t for own in tensors for t in own)
+        kept = {"c": c} | {f"tensor_{i}": t for i, t in numbered}
+        for name, tensor in kept.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.event_dims = {name: tensor.dim() for name, tensor in kept.items()}
+        self.fixed = tuple(kept)
 
     @property
     def centring(self) -> dict[str, Tensor]:
         """The part of each number's precision that comes from the data, by site."""
-        found = self.by_site(self.c)
-        for i, (name, c) in enumerate(found.items()):
-            if self.counts[i] == NUMBERS:  # c is along the axes of these
-                found[name] = turned(c, self.own_tensors(i)[-1].square())
-        return found
+        kept = [self.own_tensors(i) for i in range(len(self.sites))]
+        pairs = zip(self.by_site(self.c).items(), kept, strict=True)
+        # Of numbers whose coordinates were found, c is along the axes.
+        return {n: turned(c, t[-1].square()) if len(t) == NUMBERS else c for (n, c), t in pairs}
 
     def by_site(self, numbers: Tensor) -> dict[str, Tensor]:
         """The parts of a vector (D,) that belong to the sites, in their shapes."""
@@ -143,11 +141,7 @@ class Coordinates(Bijection, TransformModule):
         return self._map_parameters()
 
     def move(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The z at x (*B, D) and log |det ∂z/∂x|, with :meth:`tensors` given, and no cache.
-
-        The last result is by how many standard deviations of a prior its site's numbers are rounded
-        at most, shape (*B).
-        """
+        """The z at x (*B, D), log |det ∂z/∂x|, and how far z is rounded, in sds of a prior."""
         if not x.numel():
             return x, x.sum(-1), x.sum(-1)
         run = torch.func.vmap(self.to_z, in_dims=(0, *(None for _ in tensors)))

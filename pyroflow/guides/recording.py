@@ -10,9 +10,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyroflow.guides.coordinates import Coordinates, Description
+from pyroflow.model.centring import Prior, conditionals, no_curvature, powers
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.latents import Latents
-from pyroflow.model.locations import Filled, Prior, conditionals, no_curvature, powers
+from pyroflow.model.locations import Filled
 from pyroflow.model.recorded import Recorded
 from pyroflow.model.records import quietly
 

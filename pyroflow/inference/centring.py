@@ -18,7 +18,7 @@ from pyroflow.inference.gaussian_start import (
     moved_on,
     normal_pairs,
 )
-from pyroflow.model.locations import Prior
+from pyroflow.model.centring import Prior
 from pyroflow.model.log_joint import LogJoint
 
 ROUNDS = 3  # of Gaussian → c → Gaussian

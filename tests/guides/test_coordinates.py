@@ -20,7 +20,8 @@ from torch import Tensor
 import pyroflow as pf
 from pyroflow.guides.recording import coordinates_of, spread
 from pyroflow.model.bound import BoundModel
-from pyroflow.model.locations import Prior, prior_of
+from pyroflow.model.centring import Prior
+from pyroflow.model.locations import prior_of
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.model.recorded import Recorded
 from pyroflow.targets import eight_schools_centered
