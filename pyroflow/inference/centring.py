@@ -162,7 +162,7 @@ def _for_numbers(found: Tensor, prior: Prior, priors: Prior) -> tuple[Tensor, Te
     """C and axes of numbers: those of the data's curvature, where all have one scale."""
     size, information = prior.scale.flatten(), prior.information.mean()
     white = size.unsqueeze(-1) * (found + found.mT) / 2 * size
-    ratios = (priors.scale / prior.scale).flatten(1).log()
+    ratios = (priors.scale / prior.scale).log().reshape(len(priors.scale), -1)
     if bool((ratios.amax(1) - ratios.amin(1)).max() < ALIKE):
         values, axes = torch.linalg.eigh(white)
     else:

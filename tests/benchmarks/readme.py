@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,7 @@ from rezende_mohamed_2015.__main__ import EXPERIMENTS
 
 from . import family, posteriors, trust
 from .posteriordb import table as posteriordb
+from .runs import POSTERIOR, within
 from .speed import table as speed
 from .tables import markdown
 
@@ -136,7 +138,7 @@ def experiment(name: str) -> str:
 
 
 def summary() -> str:
-    """README's ten rows: what each command found, beside what is known or a rival's."""
+    """README's rows: what each command found, beside what is known or a rival's."""
     stages = stored("demo")["stages"]
     sine, toy, schools = (stages[name] for name in ("sine", "toy", "eight_schools"))
     rivals = (sine["gap_of_full_gaussian_nats"], toy["full Gaussian"]["kl"])
@@ -151,17 +153,32 @@ def summary() -> str:
         ours = _elbo(schools[form]["planar"])
         rows.append((f"eight schools, {form}, K = 32: ELBO, nats", ours, f"{exact}; {rival}"))
     rows = [(*row, "`make demo`") for row in rows]
-    rows += [_bar("KL not above the best rival's, beyond noise"), _bar("sds within 5 %")]
+    rows += _rows_of_one_call()
     rows += [*_rows_of_the_paper(), _speed([10000, 40, 32]), _speed([1000, 2, 32])]
     return markdown(pd.DataFrame(rows, columns=["", "pyroflow", "beside it", "made by"]))
 
 
-def _bar(start: str) -> tuple[str, ...]:
-    lines = posteriordb.bars(posteriordb.finished(stored("posteriordb")))
-    (line,) = [line for line in lines if line.startswith(start)]
-    label, _, found = line.rpartition(": ")
-    met, _, missed = found.partition("; ")
-    return f"posteriordb: {label}", met, missed or "–", "`make posteriordb`"
+def _rows_of_one_call() -> list[tuple[str, ...]]:
+    """How often ``posterior`` is right, and how often its verdict is not."""
+    found = stored("trust")["results"][POSTERIOR].values()
+    records = [record for seeds in found for record in seeds.values()]
+    wrong, alarms, _ = (line.partition(": ")[2] for line in trust.rates(records))
+    beside = f"{len(found)} posteriors with exact answers"
+    rows = [
+        ("`posterior`: called good or usable, and wrong", wrong, beside, "`make trust`"),
+        ("`posterior`: right, and called bad", alarms, beside, "`make trust`"),
+    ]
+    found = stored("posteriors")["results"][POSTERIOR].values()
+    records = [record for seeds in found for record in seeds.values()]
+    right = sum(within(record, posteriors.RIGHT) for record in records)
+    beside = f"seconds, median and worst: {_seconds(records)}"
+    text = "`posterior`: means within 0.1 sd, sds within 10 %"
+    return [*rows, (text, f"{right} of {len(records)}", beside, "`make posteriors`")]
+
+
+def _seconds(records: list[dict[str, Any]]) -> str:
+    seconds = [record["seconds"] for record in records]
+    return f"{median(seconds):.0f} and {max(seconds):.0f}"
 
 
 def _rows_of_the_paper() -> list[tuple[str, ...]]:

@@ -308,3 +308,38 @@ def test_a_recording_refuses_random_numbers_and_unknown_operations() -> None:
         Recorded.of(lambda x: (x + torch.randn(3),), torch.zeros(3))
     with pytest.raises(ValueError, match="from_file"):
         Recorded([["from_file.default", ["secret"], {}]], [], [{"step": 0}])(torch.zeros(3))
+
+
+def test_a_single_number_may_have_coordinates() -> None:
+    def model() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.5))
+        pyro.sample("x", dist.Normal(0.0, scale))
+
+    guide = pf.AutoPlanarFlow(model, num_layers=0)
+    fit = pf.fit_guide(model, guide, seed=0, progress=False)
+    assert guide.centring["x"].shape == ()
+    assert abs(fit.best_loss) < 1e-3  # exact at c = 0; the log evidence is 0
+
+
+def test_a_walk_given_its_scale_is_normal_along_axes_of_its_own() -> None:
+    """Given the scale the steps are normal with a precision that the data correlate."""
+    y = torch.tensor([0.3, 0.9, 0.2, 0.8, 1.9, 2.2, 1.7, 2.9, 3.4, 3.1])
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(-1.0, 0.5))
+        with pyro.plate("steps", len(y)):
+            step = pyro.sample("step", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(step.cumsum(-1), 0.3).to_event(1), obs=y)
+
+    guide = pf.AutoPlanarFlow(model, num_layers=0)
+    fit = pf.fit_guide(model, guide, steps=1, seed=0, progress=False)
+    t = torch.linspace(-5, 3, 2001, dtype=F64)
+    root = torch.ones(len(y), len(y), dtype=F64).tril()
+    cov = t.exp().square()[:, None, None] * (root @ root.T) + 0.09 * torch.eye(len(y), dtype=F64)
+    log_p = dist.MultivariateNormal(torch.zeros(len(y), dtype=F64), cov).log_prob(y.to(F64))
+    log_p = log_p + dist.Normal(number(-1.0), number(0.5)).log_prob(t)
+    evidence = log_p.logsumexp(0).item() + math.log(t[1] - t[0])
+    assert fit.best_loss + evidence < 0.02
+    plain = pf.AutoPlanarFlow(model, num_layers=0, centring=None)
+    before = pf.fit_guide(model, plain, steps=1, seed=0, progress=False)
+    assert before.best_loss + evidence > 0.06

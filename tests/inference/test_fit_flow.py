@@ -70,7 +70,7 @@ def test_ends_no_worse_than_the_gaussian_it_starts_from() -> None:
 
 
 def test_a_fitted_guide_goes_on_from_where_it_is() -> None:
-    guide = pf.AutoPlanarFlow(banana, 4)
+    guide = pf.AutoPlanarFlow(banana, 4, centring=None)
     first = pf.fit_guide(banana, guide, steps=300, **QUICK)
     second = pf.fit_guide(banana, guide, steps=20, **QUICK)
     assert second.scores[0][1] == pytest.approx(first.best_loss, abs=0.05)
@@ -103,7 +103,7 @@ def test_killed_fit_resumes_bit_by_bit(tmp_path: Path, warm_start: bool, killed:
 def test_growing_fit_resumes_bit_by_bit(tmp_path: Path, layers: int) -> None:
     def fit(**options: object) -> tuple[pf.Fit, pf.AutoFlow]:
         pyro.clear_param_store()
-        guide = pf.AutoPlanarFlow(banana, num_layers="auto")
+        guide = pf.AutoPlanarFlow(banana, num_layers="auto", centring=None)
         return pf.fit_guide(banana, guide, steps=30, **options, **QUICK), guide
 
     def show(self: Trainer, bar: object) -> None:
@@ -144,7 +144,7 @@ def test_draws_without_a_finite_weight_are_left_out_and_counted() -> None:
 
 
 def test_fit_goes_back_to_its_best_state_where_all_is_lost() -> None:
-    guide = pf.AutoPlanarFlow(banana, 2)
+    guide = pf.AutoPlanarFlow(banana, 2, centring=None)
     guide.setup()
     calls, plain = [], objectives.bound_loss
 
@@ -161,7 +161,7 @@ def test_fit_goes_back_to_its_best_state_where_all_is_lost() -> None:
 
 @pytest.mark.parametrize("objective", ["iwae", "dreg"])
 def test_importance_weighted_objectives_reach_the_posterior(objective: str) -> None:
-    guide = pf.AutoPlanarFlow(banana, 8)
+    guide = pf.AutoPlanarFlow(banana, 8, centring=None)
     options = {"objective": objective, "group_size": 4, "num_particles": 32}
     fit = pf.fit_guide(banana, guide, steps=400, seed=0, progress=False, **options)
     report = pf.diagnose(banana, guide, num_samples=20_000)
@@ -187,7 +187,7 @@ def test_paper_like_and_adaptive_annealing_end_at_the_posterior() -> None:
 
 
 def test_student_base_is_trained_along_paths() -> None:
-    guide = pf.AutoPlanarFlow(banana, 4, base_df=10.0)
+    guide = pf.AutoPlanarFlow(banana, 4, base_df=10.0, centring=None)
     fit = pf.fit_guide(banana, guide, steps=200, **QUICK)
     assert fit.scores[-1][1] < fit.scores[0][1]
 
