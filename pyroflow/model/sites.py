@@ -13,9 +13,9 @@ from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Size, Tensor
 from torch.distributions import register_kl
-from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
+from torch.distributions.constraints import Constraint
 
-from pyroflow.model.supports import Preimage, bijection, remember
+from pyroflow.model.supports import Preimage, bijection, of_parts, remember
 
 Description = dict[str, Any]
 Move = Callable[[Tensor], Tensor]
@@ -81,10 +81,7 @@ class LatentSite:
         """The site of a trace; raises ``ValueError`` by name if it is discrete."""
         fn, value, plates = site["fn"], site["value"].detach(), tuple(site["cond_indep_stack"])
         with helpful_support_errors(site):
-            support = fn.support
-            if isinstance(support, MixtureSameFamilyConstraint):  # that of its parts
-                support = support.base_constraint
-            support = _mapped(support, Tensor.detach)
+            support = _mapped(of_parts(fn.support), Tensor.detach)
             shape = bijection(support).inv(value).shape
         return cls(site["name"], support, fn.batch_shape, fn.event_shape, shape, plates, value)
 

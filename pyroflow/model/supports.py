@@ -235,6 +235,17 @@ def same_support(one: Constraint, other: Constraint) -> bool:
     )
 
 
+def of_parts(support: Constraint) -> Constraint:
+    """The support with that of the parts in place of a mixture's, which torch cannot map."""
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return of_parts(support.base_constraint)
+    if isinstance(support, constraints.independent):
+        base = of_parts(support.base_constraint)
+        if base is not support.base_constraint:
+            return constraints.independent(base, support.reinterpreted_batch_ndims)
+    return support
+
+
 def base_of(support: Constraint) -> Constraint:
     """The support of the numbers or vectors that an independent one repeats, or a mixture has."""
     while isinstance(support, constraints.independent | MixtureSameFamilyConstraint):

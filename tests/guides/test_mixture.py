@@ -96,3 +96,19 @@ def test_copies_and_files(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_are_refused(weights: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="a positive number for each of 2 guides"):
         MixtureGuide(model, gaussians().guides, weights)
+
+
+def test_priors_that_are_mixtures_may_be_independent_and_in_plates() -> None:
+    def model() -> None:
+        parts = dist.LogNormal(torch.tensor([0.0, 3.0]), torch.tensor([1.0, 0.2]))
+        prior = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.5, 0.5])), parts)
+        pyro.sample("event", prior.expand([3]).to_event(1))
+        with pyro.plate("rows", 2):
+            pyro.sample("rows", prior.expand([2]))
+
+    guide = pf.AutoPlanarFlow(model, num_layers=1).setup()
+    draws = guide()
+    assert draws["event"].shape == (3,)
+    assert bool((draws["event"] > 0).all())
+    assert draws["rows"].shape == (2,)
+    assert pf.diagnose(model, guide, num_samples=200).num_nonfinite == 0
