@@ -103,7 +103,7 @@ def test_priors_that_are_mixtures_may_be_independent_and_in_plates() -> None:
         parts = dist.LogNormal(torch.tensor([0.0, 3.0]), torch.tensor([1.0, 0.2]))
         prior = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.5, 0.5])), parts)
         pyro.sample("event", prior.expand([3]).to_event(1))
-        with pyro.plate("rows", 2):
+        with pyro.plate("plate", 2):
             pyro.sample("rows", prior.expand([2]))
 
     guide = pf.AutoPlanarFlow(model, num_layers=1).setup()
