@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pyro
+import torch
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count
 from pyroflow.diagnostics import Report, diagnose
+from pyroflow.diagnostics.marginals import columns_of, disagreement, marginals
 from pyroflow.guides import AutoFlow, AutoSylvesterFlow
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.inference.guide import inspected
@@ -35,6 +37,7 @@ LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains over i
 EVEN = 0.985  # part of the draws, so many effective that there is no tail to speak of
 SURE_KHAT = 0.6  # of weight times a latent or its square
 CHAINS, CHAIN_DRAWS = 128, 500
+COMPARED = 10_000  # draws of the chains, with those of the last check
 TRUSTED = ("good", "resample")
 
 
@@ -75,6 +78,8 @@ def posterior(
         Draws and verdict, the guide, and how it was reached.
 
     Raises:
+        TypeError: If the model is not callable, or args no tuple.
+        RuntimeError: If the model has no latents.
         ValueError: If a latent is discrete, a plate subsamples, the latents change from run to run,
             or the log density is finite nowhere near the start (each names the site); if the
             model has parameters of its own, or num_samples is below 1,000.
@@ -87,11 +92,15 @@ def posterior(
     """
     check_count("num_samples", num_samples, 1000)
     check_count("seed", seed, 0)
+    if not callable(model):
+        raise TypeError(f"model must be a Pyro model, a callable, got {type(model).__name__}")
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"args must be a tuple, as in args=(y,), got {type(args).__name__}")
     climb = _Climb(model, tuple(args), dict(kwargs or {}), seed, num_samples, progress)
     try:
         climb.run()
     except KeyboardInterrupt:
-        if climb.guide is None or climb.report is None:
+        if not climb.has_result():
             raise
         climb.reason = "it was interrupted"
     return climb.result()
@@ -105,7 +114,7 @@ class _Climb:
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.seed, self.num, self.progress = seed, num, progress
-        self.guide: AutoFlow | MixtureGuide | None = None
+        self.flow, self.guide = self._make(), None
         self.report: Report | None = None
         self.latest: Report | None = None
         self.chains: Chains | None = None
@@ -113,9 +122,16 @@ class _Climb:
         self.began = self.last = time.perf_counter()
         self.reason, self.checks = "", 0
 
+    def has_result(self) -> bool:
+        """Whether there is a guide with its report, or a fitted one to report on."""
+        flow = self.flow
+        if self.report is None and flow.prototype_trace is not None and flow.flow.fitted:
+            self._holds(flow, "flow, cut off")
+        return self.report is not None
+
     def run(self) -> None:
         """Climb until a rung holds."""
-        flow = self._make()
+        flow = self.flow
         with seeded(self.seed):
             problem = self._problem(flow)
             bound = LogJointBound(problem, "elbo", 1, None, seed=self.seed)
@@ -197,9 +213,24 @@ class _Climb:
         options = {"num_samples": CHAIN_DRAWS, "num_chains": CHAINS, "seed": self.seed}
         with pyro.validation_enabled(False):
             chains = mcmc(self.model, flow, self.args, self.kwargs, **options, progress=False)
-        self._note(f"{CHAINS} chains", chains.verdict)
-        self.chains = chains
-        return chains.level == "good"
+        apart = self._apart(chains, mixing.problem) if chains.level == "good" else ""
+        self._note(f"{CHAINS} chains", f"{chains.verdict}{apart and f'; but {apart}'}")
+        self.chains = None if apart else chains
+        return chains.level == "good" and not apart
+
+    def _apart(self, chains: Chains, problem: BoundModel) -> str:
+        """What draws wider than the flow say against the chains; empty if nothing."""
+        report, every = self.latest, _thinned(len(chains.log_p), COMPARED)
+        if report.wide is None:
+            return ""
+        values = {name: value[every] for name, value in chains.draws.items()}
+        columns = columns_of(values, problem.runs.records)
+        even = torch.zeros(len(columns.z), dtype=torch.float64, device="cpu")
+        found = marginals([columns], [even], report.marginals)
+        other, own = report.wide.marginals.smoothed, 1 / math.sqrt(chains.ess)
+        errors = tuple((t.square() + own**2).sqrt() for t in (other.mean_error, other.sd_error))
+        size, words = disagreement(found.names, found.plain, other, errors)
+        return f"wider draws correct {words}" if size > 1 else ""
 
     def _note(self, name: str, verdict: str) -> None:
         now = time.perf_counter()

@@ -38,8 +38,8 @@ class Posterior:
             resampled, and repeat where its weights vary. "bad": they cannot be trusted.
         verdict: the same in words, with the reason.
         log_evidence: from the guide's importance weights, in nats.
-        error: Monte Carlo error of the means, at most so many standard deviations; infinite where
-            the draws cannot be trusted.
+        error: the largest Monte Carlo standard error of a mean, in standard deviations; infinite
+            where the draws cannot be trusted.
         guide: the fitted guide, or a mixture of several.
         report: of the last :func:`~pyroflow.diagnose`, on draws of its own.
         chains: of :func:`~pyroflow.mcmc`, where it came to that: the draws are theirs if their
@@ -73,7 +73,7 @@ class Posterior:
     def __str__(self) -> str:
         rows = {
             "verdict": self.verdict,
-            "error": f"of the means at most {self.error:.3f} sd",
+            "error": f"{self.error:.3f} sd, the largest standard error of a mean",
             "log evidence": f"{self.log_evidence:.3f}",
             "draws": f"{len(next(iter(self.draws.values())))}",
             "seconds": f"{self.seconds:.1f}",

@@ -157,9 +157,13 @@ def test_what_it_cannot_treat_is_refused(model: Callable, args: tuple, said: str
         pf.posterior(model, args, **QUIET)
 
 
-def test_too_few_draws_are_refused() -> None:
+def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="num_samples"):
         pf.posterior(gaussian, seed=0, num_samples=10)
+    with pytest.raises(TypeError, match="args must be a tuple"):
+        pf.posterior(rows, torch.zeros(5), seed=0)
+    with pytest.raises(TypeError, match="model must be a Pyro model"):
+        pf.posterior(None, seed=0)
 
 
 def test_an_interrupt_gives_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +175,15 @@ def test_an_interrupt_gives_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> 
     assert post.level == "bad"
     assert post.verdict.endswith("it was interrupted")
     assert post.error == math.inf
+    fit_flow = climb.fit_flow
+
+    def cut_off(*args: object, **kwargs: object) -> None:
+        fit_flow(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(climb, "fit_flow", cut_off)
+    post = pf.posterior(gaussian, **QUIET)
+    assert (post.level, post.rungs[0].name) == ("good", "flow, cut off")
     monkeypatch.setattr(climb, "fit_flow", interrupted)
     with pytest.raises(KeyboardInterrupt):  # nothing to give yet
         pf.posterior(gaussian, **QUIET)
