@@ -213,24 +213,10 @@ class _Climb:
         options = {"num_samples": CHAIN_DRAWS, "num_chains": CHAINS, "seed": self.seed}
         with pyro.validation_enabled(False):
             chains = mcmc(self.model, flow, self.args, self.kwargs, **options, progress=False)
-        apart = self._apart(chains, mixing.problem) if chains.level == "good" else ""
+        apart = _apart(self.latest, chains, mixing.problem) if chains.level == "good" else ""
         self._note(f"{CHAINS} chains", f"{chains.verdict}{apart and f'; but {apart}'}")
         self.chains = None if apart else chains
         return chains.level == "good" and not apart
-
-    def _apart(self, chains: Chains, problem: BoundModel) -> str:
-        """What draws wider than the flow say against the chains; empty if nothing."""
-        report, every = self.latest, _thinned(len(chains.log_p), COMPARED)
-        if report.wide is None:
-            return ""
-        values = {name: value[every] for name, value in chains.draws.items()}
-        columns = columns_of(values, problem.runs.records)
-        even = torch.zeros(len(columns.z), dtype=torch.float64, device="cpu")
-        found = marginals([columns], [even], report.marginals)
-        other, own = report.wide.marginals.smoothed, 1 / math.sqrt(chains.ess)
-        errors = tuple((t.square() + own**2).sqrt() for t in (other.mean_error, other.sd_error))
-        size, words = disagreement(found.names, found.plain, other, errors)
-        return f"wider draws correct {words}" if size > 1 else ""
 
     def _note(self, name: str, verdict: str) -> None:
         now = time.perf_counter()
@@ -295,3 +281,18 @@ def _rank(report: Report) -> tuple[bool, float]:
 def _thinned(total: int, num: int) -> slice:
     """Every k-th of the draws, at least ``num`` of them where there are as many."""
     return slice(None, None, max(1, total // num))
+
+
+def _apart(report: Report, chains: Chains, problem: BoundModel) -> str:
+    """What draws wider than the flow say against the chains; empty if nothing."""
+    every = _thinned(len(chains.log_p), COMPARED)
+    if report.wide is None:
+        return ""
+    values = {name: value[every] for name, value in chains.draws.items()}
+    columns = columns_of(values, problem.runs.records)
+    even = torch.zeros(len(columns.z), dtype=torch.float64, device="cpu")
+    found = marginals([columns], [even], report.marginals)
+    other, own = report.wide.marginals.smoothed, 1 / math.sqrt(chains.ess)
+    errors = tuple((t.square() + own**2).sqrt() for t in (other.mean_error, other.sd_error))
+    size, words = disagreement(found.names, found.plain, other, errors)
+    return f"wider draws correct {words}" if size > 1 else ""
