@@ -71,13 +71,12 @@ def mixed(model: Callable, parts: Sequence[Part]) -> MixtureGuide:
     log_q = log_q.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     # Each part has drawn as many: of these draws the density is the plain mean.
     log_weights = log_p - (log_q.logsumexp(-1) - math.log(len(parts)))
-    log_weights = (
-        log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf).softmax(0).nan_to_num(0.0)
-    )
+    log_weights = log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    masses = log_weights.softmax(0).nan_to_num(0.0)
     weights = log_q.new_full((len(parts),), 1 / len(parts))
     for _ in range(ROUNDS):
         shares = (weights.log() + log_q).softmax(-1).nan_to_num(0.0)
-        weights = (log_weights.unsqueeze(-1) * shares).sum(0)
+        weights = (masses.unsqueeze(-1) * shares).sum(0)
     kept = weights >= min(LEAST_WEIGHT, weights.max().item())
     guides = [part for (part, _), keep in zip(parts, kept.tolist(), strict=True) if keep]
     return MixtureGuide(model, guides, weights[kept])
