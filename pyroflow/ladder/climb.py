@@ -118,9 +118,8 @@ class _Climb:
         self.report: Report | None = None
         self.latest: Report | None = None
         self.chains: Chains | None = None
-        self.rungs: list[Rung] = []
         self.began = self.last = time.perf_counter()
-        self.reason, self.checks = "", 0
+        self.rungs, self.reason, self.checks = [], "", 0
 
     def has_result(self) -> bool:
         """Whether there is a guide with its report, or a fitted one to report on."""
@@ -170,7 +169,8 @@ class _Climb:
     def _holds(self, guide: AutoFlow | MixtureGuide, name: str) -> bool:
         """Whether the guide's draws hold two checks; the better guide so far is kept."""
         self.latest = report = self._check(guide)
-        if self.report is None or _rank(report) >= _rank(self.report):
+        # A guide that was trained on is no longer the one that its earlier report is of.
+        if self.report is None or guide is self.guide or _rank(report) >= _rank(self.report):
             self.guide, self.report = guide, report
         held = _is_exact(guide, report)
         if held:  # what was looked at before does not count as a check of what was chosen by it
