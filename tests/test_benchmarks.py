@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.remote import connect
 from benchmarks.speed import memory, timing
-from benchmarks.speed.__main__ import JAX_PYTHON, app
+from benchmarks.speed.__main__ import app
 from benchmarks.speed.accuracy import check_agreement
 from benchmarks.speed.contenders import FLOOR, OURS, PYRO, Contender, Floor, Ours, contenders
 from benchmarks.speed.growth import TERMS, fit, terms
 from benchmarks.speed.operations import RATIOS, Batched, operations, ratios
 from benchmarks.speed.problem import Problem, Shape, constrained, reference
-from benchmarks.speed.remote import connect, flowjax_parameters
+from benchmarks.speed.remote import Flowjax, flowjax_parameters
 from typer.testing import CliRunner
 
 SHAPE = Shape(5, 3, 4)
@@ -214,7 +215,7 @@ def test_a_short_run_from_end_to_end(tmp_path: Path) -> None:
 
 
 def test_flowjax_computes_the_same_function() -> None:
-    remote, note = connect(JAX_PYTHON)
+    remote, note = connect(Flowjax)
     if remote is None:
         pytest.skip(note)
     problem = Problem.draw(SHAPE, torch.float32)
@@ -226,9 +227,9 @@ def test_flowjax_computes_the_same_function() -> None:
 
 
 def test_flowjax_is_left_out_where_it_cannot_run() -> None:
-    if connect(Path(sys.executable))[0] is not None:
+    if connect(Flowjax, Path(sys.executable))[0] is not None:
         pytest.skip("this environment has flowjax")
-    assert connect(Path(sys.executable))[1].endswith("cannot run it")
+    assert connect(Flowjax, Path(sys.executable))[1].endswith("cannot run it")
 
 
 @pytest.mark.parametrize("shapes", ["5,3", "5,3,x", "5,0,4"])

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..remote import JAX_PYTHON, connect
 from .accuracy import accuracy, check_agreement
 from .contenders import FLOOR, FLOWJAX, contenders
 from .growth import growth, plot
@@ -18,12 +19,11 @@ from .memory import SHAPES as MEMORY_SHAPES
 from .memory import memory
 from .operations import operations, ratios
 from .problem import SHAPES, Problem, Shape, reference
-from .remote import Remote, connect
+from .remote import Flowjax
 from .table import markdown
 from .timing import interleave, spread
 
 ROOT = Path(__file__).resolve().parents[3]
-JAX_PYTHON = ROOT / ".venv-jax" / "bin" / "python"
 OUT = ROOT / "notebooks" / "results" / "benchmarks.json"
 MOST_SECONDS = 60.0  # for the rounds of one shape, once there are three
 BUSY = 0.5  # load above which threads wait for each other
@@ -54,7 +54,7 @@ def run(
     if quick:
         rounds, seconds = min(rounds, 3), min(seconds, 0.02)
     torch.set_num_threads(threads)
-    remote, note = connect(jax_python)
+    remote, note = connect(Flowjax, jax_python)
     typer.echo(note)
     results: dict[str, Any] = {"machine": machine(note), "setting": SETTING, "shapes": []}
     try:
@@ -91,7 +91,7 @@ def parse(shapes: str) -> tuple[Shape, ...]:
     return found
 
 
-def measure(shape: Shape, remote: Remote | None, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(shape: Shape, remote: Flowjax | None, rounds: int, seconds: float) -> dict[str, Any]:
     """Times, ratios and errors at one shape."""
     problem = Problem.draw(shape)
     stacks = contenders(problem)

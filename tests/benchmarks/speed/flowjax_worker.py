@@ -1,16 +1,14 @@
 """flowjax's planar layers, timed in a process and an environment of their own.
 
-``python -m benchmarks.speed.flowjax_worker``, in the folder tests: reads one JSON request a line
-and answers each with one line. Nothing runs between requests.
+``python -m benchmarks.speed.flowjax_worker``, in the folder tests. Nothing runs between requests.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from ..serving import serve, versions
 from .timing import Local
 
 UNROLLED_LAYERS, UNROLLED_NUMBERS = 32, 100_000  # compiling K layers one by one takes seconds
@@ -89,35 +87,25 @@ def _compiled(parameters: Any, unrolled: bool) -> dict[str, Callable[..., Any]]:
     return {"train": lambda x: train(leaves, x), "forward": lambda x: forward(leaves, x)}
 
 
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
+class Service:
+    """Answers requests; it holds the layers of the problem that was loaded last."""
 
-    return {name: version(name) for name in ("jax", "flowjax")}
+    worker: Worker
 
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request["do"] == "versions":
+            return versions("jax", "flowjax")
+        if request["do"] == "load":
+            import jax
 
-def answer(request: dict[str, Any], worker: Worker | None) -> tuple[dict[str, Any], Worker | None]:
-    """Do what one request asks for."""
-    if request["do"] == "versions":
-        return versions(), worker
-    if request["do"] == "load":
-        import jax
-
-        jax.clear_caches()
-        worker = Worker(request["file"])
-        return worker.chosen, worker
-    if request["do"] == "save":
-        worker.save(request["file"])
-        return {}, worker
-    return {"seconds": worker.calls[request["operation"]].slice(request["seconds"])}, worker
-
-
-def main() -> None:
-    """Serve until the other side closes the pipe."""
-    worker = None
-    for line in sys.stdin:
-        reply, worker = answer(json.loads(line), worker)
-        print(json.dumps(reply), flush=True)
+            jax.clear_caches()
+            self.worker = Worker(request["file"])
+            return self.worker.chosen
+        if request["do"] == "save":
+            self.worker.save(request["file"])
+            return {}
+        return {"seconds": self.worker.calls[request["operation"]].slice(request["seconds"])}
 
 
 if __name__ == "__main__":
-    main()
+    serve(Service())

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import subprocess
 import tempfile
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..remote import Remote
 from .problem import Problem, constrained
 
-TESTS = Path(__file__).resolve().parents[2]
 
+class Flowjax(Remote):
+    """flowjax's worker."""
 
-class Remote:
-    """flowjax's worker: a request goes out, and nothing else runs until it is answered."""
-
-    def __init__(self, python: Path) -> None:
-        # absolute, and not resolved: a virtual environment's python is a link
-        self._process = subprocess.Popen(
-            [python.absolute(), "-m", "benchmarks.speed.flowjax_worker"],
-            cwd=TESTS,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            self.versions = self.ask(do="versions")
-        except RuntimeError:
-            self.close()
-            raise
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Send one request and wait for its answer."""
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise RuntimeError(f"the flowjax process ended at the request {request}: see above")
-        return json.loads(line)
+    library = "flowjax"
+    module = "benchmarks.speed.flowjax_worker"
 
     def load(self, problem: Problem) -> tuple[dict[str, str], Tensor, Tensor]:
         """Hand a problem over; return the form that is faster by operation, y and log|det|."""
@@ -62,18 +32,11 @@ class Remote:
     def timed(self, operation: str) -> RemoteOperation:
         return RemoteOperation(self, operation)
 
-    def close(self) -> None:
-        """Let the process end."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
 
 class RemoteOperation:
     """One operation of the worker, to be timed like a function of this process."""
 
-    def __init__(self, remote: Remote, operation: str) -> None:
+    def __init__(self, remote: Flowjax, operation: str) -> None:
         self.remote, self.operation = remote, operation
 
     def slice(self, seconds: float) -> float:
@@ -94,14 +57,3 @@ def flowjax_parameters(problem: Problem) -> Tensor:
     v = v + (-(-v).expm1()).log()  # the inverse of softplus
     u = u_hat + (v - s + 1) * w / w.square().sum(-1, keepdim=True)
     return torch.cat([w, u, b.unsqueeze(-1)], dim=-1).to(problem.x.dtype)
-
-
-def connect(python: Path) -> tuple[Remote | None, str]:
-    """The worker and its versions, or None and why there is none."""
-    if not python.exists():
-        return None, f"flowjax is left out: there is no {python} (option --jax-python)"
-    try:
-        remote = Remote(python)
-    except RuntimeError:
-        return None, f"flowjax is left out: {python} cannot run it"
-    return remote, ", ".join(f"{name} {version}" for name, version in remote.versions.items())
