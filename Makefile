@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 PAPER := ../$(BIN)/python -m rezende_mohamed_2015
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint slow notebooks bench posteriordb posteriors trust paper tables clean
+.PHONY: demo test lint slow notebooks bench posteriordb posteriors nuts trust paper tables clean
 
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	$(BIN)/pyroflow demo
@@ -33,6 +33,9 @@ posteriordb: $(INSTALLED)  ## Ten posteriors, ours beside rivals and NUTS, with 
 
 posteriors: $(INSTALLED)  ## pf.posterior on 29 posteriors with three seeds, with resume. PYROFLOW_POSTERIORDB and PYROFLOW_HIERARCHIES say where the data are.
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.posteriors run
+
+nuts: $(INSTALLED) $(JAX_VENV)/installed  ## Pyro's and numpyro's NUTS on the same 29, beside them, with resume.
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.posteriors run --ways NUTS,numpyro
 
 trust: $(INSTALLED)  ## The verdicts of pf.posterior on 110 small posteriors with exact answers, three seeds, with resume.
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.trust run
@@ -61,7 +64,7 @@ $(VENV)/bench-installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
 	touch $@
 
-$(JAX_VENV)/installed:
+$(JAX_VENV)/installed: Makefile
 	$(PYTHON) -m venv $(JAX_VENV)
-	$(JAX_VENV)/bin/python -m pip install --quiet "flowjax==19.1.2" "jax==0.10.2"
+	$(JAX_VENV)/bin/python -m pip install --quiet "flowjax==19.1.2" "jax==0.10.2" "numpyro==0.22.0"
 	touch $@

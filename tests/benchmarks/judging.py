@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -125,6 +126,16 @@ def judge(draws: Draws, reference: Reference) -> dict[str, float | str]:
         "sd at": names[worst],
         "sd noise": _noise(reference, worst, len(x)),
     }
+
+
+def least_ess(chain: Draws, reference: Reference) -> float:
+    """The smallest bulk ESS of a chain's columns, ArviZ's; NaN if one is constant or infinite."""
+    import arviz  # takes seconds, and most judges need none
+
+    x = columns(chain, reference.supports)
+    if not x.isfinite().all() or (x == x[0]).all(0).any():  # ArviZ has all of these effective
+        return math.nan
+    return float(arviz.ess({"x": x.unsqueeze(0).numpy()}, method="bulk")["x"].min())
 
 
 def _noise(reference: Reference, column: int, num: int) -> float:

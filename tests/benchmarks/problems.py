@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .hierarchies import models as of_hierarchies
 from .judging import Reference, from_draws, supports
 from .known import SEVEN, TARGETS, THOUSAND
@@ -49,3 +51,11 @@ def find(name: str) -> Problem:
     found = of_posteriordb.load(name)
     reference = from_draws(found.draws, supports(found.model, found.args))
     return Problem(name, found.model, found.args, reference, found.log_normalizer)
+
+
+def reference_draws(name: str, num: int) -> dict[str, Tensor]:
+    """The first draws of the reference of that problem, {site: (num, *site)}."""
+    if name in TARGETS:
+        return TARGETS[name].draws(num)
+    suite = of_hierarchies if name in of_hierarchies.NAMES else of_posteriordb
+    return {site: value[:num] for site, value in suite.load(name).draws.items()}

@@ -122,11 +122,10 @@ def by_site(table: Tensor, sites: list[dict[str, Any]]) -> dict[str, Tensor]:
     return draws
 
 
-def log_joint(hierarchy: Hierarchy, row: int) -> float:
-    """The log joint of the port at one of the reference draws, constrained."""
-    values = {name: value[row] for name, value in hierarchy.draws.items()}
-    conditioned = poutine.condition(hierarchy.model, data=values)
-    return poutine.trace(conditioned).get_trace(*hierarchy.args).log_prob_sum().item()
+def log_joint(model: Callable, args: tuple, values: dict[str, Tensor]) -> float:
+    """The log joint of a model at values of its sites, constrained."""
+    conditioned = poutine.condition(model, data=values)
+    return poutine.trace(conditioned).get_trace(*args).log_prob_sum().item()
 
 
 def _argument(key: str, value: Any) -> Any:
