@@ -13,14 +13,19 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from . import tables
+from . import effective, tables
+from .numpyro_nuts.remote import Numpyro
 from .posteriordb.models import ROOT
 from .problems import POSTERIORS
 from .records import choose, machine, read, write
+from .remote import connect
 from .runs import (
+    NUMPYRO,
     POSTERIOR,
+    RIGHT,
     TRUSTED,
     WAYS,
+    WRONG,
     Record,
     alone,
     complete,
@@ -30,7 +35,6 @@ from .runs import (
 )
 
 OUT = ROOT / "notebooks" / "results" / "posteriors.json"
-RIGHT, WRONG = 0.1, 0.2  # of an sd; what is between them is neither
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -49,7 +53,9 @@ def run(
     names, chosen = choose(only, POSTERIORS, "--only"), choose(ways, tuple(WAYS), "--ways")
     alone()
     found = read(out)
-    found["machine"] = machine()
+    found["machine"] = found.get("machine", {}) | machine()
+    if NUMPYRO in chosen:
+        found["machine"] |= _numpyro()
     if fresh:
         for way in chosen:
             for name in names:
@@ -59,6 +65,15 @@ def run(
     typer.echo(markdown(read(out)))
 
 
+def _numpyro() -> dict[str, str]:
+    """Versions of numpyro's environment."""
+    remote, note = connect(Numpyro)
+    if remote is None:
+        raise typer.BadParameter(f"--ways: {note}")
+    with remote:
+        return remote.versions
+
+
 @app.command()
 def table(results: Annotated[Path, typer.Argument(help="What run has written.")] = OUT) -> None:
     """Print the Markdown tables."""
@@ -66,7 +81,7 @@ def table(results: Annotated[Path, typer.Argument(help="What run has written.")]
 
 
 def markdown(stored: dict[str, Any]) -> str:
-    """A row a posterior, the others beside ours, and how often ours is right."""
+    """A row a posterior, the others beside ours, how often ours is right, and who is first."""
     results = stored["results"]
     ours = results.get(POSTERIOR, {})
     names = [name for name in POSTERIORS if any(name in found for found in results.values())]
@@ -85,7 +100,12 @@ def markdown(stored: dict[str, Any]) -> str:
     columns += [f"{way}: mean, sd, seconds" for way in others]
     records = [record for found in ours.values() for record in found.values()]
     rated = "\n".join(f"- {line}" for line in rates(records))
-    return tables.markdown(pd.DataFrame(lines, columns=columns)) + (f"\n\n{rated}" if rated else "")
+    parts = [
+        tables.markdown(pd.DataFrame(lines, columns=columns)),
+        rated,
+        effective.markdown(results),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _cells(seeds: dict[str, Record]) -> list[str]:

@@ -22,7 +22,7 @@ from rezende_mohamed_2015.__main__ import EXPERIMENTS
 
 from . import family, posteriors, trust
 from .posteriordb import table as posteriordb
-from .runs import POSTERIOR, within
+from .runs import POSTERIOR, RIGHT, within
 from .speed import table as speed
 from .tables import markdown
 
@@ -170,7 +170,7 @@ def _rows_of_one_call() -> list[tuple[str, ...]]:
     ]
     found = stored("posteriors")["results"][POSTERIOR].values()
     records = [record for seeds in found for record in seeds.values()]
-    right = sum(within(record, posteriors.RIGHT) for record in records)
+    right = sum(within(record, RIGHT) for record in records)
     beside = f"seconds, median and worst: {_seconds(records)}"
     text = "`posterior`: means within 0.1 sd, sds within 10 %"
     return [*rows, (text, f"{right} of {len(records)}", beside, "`make posteriors`")]

@@ -18,9 +18,11 @@ import pyroflow as pf
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 
-from .judging import Draws, judge
+from .judging import Draws, judge, least_ess
+from .numpyro_nuts.remote import Numpyro
 from .posteriordb.rivals import at_most, chain, fit_rival
 from .problems import Problem, find
+from .remote import JAX_PYTHON
 
 Record = dict[str, Any]
 Results = dict[str, dict[str, dict[str, Record]]]  # by way, name and seed
@@ -28,6 +30,7 @@ Run = tuple[str, str, int]  # way, name, seed
 
 NUM = 4000  # draws of a rival
 WARMUP = 500
+RIGHT, WRONG = 0.1, 0.2  # of an sd; what is between them is neither
 TRUSTED = ("good", "resample")  # levels at which an answer is to be used
 
 
@@ -40,18 +43,25 @@ class Answer:
         level: "good", "resample" or "bad"; None where a way says nothing of its draws.
         verdict: the same in words.
         log_evidence: NaN where it is not estimated.
+        ess: of the worst column, where the way says it; 0 for draws that cannot be trusted.
+        warmup: of a chain, the seconds before the first draw that is kept; else None.
+        seconds: by the clock of another process; else None.
     """
 
     draws: Draws
     level: str | None = None
     verdict: str = ""
     log_evidence: float = math.nan
+    ess: float = math.nan
+    warmup: float | None = None
+    seconds: float | None = None
 
 
 def by_posterior(problem: Problem, seed: int, budget: float) -> Answer:
     """One call."""
     found = pf.posterior(problem.model, problem.args, seed=seed)
-    return Answer(found.draws, found.level, str(found), float(found.log_evidence))
+    said = found.draws, found.level, str(found), float(found.log_evidence)
+    return Answer(*said, ess=found.error**-2)
 
 
 def by_sylvester(problem: Problem, seed: int, budget: float) -> Answer:
@@ -74,16 +84,25 @@ def by_rival(problem: Problem, seed: int, budget: float, *, guide: str) -> Answe
 
 def by_nuts(problem: Problem, seed: int, budget: float) -> Answer:
     """Pyro's NUTS, one chain."""
-    return Answer(chain(problem, WARMUP, NUM // 4)[0])
+    draws, warmup, _ = chain(problem, WARMUP, NUM // 4)
+    return Answer(draws, warmup=warmup)
 
 
-POSTERIOR, SYLVESTER = "posterior", "sylvester"
+def by_numpyro(problem: Problem, seed: int, budget: float) -> Answer:
+    """numpyro's NUTS, one chain; its process is new, so that all is compiled."""
+    with Numpyro(JAX_PYTHON) as remote:
+        draws, warmup, seconds = remote.chain(problem, seed, WARMUP, NUM // 4 // WARMUP)
+    return Answer(draws, warmup=warmup, seconds=seconds)
+
+
+POSTERIOR, SYLVESTER, NUMPYRO = "posterior", "sylvester", "numpyro"
 GUIDES = ("AutoNormal", "AutoMultivariateNormal")
 WAYS: dict[str, Callable[[Problem, int, float], Answer]] = {
     POSTERIOR: by_posterior,
     SYLVESTER: by_sylvester,
     **{name: partial(by_rival, guide=name) for name in GUIDES},
     "NUTS": by_nuts,
+    NUMPYRO: by_numpyro,
 }
 
 
@@ -99,8 +118,16 @@ def measure(run: Run, budget: float, limit: float) -> Record:
             answer = WAYS[way](problem, seed, budget)
     except (ArithmeticError, RuntimeError, TimeoutError, ValueError) as error:
         return {"seconds": time.perf_counter() - start, "error": str(error).partition("\n")[0]}
-    record = {"seconds": time.perf_counter() - start, "level": answer.level}
+    seconds = time.perf_counter() - start if answer.seconds is None else answer.seconds
+    record = {"seconds": seconds, "level": answer.level}
     record |= judge(answer.draws, problem.reference)
+    if answer.warmup is None:
+        record["ess"] = answer.ess
+    else:
+        record |= {
+            "warmup seconds": answer.warmup,
+            "ess": least_ess(answer.draws, problem.reference),
+        }
     record["draws"] = len(next(iter(answer.draws.values())))
     if problem.log_evidence is not None:
         record["log evidence off"] = answer.log_evidence - problem.log_evidence

@@ -19,10 +19,20 @@ from . import tables
 from .known import TARGETS
 from .posteriordb.models import ROOT
 from .records import choose, machine, read, write
-from .runs import POSTERIOR, SYLVESTER, TRUSTED, Record, alone, complete, missing, within, worst
+from .runs import (
+    POSTERIOR,
+    SYLVESTER,
+    TRUSTED,
+    WRONG,
+    Record,
+    alone,
+    complete,
+    missing,
+    within,
+    worst,
+)
 
 OUT = ROOT / "notebooks" / "results" / "trust.json"
-WRONG = 0.2
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 

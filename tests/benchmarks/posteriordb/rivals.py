@@ -88,20 +88,28 @@ def fit_rival(posterior: Problem, name: str, seconds: float) -> tuple[Callable, 
 def nuts(posterior: Posterior, warmup: int, num_samples: int, limit: float) -> dict[str, Any]:
     """Pyro's NUTS, one chain, jit-compiled: its seconds and errors."""
     with at_most(limit):
-        draws, seconds = chain(posterior, warmup, num_samples)
+        draws, _, seconds = chain(posterior, warmup, num_samples)
     errors = moments(posterior, posterior.columns(draws))
     return {"seconds": seconds, "draws": num_samples, **errors}
 
 
-def chain(posterior: Problem, warmup: int, num_samples: int) -> tuple[dict[str, Tensor], float]:
-    """The draws of a chain by site, and its seconds."""
+def chain(
+    posterior: Problem, warmup: int, num_samples: int
+) -> tuple[dict[str, Tensor], float, float]:
+    """The draws of a chain by site, its seconds until the end of the warm-up, and in all."""
+    warm = start = time.perf_counter()
+
+    def watch(kernel: NUTS, values: dict[str, Tensor], stage: str, i: int) -> None:
+        nonlocal warm
+        if stage == "Warmup":
+            warm = time.perf_counter()
+
     kernel = NUTS(posterior.model, jit_compile=True, ignore_jit_warnings=True)
-    mcmc = MCMC(kernel, num_samples, warmup, disable_progbar=True)
-    start = time.perf_counter()
+    mcmc = MCMC(kernel, num_samples, warmup, disable_progbar=True, hook_fn=watch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of its jit
         mcmc.run(*posterior.args)
-    return mcmc.get_samples(), time.perf_counter() - start
+    return mcmc.get_samples(), warm - start, time.perf_counter() - start
 
 
 @contextmanager
