@@ -65,7 +65,7 @@ def test_record_of_a_chain_has_its_ess_and_the_seconds_it_says(
 def record(
     seconds: float, ess: float | None, warmup: float | None = None, off: float = 0.1
 ) -> dict:
-    errors = {"mean error": off, "sd error": 0.1}
+    errors = {"mean error": off, "sd error": 0.1, "sd noise": 0.02, "draws": 1000}
     chain = {} if warmup is None else {"warmup seconds": warmup}
     return {"seconds": seconds, "ess": ess, **errors, **chain}
 
@@ -77,6 +77,17 @@ def test_seconds_to_400_effective_draws() -> None:
     assert effective.seconds_to(record(10.0, 0.0)) is None  # a verdict of bad
     assert effective.seconds_to(record(10.0, None, warmup=4.0)) is None
     assert effective.seconds_to({"seconds": 10.0, "error": "stopped"}) is None
+
+
+def test_wrong_is_what_few_draws_do_not_explain() -> None:
+    assert not effective.is_wrong(record(10.0, 100.0, off=0.39))  # 4 / sqrt(100) is 0.4
+    assert effective.is_wrong(record(10.0, 100.0, off=0.41))
+    assert effective.is_wrong(record(10.0, 10_000.0, off=0.21))
+    assert not effective.is_wrong(record(10.0, 10_000.0, off=0.19))
+    assert effective.is_wrong(record(10.0, None, off=0.3))
+    assert effective.is_wrong(record(10.0, 100.0) | {"sd error": 0.26})  # 4 * 0.02 * sqrt(10)
+    assert not effective.is_wrong(record(10.0, 100.0) | {"sd error": 0.25})
+    assert effective.is_wrong(record(10.0, 100.0) | {"sd error": None})  # it is infinite
 
 
 def test_table_has_ratios_and_counts_only_what_is_right() -> None:
