@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyroflow.arviz import labels
 from pyroflow.arviz.export import container
+from pyroflow.guides import AutoFlow
+from pyroflow.mcmc.convergence import summarise
+from pyroflow.mcmc.pilot import Pilot
+from pyroflow.mcmc.target import Points
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.program import rows_of
 from pyroflow.model.records import is_factor
@@ -27,6 +31,15 @@ LONGEST = 0.1  # of a chain, in which it may stay where it is
 LOST = 0.01  # part of the guide's draws whose log density may be no number
 
 UNSEEN = "a region where the guide has no draws stays unseen"
+
+
+class Recorded(NamedTuple):
+    """x (N, C, D) of chains, the log joint there and whether they moved, (N, C) each; the end."""
+
+    x: Tensor
+    log_joint: Tensor
+    moved: Tensor
+    last: Points
 
 
 @dataclass(repr=False)
@@ -151,6 +164,75 @@ class Chains:
     __repr__ = __str__
 
 
+@torch.no_grad()
+def result(
+    model: Callable,
+    bound: BoundModel,
+    pilot: Pilot,
+    rates: dict[str, float],
+    recorded: Recorded,
+    one_by_one: bool,
+) -> Chains:
+    """The draws on their supports, chain by chain, and what there is to say of them."""
+    x = recorded.x.transpose(0, 1)
+    num_chains, num_samples = x.shape[:2]
+    values, log_det = bound.guide.constrain(x.flatten(0, 1))
+    draws = {name: value.detach() for name, value in values.items()}  # without their latents
+    by_site = {n: _numbers(v.unflatten(0, (num_chains, num_samples))) for n, v in draws.items()}
+    chains = Chains(
+        draws=draws,
+        log_p=recorded.log_joint.T.flatten() - log_det.double(),
+        moved=recorded.moved.T.flatten(),
+        rhat=_worst(by_site, "rhat"),
+        ess=min(_worst(by_site, "ess_bulk", -1.0), _worst(by_site, "ess_tail", -1.0)),
+        acceptance=sum(rates.values()) / len(rates),
+        acceptances=rates,
+        longest_rejection=longest_rejection(recorded.moved),
+        method=" and ".join(rates),
+        num_chains=num_chains,
+        num_samples=num_samples,
+        seconds=0.0,
+        khat=pilot.khat,
+        expected_acceptance=pilot.acceptance,
+        nonfinite=pilot.nonfinite,
+        disagreements=_sites_of(pilot.disagreements(x), bound.guide),
+        by_site=by_site,
+        one_by_one=one_by_one,
+        model=model,
+        args=bound.args,
+        kwargs=bound.kwargs,
+    )
+    judge(chains)
+    return chains
+
+
+def _numbers(chains: Tensor) -> dict[str, Tensor]:
+    """The numbers of a site's draws (C, N, *shape), each of its shape."""
+    found = summarise(chains.flatten(2) if chains.dim() > 2 else chains.unsqueeze(2))
+    return {name: number.reshape(chains.shape[2:]) for name, number in found.items()}
+
+
+def _worst(by_site: dict[str, dict[str, Tensor]], name: str, sign: float = 1.0) -> float:
+    """The largest of a number times the sign, of all that vary; NaN if one of these has none."""
+    found = [numbers[name][numbers["sd"] != 0] for numbers in by_site.values()]
+    values = torch.cat(found)
+    return (sign * values).max().item() * sign if len(values) else math.nan
+
+
+def _sites_of(columns: Sequence[int], guide: AutoFlow) -> list[str]:
+    """The sites that some of the D numbers belong to."""
+    pairs = zip(guide.latents, guide.latents.sizes, strict=True)
+    owners = [name for site, size in pairs for name in [site.name] * size]
+    return list(dict.fromkeys(owners[column] for column in columns))
+
+
+def longest_rejection(moved: Tensor) -> int:
+    """The longest run of steps without a move, of chains (N, C)."""
+    step = torch.arange(len(moved), device=moved.device).unsqueeze(1)
+    last = torch.where(moved, step, -1).cummax(0).values
+    return int((step - last).max())
+
+
 def judge(chains: Chains) -> None:
     """Set level and verdict."""
     found = "; ".join(_failures(chains))
@@ -158,6 +240,17 @@ def judge(chains: Chains) -> None:
     numbers = f"R-hat {chains.rhat:.4f}, ESS {chains.ess:.0f}, acceptance {chains.acceptance:.2f}"
     words = f"do not trust: {found}" if found else f"good: {numbers}"
     chains.verdict = "; ".join([words, *_remarks(chains), UNSEEN])
+
+
+def is_short(chains: Chains) -> bool:
+    """Whether longer chains may mend something: they disagree, or few draws are effective."""
+    agree, enough = chains.rhat <= LARGEST_RHAT, chains.ess >= LEAST_ESS
+    return not (agree and enough and chains.longest_rejection < LONGEST * chains.num_samples)
+
+
+def times_as_long(chains: Chains) -> float:
+    """By how much longer they would agree: the square of R-hat less one falls as their length."""
+    return (chains.rhat**2 - 1) / (LARGEST_RHAT**2 - 1)
 
 
 def _failures(chains: Chains) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def summarise(chains: Tensor) -> dict[str, Tensor]:
         >>> numbers["rhat"].shape, bool((numbers["rhat"] < 1.1).all())
         (torch.Size([3]), True)
     """
-    found = [_of_column(column.double().cpu()) for column in chains.unbind(2)]
+    found = [_of_column(column.double().cpu().contiguous()) for column in chains.unbind(2)]
     names = ("rhat", "ess_bulk", "ess_tail", "mean", "sd", "mcse")
     stacked = torch.tensor(found, dtype=torch.float64, device="cpu").reshape(-1, len(names))
     return dict(zip(names, stacked.unbind(1), strict=True))
@@ -62,13 +63,14 @@ def _of_column(column: Tensor) -> list[float]:
     if constant or not column.isfinite().all() or column.shape[1] < LEAST_DRAWS:
         return [math.nan, math.nan, math.nan, mean, sd, math.nan]
     halves = split(column)
-    order = halves.flatten().sort()
+    order = _sorted(halves)
     scores = _normal_scores(order, halves.shape)
     # As numpy's median does, and torch's does not.
-    middle = order.values[[(len(order.values) - 1) // 2, len(order.values) // 2]].mean()
-    folded = _normal_scores((halves - middle).abs().flatten().sort(), halves.shape)
+    values = order[0]
+    middle = values[[(len(values) - 1) // 2, len(values) // 2]].mean()
+    folded = _normal_scores(_sorted((halves - middle).abs()), halves.shape)
     whole = halves.numel() == column.numel()  # else the middle draws are missing
-    ordered = order.values if whole else column.flatten().sort().values
+    ordered = values if whole else column.flatten().sort().values
     tails = [(halves <= q).double() for q in _quantiles(ordered)]
     bulk, *tail, plain = _ess([scores, *tails, halves])
     rhat = max(_rhat(scores), _rhat(folded))
@@ -87,7 +89,14 @@ def _quantiles(ordered: Tensor) -> list[Tensor]:
     return [torch.lerp(ordered[low], ordered[low + 1], place - low) for place, low in pairs]
 
 
-def _normal_scores(order: torch.return_types.sort, shape: torch.Size) -> Tensor:
+def _sorted(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """All draws in order, and where they were; NumPy's sort takes a tenth of torch's time."""
+    flat = draws.flatten()
+    index = torch.from_numpy(np.argsort(flat.numpy()))
+    return flat[index], index
+
+
+def _normal_scores(order: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
     """Normal quantiles of the ranks of sorted draws; equal draws share their mean rank."""
     values, index = order
     num = len(values)
@@ -115,8 +124,8 @@ def _ess(series: list[Tensor]) -> list[float]:
     num = stacked.shape[2]
     means = stacked.mean(2, keepdim=True)
     # Autocovariances are needed as means over the chains alone, which commute with the transform.
-    transformed = torch.view_as_real(torch.fft.rfft(stacked - means, n=2 * num))
-    spectrum = transformed.square().sum(-1).mean(1)
+    transformed = torch.fft.rfft(stacked - means, n=2 * num)
+    spectrum = (transformed.real.square() + transformed.imag.square()).mean(1)
     covariances = torch.fft.irfft(spectrum, n=2 * num)[:, :num] / num
     spread = means.squeeze(2).var(1) if stacked.shape[1] > 1 else means.new_zeros(len(series))
     size = stacked.shape[1] * num

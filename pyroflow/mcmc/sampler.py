@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
-from pyroflow.mcmc.chains import Chains, judge
-from pyroflow.mcmc.convergence import LEAST_DRAWS, summarise
+from pyroflow.mcmc.chains import Chains, Recorded, is_short, result, times_as_long
+from pyroflow.mcmc.convergence import LEAST_DRAWS
 from pyroflow.mcmc.hmc import HMC
 from pyroflow.mcmc.independence import Independence, Proposal
 from pyroflow.mcmc.pilot import Pilot, take_pilot
@@ -32,15 +31,11 @@ CHAINS, CHAINS_ONE_BY_ONE = 128, 8
 PILOT, PILOT_ONE_BY_ONE = 10_000, 200  # draws
 WARMUP, WARMUP_HMC = 100, 400
 
+LONGER_RUNS = 2  # after a first one whose chains disagree
+NEAR_RHAT = 1.1  # above which HMC in each step is not tried
+MOST_THIN, MARGIN = 4, 1.2  # steps to a draw, and by how much they exceed what R-hat asks for
+
 Kernel = Independence | HMC
-
-
-class Recorded(NamedTuple):
-    """What chains left: x (N, C, D), the log joint there and whether they moved, (N, C) each."""
-
-    x: Tensor
-    log_joint: Tensor
-    moved: Tensor
 
 
 @one_at_a_time
@@ -128,26 +123,85 @@ def mcmc(
     check_choice("method", method, ("auto", *METHODS))
     if isinstance(wide, bool) or not isinstance(wide, int | float) or not 0 <= wide < 1:
         raise ValueError(f"wide must be a number from 0 to below 1, got {wide!r}")
-    began = time.perf_counter()
     with seeded(seed), pyro.validation_enabled(False):
-        bound = _bound(model, guide, args, kwargs)
+        options = {"warmup": warmup, "method": method, "wide": wide}
+        sampler = Sampler(model, guide, args, kwargs, num_samples, num_chains, **options)
+        return sampler.run(num_samples, progress=progress)
+
+
+class Sampler:
+    """Chains over a guide, which go on from where they are with each :meth:`run`.
+
+    Args:
+        model, guide, args, kwargs, num_chains, warmup, method, wide: as of :func:`mcmc`.
+        num_samples: draws of each chain in the first run.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: AutoFlow,
+        args: tuple,
+        kwargs: dict[str, Any] | None,
+        num_samples: int,
+        num_chains: int | None = None,
+        *,
+        warmup: int | None = None,
+        method: str = "auto",
+        wide: float = 0.05,
+    ) -> None:
+        self.began, self.model = time.perf_counter(), model
+        self.bound = _bound(model, guide, args, kwargs)
         with between_draws():
-            target = Target(bound, guide, num_chains or CHAINS)
-            slow = target.log_joint.one_by_one
-            chains = num_chains or (CHAINS_ONE_BY_ONE if slow else CHAINS)
-            target.log_joint.num = chains
-            proposal = Proposal(target.base, float(wide))
-            pilot = take_pilot(bound, target, proposal, PILOT_ONE_BY_ONE if slow else PILOT)
-            if method == "auto":
-                method = _method(pilot, chains, num_samples)
-            mostly = method != "HMC" and pilot.acceptance > MOSTLY
-            if warmup is None:
-                warmup = WARMUP if mostly or method == "independence" else WARMUP_HMC
-            kernels = _kernels(method, target, proposal, chains, (warmup, num_samples))
-            period = PERIOD if mostly else 1
-            options = {"warmup": warmup, "period": period, "progress": progress}
-            recorded = run(kernels, pilot.starts(chains), num_samples, **options)
-        return _result(model, bound, pilot, kernels, recorded, slow, began)
+            self.target = target = Target(self.bound, guide, num_chains or CHAINS)
+            self.slow = slow = target.log_joint.one_by_one
+            self.num_chains = num_chains or (CHAINS_ONE_BY_ONE if slow else CHAINS)
+            target.log_joint.num = self.num_chains
+            self.proposal = Proposal(target.base, float(wide))
+            num = PILOT_ONE_BY_ONE if slow else PILOT
+            self.pilot = pilot = take_pilot(self.bound, target, self.proposal, num)
+            self.points = pilot.starts(self.num_chains)
+        if method == "auto":
+            method = _method(pilot, self.num_chains, num_samples)
+        mostly = method != "HMC" and pilot.acceptance > MOSTLY
+        if warmup is None:
+            warmup = WARMUP if mostly or method == "independence" else WARMUP_HMC
+        self.independent = method != "HMC"
+        self.hmc = None if method == "independence" else HMC(target, warmup)
+        self.warmup, self.period = warmup, PERIOD if mostly else 1
+
+    def run(self, num_samples: int, *, thin: int = 1, progress: bool = False) -> Chains:
+        """So many draws of each chain, one in ``thin`` steps, after a warm-up the first time."""
+        steps, kernels = self.warmup + num_samples * thin, []
+        with between_draws():
+            if self.independent:
+                kernels.append(Independence(self.target, self.proposal, self.num_chains, steps))
+            if self.hmc is not None:
+                kernels.append(self.hmc)
+            options = {"warmup": self.warmup, "period": self.period, "thin": thin}
+            recorded = run(kernels, self.points, num_samples, **options, progress=progress)
+        self.points, self.warmup = recorded.last, 0
+        rates = {kernel.name: sum(kernel.rates) / len(kernel.rates) for kernel in kernels}
+        chains = result(self.model, self.bound, self.pilot, rates, recorded, self.slow)
+        chains.seconds = time.perf_counter() - self.began
+        return chains
+
+    def run_on(self, num_samples: int) -> Chains:
+        """So many draws of each chain, anew from longer runs while these may settle them.
+
+        What went before is then warm-up, adapted kernels stay. First HMC takes its turn in every
+        step; then more steps make a draw, as many as R-hat asks for.
+        """
+        chains, more_turns = self.run(num_samples), self.period > 1
+        for _ in range(LONGER_RUNS):
+            longer = MARGIN * times_as_long(chains)
+            near = chains.rhat <= NEAR_RHAT if more_turns else longer <= MOST_THIN
+            if not near or not is_short(chains):
+                break
+            thin = 1 if more_turns else max(2, math.ceil(longer))
+            self.period, more_turns = 1, False
+            chains = self.run(num_samples, thin=thin)
+        return chains
 
 
 def check_guide(guide: AutoFlow) -> None:
@@ -184,17 +238,6 @@ def _method(pilot: Pilot, chains: int, num_samples: int) -> str:
     return "independence and HMC" if stays or pilot.acceptance <= MOSTLY else "independence"
 
 
-def _kernels(
-    method: str, target: Target, proposal: Proposal, chains: int, steps: tuple[int, int]
-) -> list[Kernel]:
-    made: list[Kernel] = []
-    if method != "HMC":
-        made.append(Independence(target, proposal, chains, sum(steps)))
-    if method != "independence":
-        made.append(HMC(target, steps[0]))
-    return made
-
-
 def run(
     kernels: Sequence[Kernel],
     points: Points,
@@ -202,9 +245,10 @@ def run(
     *,
     warmup: int,
     period: int = 1,
+    thin: int = 1,
     progress: bool = False,
 ) -> Recorded:
-    """Let chains go from points, and record after the warm-up.
+    """Let chains go from points, and record one in ``thin`` steps after the warm-up.
 
     A step is one of each kernel; after the warm-up, of the second one in every ``period`` alone.
     """
@@ -212,88 +256,19 @@ def run(
     x = points.x.new_empty(num_samples, chains, dim)
     log_joint = points.log_joint.new_empty(num_samples, chains)
     moved = torch.empty(num_samples, chains, dtype=torch.bool, device=x.device)
-    with tqdm(total=warmup + num_samples, desc="mcmc", disable=not progress) as bar:
-        for i in range(-warmup, num_samples):
+    steps, last = num_samples * thin, points.u
+    with tqdm(total=warmup + steps, desc="mcmc", disable=not progress) as bar:
+        for i in range(-warmup, steps):
             if i == 0:
+                last = points.u
                 for kernel in kernels:
                     kernel.settle()
-            before = points.u
             for kernel in kernels if i < 0 or i % period == 0 else kernels[:1]:
                 points = kernel.step(points)
-            if i >= 0:
-                x[i], log_joint[i] = points.x, points.log_joint
-                moved[i] = (points.u != before).any(1)
+            if i >= 0 and (i + 1) % thin == 0:
+                row = i // thin
+                x[row], log_joint[row] = points.x, points.log_joint
+                moved[row] = (points.u != last).any(1)
+                last = points.u
             bar.update()
-    return Recorded(x, log_joint, moved)
-
-
-@torch.no_grad()
-def _result(
-    model: Callable,
-    bound: BoundModel,
-    pilot: Pilot,
-    kernels: Sequence[Kernel],
-    recorded: Recorded,
-    one_by_one: bool,
-    began: float,
-) -> Chains:
-    """The draws on their supports, chain by chain, and what there is to say of them."""
-    x = recorded.x.transpose(0, 1)
-    num_chains, num_samples = x.shape[:2]
-    values, log_det = bound.guide.constrain(x.flatten(0, 1))
-    draws = {name: value.detach() for name, value in values.items()}  # without their latents
-    by_site = {n: _numbers(v.unflatten(0, (num_chains, num_samples))) for n, v in draws.items()}
-    rates = {kernel.name: sum(kernel.rates) / len(kernel.rates) for kernel in kernels}
-    chains = Chains(
-        draws=draws,
-        log_p=recorded.log_joint.T.flatten() - log_det.double(),
-        moved=recorded.moved.T.flatten(),
-        rhat=_worst(by_site, "rhat"),
-        ess=min(_worst(by_site, "ess_bulk", -1.0), _worst(by_site, "ess_tail", -1.0)),
-        acceptance=sum(rates.values()) / len(rates),
-        acceptances=rates,
-        longest_rejection=longest_rejection(recorded.moved),
-        method=" and ".join(rates),
-        num_chains=num_chains,
-        num_samples=num_samples,
-        seconds=0.0,
-        khat=pilot.khat,
-        expected_acceptance=pilot.acceptance,
-        nonfinite=pilot.nonfinite,
-        disagreements=_sites_of(pilot.disagreements(x), bound.guide),
-        by_site=by_site,
-        one_by_one=one_by_one,
-        model=model,
-        args=bound.args,
-        kwargs=bound.kwargs,
-    )
-    chains.seconds = time.perf_counter() - began
-    judge(chains)
-    return chains
-
-
-def _numbers(chains: Tensor) -> dict[str, Tensor]:
-    """The numbers of a site's draws (C, N, *shape), each of its shape."""
-    found = summarise(chains.flatten(2) if chains.dim() > 2 else chains.unsqueeze(2))
-    return {name: number.reshape(chains.shape[2:]) for name, number in found.items()}
-
-
-def _worst(by_site: dict[str, dict[str, Tensor]], name: str, sign: float = 1.0) -> float:
-    """The largest of a number times the sign, of all that vary; NaN if one of these has none."""
-    found = [numbers[name][numbers["sd"] != 0] for numbers in by_site.values()]
-    values = torch.cat(found)
-    return (sign * values).max().item() * sign if len(values) else math.nan
-
-
-def _sites_of(columns: Sequence[int], guide: AutoFlow) -> list[str]:
-    """The sites that some of the D numbers belong to."""
-    pairs = zip(guide.latents, guide.latents.sizes, strict=True)
-    owners = [name for site, size in pairs for name in [site.name] * size]
-    return list(dict.fromkeys(owners[column] for column in columns))
-
-
-def longest_rejection(moved: Tensor) -> int:
-    """The longest run of steps without a move, of chains (N, C)."""
-    step = torch.arange(len(moved), device=moved.device).unsqueeze(1)
-    last = torch.where(moved, step, -1).cummax(0).values
-    return int((step - last).max())
+    return Recorded(x, log_joint, moved, points)

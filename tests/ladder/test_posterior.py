@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,8 @@ from torch import Tensor
 
 import pyroflow as pf
 from pyroflow.ladder import climb
+from pyroflow.mcmc import mcmc
+from pyroflow.model.bound import BoundModel
 from pyroflow.targets import eight_schools_centered
 
 QUIET = {"seed": 0, "progress": False}
@@ -97,6 +100,23 @@ def test_a_funnel_is_right() -> None:
     v = post.draws["v"]
     assert v.mean() == pytest.approx(0, abs=0.12)
     assert v.std() == pytest.approx(3, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [(1.0, ""), (0.87, ""), (1.17, "correct the sd of x"), (0.78, "correct the sd of x")],
+)
+def test_wider_draws_are_held_against_chains(factor: float, said: str) -> None:
+    """A larger standard deviation is what chains lack; a smaller one is mostly a lost weight."""
+    post = pf.posterior(gaussian, **QUIET)
+    chains = mcmc(gaussian, post.guide, num_samples=200, progress=False)
+    report, problem = post.report, BoundModel.for_weights(gaussian, post.guide)
+    smoothed = report.wide.marginals.smoothed
+    sure = torch.full_like(smoothed.sd, 0.001)
+    told = smoothed._replace(sd=factor * smoothed.sd, sd_error=sure)
+    wide = replace(report.wide, marginals=replace(report.wide.marginals, smoothed=told))
+    words = climb._apart(replace(report, wide=wide), chains, problem)
+    assert (said in words) if said else not words
 
 
 @pytest.mark.slow

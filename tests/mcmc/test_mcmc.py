@@ -19,7 +19,10 @@ from torch import Tensor
 import pyroflow as pf
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.mcmc.chains import judge
+from pyroflow.mcmc.hmc import HMC
+from pyroflow.mcmc.independence import Independence
 from pyroflow.mcmc.pilot import Pilot
+from pyroflow.mcmc.sampler import Sampler
 from pyroflow.mcmc.target import Points
 from pyroflow.targets import (
     eight_schools_centered,
@@ -268,6 +271,69 @@ def test_a_short_chain_is_not_good() -> None:
         chains = pf.mcmc(gaussian, guide, method=method, **options)
         assert chains.level == "bad"
         assert copy.deepcopy(chains).draws["z"].shape == (4, 3)
+
+
+class TestGoingOn:
+    @staticmethod
+    def sampler(method: str, num: int) -> Sampler:
+        torch.manual_seed(0)
+        return Sampler(gaussian, poor_guide(gaussian), (), None, num, 32, method=method)
+
+    @pytest.mark.parametrize("method", ["independence", "independence and HMC", "HMC"])
+    def test_chains_go_on_from_where_they_are_as_they_are(self, method: str) -> None:
+        sampler = self.sampler(method, 50)
+        first, left = sampler.run(50), sampler.points
+        assert torch.equal(first.draws["z"][49::50], left.x)
+        adapted = sampler.hmc and (sampler.hmc.step_size, sampler.hmc.length)
+        starts: list[Tensor] = []
+        kernel = Independence if method != "HMC" else HMC
+        with pytest.MonkeyPatch.context() as patch:
+            step = kernel.step
+            patch.setattr(kernel, "step", lambda k, p: (starts.append(p.u), step(k, p))[1])
+            second = sampler.run(300, thin=2)
+        assert torch.equal(starts[0], left.u)
+        assert len(starts) == 600  # without a second warm-up
+        assert adapted == (sampler.hmc and (sampler.hmc.step_size, sampler.hmc.length))
+        assert within(second.draws["z"].mean(0), MEAN, second, "z")
+        torch.testing.assert_close(second.draws["z"].T.cov(), FACTOR @ FACTOR.T, atol=0.25, rtol=0)
+
+    def test_short_chains_are_settled(self) -> None:
+        sampler = self.sampler("HMC", 100)
+        short = sampler.run(100)
+        assert 1.01 < short.rhat < 1.05
+        assert short.level == "bad"
+        sampler = self.sampler("HMC", 100)
+        settled = sampler.run_on(100)
+        assert settled.level == "good", settled.verdict
+        assert len(settled.log_p) == 100 * 32
+
+    @pytest.mark.parametrize(
+        ("period", "rhats", "thins"),
+        [
+            (8, [1.005], [1]),
+            (8, [1.03, 1.005], [1, 1]),
+            (8, [1.05, 1.02, 1.02], [1, 1, 3]),
+            (8, [1.2], [1]),
+            (1, [1.015, 1.004], [1, 2]),
+            (1, [1.04], [1]),
+            (1, [math.nan], [1]),
+            (8, [math.inf], [1]),
+        ],
+    )
+    def test_how_long_they_go_on_follows_from_rhat(
+        self, monkeypatch: pytest.MonkeyPatch, period: int, rhats: list[float], thins: list[int]
+    ) -> None:
+        sampler = self.sampler("HMC", 20)
+        made, left, runs = sampler.run(20), iter(rhats), []
+
+        def run(num: int, *, thin: int = 1) -> pf.Chains:
+            runs.append((thin, sampler.period))
+            return replace(made, rhat=next(left), ess=900.0, longest_rejection=0)
+
+        sampler.period = period
+        monkeypatch.setattr(sampler, "run", run)
+        assert sampler.run_on(20).rhat == pytest.approx(rhats[-1], nan_ok=True)
+        assert runs == [(thin, 1 if i else period) for i, thin in enumerate(thins)]
 
 
 def test_a_model_with_parameters_and_arguments() -> None:

@@ -22,10 +22,11 @@ from mcmc_cases import (
 from torch import Tensor
 
 import pyroflow as pf
+from pyroflow.mcmc.chains import longest_rejection
 from pyroflow.mcmc.hmc import HMC
 from pyroflow.mcmc.independence import Independence, Proposal, expected_acceptance
 from pyroflow.mcmc.pilot import take_pilot
-from pyroflow.mcmc.sampler import _bound, longest_rejection, run
+from pyroflow.mcmc.sampler import _bound, run
 from pyroflow.mcmc.target import Target
 
 CHAINS = 6000
@@ -220,6 +221,19 @@ class TestHMC:
         recorded = run([hmc(target)], start, 50, warmup=0)
         assert recorded.x[..., 0].max() <= 1
         assert recorded.moved.any(0).all()
+
+
+def test_a_thinned_run_records_one_in_so_many_steps() -> None:
+    target = target_of(gaussian, poor_guide(gaussian), 30)
+    start = target.at(images(target, draw_gaussian(30)))
+    every, third = (
+        (torch.manual_seed(0), run([hmc(target)], start, num, warmup=2, thin=thin))[1]
+        for num, thin in ((12, 1), (4, 3))
+    )
+    assert torch.equal(third.x, every.x[2::3])
+    assert torch.equal(third.log_joint, every.log_joint[2::3])
+    assert torch.equal(third.moved, every.moved.unflatten(0, (4, 3)).any(1))
+    assert torch.equal(third.last.x, every.x[-1])
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
