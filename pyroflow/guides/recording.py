@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyroflow.guides.coordinates import Coordinates, Description
-from pyroflow.model.centring import Prior, conditionals, no_curvature, powers
+from pyroflow.guides.coordinates import Coordinates, Description, Moves
+from pyroflow.model.centring import Prior, conditionals, nothing_downstream, powers
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.latents import Latents
 from pyroflow.model.locations import Filled
@@ -80,22 +81,11 @@ def _recorded(run: Callable, latents: Latents, start: Tensor, *, given: bool) ->
     counts = [len(own) for own in tensors]
 
     def to_z(x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pieces, at, z, own = latents.unpack(x), latents.unpack(c), {}, {}
-        log_dets, lost = [], []
         left = iter(tensors)
-        for name, count in zip(moved, counts, strict=True):
-            own[name] = [next(left) for _ in range(count)]
-
-        def number(name: str, prior: Prior | None) -> Tensor:
-            z[name] = pieces[name]
-            if name in moved:
-                z[name], log_det, off = prior.forth(pieces[name], at[name], *own[name])
-                log_dets.append(log_det.sum())
-                lost.append(off.amax())
-            return z[name]
-
-        run(number)
-        return latents.pack(z), torch.stack(log_dets).sum(), torch.stack(lost).amax()
+        own = {n: list(itertools.islice(left, k)) for n, k in zip(moved, counts, strict=True)}
+        moves = Moves(latents, x, c, own)
+        run(moves)
+        return moves.result()
 
     recorded = Recorded.of(to_z, start, c, *(t for own in tensors for t in own))
     return Coordinates(sites, recorded, read, c, tensors)
@@ -110,7 +100,8 @@ def _tensors(
         prior = Prior(next(values), next(values), next(values), site["matrix"])
         at, piece = (t[site["start"] : site["stop"]].reshape(site["shape"]) for t in (c, z))
         own = powers(prior, at) if given else None
-        own = own or conditionals(prior, at, piece, no_curvature(prior))
+        u = z[: site["start"]]
+        own = own or conditionals(prior, at, piece, u, nothing_downstream(prior, len(u)))
         found.append([t.clone() for t in own])
     return found
 

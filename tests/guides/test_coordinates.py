@@ -20,7 +20,7 @@ from torch import Tensor
 import pyroflow as pf
 from pyroflow.guides.recording import coordinates_of, spread
 from pyroflow.model.bound import BoundModel
-from pyroflow.model.centring import Prior
+from pyroflow.model.centring import Downstream, Prior
 from pyroflow.model.locations import prior_of
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.model.recorded import Recorded
@@ -107,11 +107,13 @@ def moved(model: Callable, seed: int = 0) -> tuple[pf.AutoFlow, torch.nn.Module]
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(2, len(start), generator=generator, dtype=F64)
     free = spread(guide.coordinates, dict.fromkeys(guide.centring, 0.0))
-    curvatures = {}
+    downstream = {}
     for site, prior in zip(guide.coordinates.sites, guide.coordinates.read(start), strict=True):
-        root = torch.randn(prior.scale.shape, generator=generator, dtype=F64)
-        curvatures[site["name"]] = root @ root.mT if prior.matrix else _axes(prior, generator)
-    guide.coordinates.set(torch.where(free == 0, noise[0], 1.0), start + noise[1], curvatures)
+        sizes = prior.scale.shape, prior.loc.shape, (prior.loc.numel(), site["start"])
+        root, gradient, coupling = (torch.randn(n, generator=generator, dtype=F64) for n in sizes)
+        curvature = root @ root.mT if prior.matrix else _axes(prior, generator)
+        downstream[site["name"]] = Downstream(gradient, curvature, coupling)
+    guide.coordinates.set(torch.where(free == 0, noise[0], 1.0), start + noise[1], downstream)
     return guide, guide.coordinates
 
 
@@ -343,3 +345,37 @@ def test_a_walk_given_its_scale_is_normal_along_axes_of_its_own() -> None:
     plain = pf.AutoPlanarFlow(model, num_layers=0, centring=None)
     before = pf.fit_guide(model, plain, steps=1, seed=0, progress=False)
     assert before.best_loss + evidence > 0.06
+
+
+TIMES = torch.linspace(0, 2, 12, dtype=F64)
+KINDS = {  # covariance of the effects, in units of their variance
+    "process": (-(TIMES[:, None] - TIMES).square()).exp() + 1e-4 * torch.eye(12, dtype=F64),
+    "groups": torch.eye(12, dtype=F64),
+}
+SERIES = 3 + (2 * TIMES).sin() + 0.2 * (17 * TIMES).cos()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_effects_beside_an_intercept_that_the_data_tell_from_them_in_part(kind: str) -> None:
+    cov = KINDS[kind]
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(number(3.0), number(1.0)))
+        scale = pyro.sample("scale", dist.LogNormal(number(0.0), number(1.0)))
+        if kind == "process":
+            zero = torch.zeros(12, dtype=F64)
+            f = pyro.sample("f", dist.MultivariateNormal(zero, scale**2 * cov))
+        else:
+            with pyro.plate("groups", 12):
+                f = pyro.sample("f", dist.Normal(number(0.0), scale))
+        pyro.sample("y", dist.Normal(mu + f, number(0.2)).to_event(1), obs=SERIES)
+
+    guide = pf.AutoPlanarFlow(model, num_layers=0)
+    fit = pf.fit_guide(model, guide, steps=1, seed=0, progress=False)
+    t = torch.linspace(-6, 6, 2001, dtype=F64)
+    of_y = t.mul(2).exp()[:, None, None] * cov + 0.04 * torch.eye(12, dtype=F64) + 1
+    log_p = dist.MultivariateNormal(torch.full((12,), 3.0, dtype=F64), of_y).log_prob(SERIES)
+    log_p = log_p + dist.Normal(number(0.0), number(1.0)).log_prob(t)
+    evidence = log_p.logsumexp(0).item() + math.log(t[1] - t[0])
+    print(kind, fit.best_loss + evidence)
+    assert fit.best_loss + evidence < 0.05
