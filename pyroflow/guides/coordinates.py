@@ -161,6 +161,12 @@ class Coordinates(Bijection, TransformModule):
         batch = x.shape[:-1]
         return z.reshape(x.shape), log_det.reshape(batch), lost.reshape(batch)
 
+    def moves(self, latents: Latents, x: Tensor, c: Tensor, *tensors: Tensor) -> Moves:
+        """What :meth:`move` does, at x (D,), for the sites of a run of the model."""
+        left, names = iter(tensors), [site["name"] for site in self.sites]
+        own = [list(itertools.islice(left, count)) for count in self.counts]
+        return Moves(latents, x, c, dict(zip(names, own, strict=True)))
+
     def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
         return self.move(x, *parameters)[:2]
 

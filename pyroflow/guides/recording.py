@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from pyroflow.guides.coordinates import Coordinates, Description, Moves
@@ -40,6 +42,12 @@ def coordinates_of(
         start: unconstrained latents, shape (D,), at which it is run.
         centring: c by site, of ``LocScaleReparam``; else c is 1, to be found.
     """
+    # The handler with which Pyro's guides start latents would sample before they are given.
+    while isinstance(model, partial) and isinstance(model.func, partial):
+        handler, inner = model.func.args
+        if not isinstance(handler, InitMessenger):
+            break
+        model = inner
 
     def run(number: Callable[[str, Prior | None], Tensor]) -> None:
         with quietly(), poutine.block(), Filled(latents, number):

@@ -294,6 +294,19 @@ def test_a_model_without_hierarchy_has_no_coordinates() -> None:
     assert guide.centring == {}
 
 
+@pytest.mark.parametrize(
+    "other", [dist.Beta(2.0, 2.0), dist.Dirichlet(torch.ones(3)), dist.LKJCholesky(3, 2.0)]
+)
+def test_latents_that_torch_cannot_sample_while_it_records_are_no_obstacle(other: object) -> None:
+    def model() -> None:
+        pyro.sample("other", other)
+        funnel()
+
+    guide = pf.AutoFlow(model, []).setup()
+    guide.find_coordinates((), {})
+    assert list(guide.centring) == ["x"]
+
+
 def test_what_depends_on_control_flow_is_left_as_written() -> None:
     def model() -> None:
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
