@@ -24,6 +24,7 @@ from pyroflow.transforms.bijection import Pair, Parameters
 
 Description = dict[str, Any]
 
+CHUNK = 500  # points side by side, as each may take a matrix
 # Tensors of a site: of Pyro's form, of numbers, and of vectors whose coordinates were found.
 POWERS, NUMBERS, VECTORS = 1, 5, 6
 
@@ -110,7 +111,7 @@ class Coordinates(Bijection, TransformModule):
     def read(self, z: Tensor) -> list[Prior]:
         """The priors of the sites at z (*B, D), each part with the shape (*B, *shape of site)."""
         flat = z.reshape(-1, z.shape[-1])
-        found = torch.func.vmap(self.priors)(flat)
+        found = torch.func.vmap(self.priors, chunk_size=CHUNK)(flat)
         found = [t.reshape((*z.shape[:-1], *t.shape[1:])) for t in found]
         parts = zip(found[0::3], found[1::3], found[2::3], self.sites, strict=True)
         return [Prior(*three, site["matrix"]) for *three, site in parts]
@@ -156,7 +157,8 @@ class Coordinates(Bijection, TransformModule):
         """The z at x (*B, D), log |det ∂z/∂x|, and how far z is rounded, in sds of a prior."""
         if not x.numel():
             return x, x.sum(-1), x.sum(-1)
-        run = torch.func.vmap(self.to_z, in_dims=(0, *(None for _ in tensors)))
+        in_dims = (0, *(None for _ in tensors))
+        run = torch.func.vmap(self.to_z, in_dims=in_dims, chunk_size=CHUNK)
         z, log_det, lost = run(x.reshape(-1, x.shape[-1]), *tensors)
         batch = x.shape[:-1]
         return z.reshape(x.shape), log_det.reshape(batch), lost.reshape(batch)
