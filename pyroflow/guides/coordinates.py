@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 
-from pyroflow.model.centring import Prior, conditionals, no_curvature, turned
+from pyroflow.model.centring import (
+    Downstream,
+    Prior,
+    conditionals,
+    nothing_downstream,
+    turned,
+)
+from pyroflow.model.latents import Latents
 from pyroflow.model.recorded import Recorded
 from pyroflow.transforms import Bijection
 from pyroflow.transforms.bijection import Pair, Parameters
 
 Description = dict[str, Any]
 
-NUMBERS = 4  # tensors of a site of numbers whose coordinates were found
+CHUNK = 500  # points side by side, as each may take a matrix
+# Tensors of a site: of Pyro's form, of numbers, and of vectors whose coordinates were found.
+POWERS, NUMBERS, VECTORS = 1, 5, 6
 
 
 class Coordinates(Bijection, TransformModule):
@@ -32,10 +42,11 @@ class Coordinates(Bijection, TransformModule):
     Where it is found, :func:`~pyroflow.model.centring.conditionals`, the latent is standardised
     given the others, with c the part of its precision that comes from the data:
 
-    z = μ + (σ/σ₀)(x − μ₀),   σ² = 1/((1 − c) (s₀/s)² + c) σ₀²,   μ = m + c (σ/σ₀)² (t − m).
+    z = μ + (σ/σ₀)(x − μ₀),   σ² = 1/((1 − c) (s₀/s)² + c) σ₀²,   μ = m + c (σ/σ₀)² (t(u) − m),
 
-    At the neck of a funnel, where s vanishes, the second is the non-centred form for any c < 1. m
-    and s are functions of z, recorded from the model: later neither it nor its data are needed.
+    where t is linear in the latents u before it. At the neck of a funnel, where s vanishes, the
+    second is the non-centred form for any c < 1. m and s are functions of u, recorded from the
+    model: later neither it nor its data are needed.
 
     References:
         Papaspiliopoulos, Roberts and Sköld, A general framework for the parametrization of
@@ -84,23 +95,23 @@ class Coordinates(Bijection, TransformModule):
         return {site["name"]: self.part(numbers, i) for i, site in enumerate(self.sites)}
 
     @torch.no_grad()
-    def set(self, c: Tensor, z: Tensor, curvatures: Mapping[str, Tensor] | None = None) -> None:
+    def set(self, c: Tensor, z: Tensor, downstream: Mapping[str, Downstream] | None = None) -> None:
         """Set c, shape (D,), where the priors are those at z (D,).
 
-        ``curvatures``: by site, H of those with a matrix, zero by default, and the axes of others.
+        ``downstream``: by site, what follows from it; by default nothing.
         """
         self.c.copy_(c)
         for i, (site, prior) in enumerate(zip(self.sites, self.read(z), strict=True)):
-            at, piece = self.part(c, i), self.part(z, i)
-            curvature = (curvatures or {}).get(site["name"], no_curvature(prior))
-            found = conditionals(prior, at, piece, curvature)
+            at, piece, u = self.part(c, i), self.part(z, i), z[: site["start"]]
+            known = (downstream or {}).get(site["name"]) or nothing_downstream(prior, len(u))
+            found = conditionals(prior, at, piece, u, known)
             for kept, tensor in zip(self.own_tensors(i), found, strict=True):
                 kept.copy_(tensor)
 
     def read(self, z: Tensor) -> list[Prior]:
         """The priors of the sites at z (*B, D), each part with the shape (*B, *shape of site)."""
         flat = z.reshape(-1, z.shape[-1])
-        found = torch.func.vmap(self.priors)(flat)
+        found = torch.func.vmap(self.priors, chunk_size=CHUNK)(flat)
         found = [t.reshape((*z.shape[:-1], *t.shape[1:])) for t in found]
         parts = zip(found[0::3], found[1::3], found[2::3], self.sites, strict=True)
         return [Prior(*three, site["matrix"]) for *three, site in parts]
@@ -123,6 +134,8 @@ class Coordinates(Bijection, TransformModule):
     @classmethod
     def restore(cls, described: Description) -> Coordinates:
         """What :meth:`describe` gave."""
+        if any(len(own) not in (POWERS, NUMBERS, VECTORS) for own in described["tensors"]):
+            raise ValueError("its coordinates are of another version of pyroflow: fit anew")
         maps = {name: Recorded(**described[name]) for name in ("to_z", "priors")}
         return cls(described["sites"], **maps, c=described["c"], tensors=described["tensors"])
 
@@ -144,10 +157,17 @@ class Coordinates(Bijection, TransformModule):
         """The z at x (*B, D), log |det ∂z/∂x|, and how far z is rounded, in sds of a prior."""
         if not x.numel():
             return x, x.sum(-1), x.sum(-1)
-        run = torch.func.vmap(self.to_z, in_dims=(0, *(None for _ in tensors)))
+        in_dims = (0, *(None for _ in tensors))
+        run = torch.func.vmap(self.to_z, in_dims=in_dims, chunk_size=CHUNK)
         z, log_det, lost = run(x.reshape(-1, x.shape[-1]), *tensors)
         batch = x.shape[:-1]
         return z.reshape(x.shape), log_det.reshape(batch), lost.reshape(batch)
+
+    def moves(self, latents: Latents, x: Tensor, c: Tensor, *tensors: Tensor) -> Moves:
+        """What :meth:`move` does, at x (D,), for the sites of a run of the model."""
+        left, names = iter(tensors), [site["name"] for site in self.sites]
+        own = [list(itertools.islice(left, count)) for count in self.counts]
+        return Moves(latents, x, c, dict(zip(names, own, strict=True)))
 
     def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
         return self.move(x, *parameters)[:2]
@@ -159,7 +179,8 @@ class Coordinates(Bijection, TransformModule):
         total = torch.zeros_like(y[..., 0])
         for i, (site, prior) in enumerate(zip(self.sites, self.read(y), strict=True)):
             own = [next(given) for _ in range(self.counts[i])]
-            moved, log_det = prior.back(self.part(y, i), self.part(parameters[0], i), *own)
+            u, c = y[..., : site["start"]], self.part(parameters[0], i)
+            moved, log_det = prior.back(self.part(y, i), u, c, *own)
             x += [y[..., end : site["start"]], moved.reshape((*y.shape[:-1], -1))]
             total = total + log_det.reshape((*y.shape[:-1], -1)).sum(-1)
             end = site["stop"]
@@ -167,6 +188,43 @@ class Coordinates(Bijection, TransformModule):
 
     def _log_det(self, intermediates: Tensor) -> Tensor:
         return intermediates
+
+
+class Moves:
+    """The numbers z of a model's latents at coordinates x, as their sites come up in a run.
+
+    Args:
+        latents: the table of the sites.
+        x: coordinates, shape (D,).
+        c: the same shape.
+        tensors: by name, of each site that is moved.
+    """
+
+    def __init__(
+        self, latents: Latents, x: Tensor, c: Tensor, tensors: Mapping[str, Sequence[Tensor]]
+    ) -> None:
+        self.latents, self.tensors = latents, tensors
+        self.x, self.c = latents.unpack(x), latents.unpack(c)
+        self.z: dict[str, Tensor] = {}
+        self.log_dets: list[Tensor] = []
+        self.lost: list[Tensor] = []
+
+    def __call__(self, name: str, prior: Prior | None) -> Tensor:
+        """Of the next site, by its prior."""
+        z = self.x[name]
+        if name in self.tensors:
+            first = itertools.takewhile(lambda site: site.name != name, self.latents)
+            u = torch.cat([self.z[site.name].reshape(-1) for site in first])
+            z, log_det, lost = prior.forth(z, u, self.c[name], *self.tensors[name])
+            self.log_dets.append(log_det.sum())
+            self.lost.append(lost.amax())
+        self.z[name] = z
+        return z
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All z (D,), log |det ∂z/∂x|, and how far z is rounded, in sds of a prior."""
+        lost = torch.stack(self.lost).amax()
+        return self.latents.pack(self.z), torch.stack(self.log_dets).sum(), lost
 
 
 def _slice(site: Description) -> slice:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
-from pyroflow.guides.coordinates import Coordinates, Description
-from pyroflow.model.centring import Prior, conditionals, no_curvature, powers
+from pyroflow.guides.coordinates import Coordinates, Description, Moves
+from pyroflow.model.centring import Prior, conditionals, nothing_downstream, powers
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.latents import Latents
 from pyroflow.model.locations import Filled
@@ -39,6 +42,12 @@ def coordinates_of(
         start: unconstrained latents, shape (D,), at which it is run.
         centring: c by site, of ``LocScaleReparam``; else c is 1, to be found.
     """
+    # The handler with which Pyro's guides start latents would sample before they are given.
+    while isinstance(model, partial) and isinstance(model.func, partial):
+        handler, inner = model.func.args
+        if not isinstance(handler, InitMessenger):
+            break
+        model = inner
 
     def run(number: Callable[[str, Prior | None], Tensor]) -> None:
         with quietly(), poutine.block(), Filled(latents, number):
@@ -80,22 +89,11 @@ def _recorded(run: Callable, latents: Latents, start: Tensor, *, given: bool) ->
     counts = [len(own) for own in tensors]
 
     def to_z(x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pieces, at, z, own = latents.unpack(x), latents.unpack(c), {}, {}
-        log_dets, lost = [], []
         left = iter(tensors)
-        for name, count in zip(moved, counts, strict=True):
-            own[name] = [next(left) for _ in range(count)]
-
-        def number(name: str, prior: Prior | None) -> Tensor:
-            z[name] = pieces[name]
-            if name in moved:
-                z[name], log_det, off = prior.forth(pieces[name], at[name], *own[name])
-                log_dets.append(log_det.sum())
-                lost.append(off.amax())
-            return z[name]
-
-        run(number)
-        return latents.pack(z), torch.stack(log_dets).sum(), torch.stack(lost).amax()
+        own = {n: list(itertools.islice(left, k)) for n, k in zip(moved, counts, strict=True)}
+        moves = Moves(latents, x, c, own)
+        run(moves)
+        return moves.result()
 
     recorded = Recorded.of(to_z, start, c, *(t for own in tensors for t in own))
     return Coordinates(sites, recorded, read, c, tensors)
@@ -110,7 +108,8 @@ def _tensors(
         prior = Prior(next(values), next(values), next(values), site["matrix"])
         at, piece = (t[site["start"] : site["stop"]].reshape(site["shape"]) for t in (c, z))
         own = powers(prior, at) if given else None
-        own = own or conditionals(prior, at, piece, no_curvature(prior))
+        u = z[: site["start"]]
+        own = own or conditionals(prior, at, piece, u, nothing_downstream(prior, len(u)))
         found.append([t.clone() for t in own])
     return found
 

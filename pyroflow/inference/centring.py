@@ -18,12 +18,12 @@ from pyroflow.inference.gaussian_start import (
     moved_on,
     normal_pairs,
 )
-from pyroflow.model.centring import Prior
+from pyroflow.model.centring import Downstream, Prior
 from pyroflow.model.log_joint import LogJoint
 
 ROUNDS = 3  # of Gaussian → c → Gaussian
 MOVES = 20  # of a Gaussian, after each change of c
-DRAWS = 256  # behind the mean curvature of the priors
+DRAWS = 512  # at which gradients are taken, or four times as many as latents
 ALIKE = 1e-3  # difference of the logarithms of scales that are one
 SMALLEST = 1e-6  # part of the prior in the precision of a vector that is not left as written
 GAIN = 0.01  # nats, that another round must have brought
@@ -37,9 +37,9 @@ def best_coordinates(
 
     The conditional standard deviation of a latent shall not change with the latents that its
     prior takes its scale from. To first order that is c = h/(h + i/s²), with h the curvature of
-    all that follows from the latent (data, other latents) and i/s² that of its prior; h is what
-    the Gaussian's precision has beyond the prior's expected curvature. Gaussian and c are found in
-    turn, from all latents as written (c = 1) and non-centred (c = 0), and the c with the highest
+    all that follows from the latent (data, other latents) and i/s² that of its prior; h is the
+    mean over the Gaussian, as is how the latents before it move its mean. Gaussian and c are found
+    in turn, from all latents as written (c = 1) and non-centred (c = 0), and the c with the highest
     bound is kept: the formula's by element, its mean by site, 1 or 0.
 
     Args:
@@ -74,11 +74,11 @@ def best_coordinates(
 
 
 class Place(NamedTuple):
-    """What coordinates are set by: c and z, shape (D,), and curvatures by site."""
+    """What coordinates are set by: c and z, shape (D,), and what follows from each site."""
 
     c: Tensor
     z: Tensor
-    curvatures: dict[str, Tensor]
+    downstream: dict[str, Downstream]
 
 
 def _by_formula(
@@ -86,12 +86,15 @@ def _by_formula(
 ) -> list[tuple[Gaussian, Place]]:
     """The Gaussians in the coordinates that the best one so far suggests."""
     coordinates.set(*place)
-    c, curvatures = _suggested(coordinates, gaussian)
     at, slopes = coordinates(gaussian.loc), _slopes(coordinates, gaussian.loc)
+    suggested = _suggested(log_joint, coordinates, gaussian, at)
+    if suggested is None:
+        return []
+    c, downstream = suggested
     means = {name: part.mean() for name, part in coordinates.by_site(c).items()}
     found = []
     for wanted in (c, spread(coordinates, means)):
-        place = Place(wanted, at, curvatures)
+        place = Place(wanted, at, downstream)
         coordinates.set(*place)
         loc = coordinates.inv(at)
         scale = torch.linalg.solve(_slopes(coordinates, loc), slopes @ gaussian.scale)
@@ -105,52 +108,61 @@ def _slopes(coordinates: Coordinates, x: Tensor) -> Tensor:
     return torch.autograd.functional.jacobian(coordinates, x)
 
 
-def _suggested(coordinates: Coordinates, gaussian: Gaussian) -> tuple[Tensor, dict[str, Tensor]]:
-    """The formula's c, shape (D,), of a Gaussian in the present coordinates, and its curvatures."""
-    loc, scale, _ = gaussian
-    precision = torch.cholesky_inverse(scale)
-    x = loc + normal_pairs(DRAWS, loc) @ scale.mT
-    c, curvatures = torch.ones_like(loc), {}
-    slopes = _slopes(coordinates, loc)
-    around, here = coordinates.read(coordinates(x)), coordinates.read(coordinates(loc))
+def _suggested(
+    log_joint: LogJoint, coordinates: Coordinates, gaussian: Gaussian, at: Tensor
+) -> tuple[Tensor, dict[str, Downstream]] | None:
+    """The formula's c, shape (D,), and what follows from each site, around ``at`` (D,).
+
+    The gradient of what follows, the log joint's less that of the prior, is taken at draws of the
+    Gaussian, in the latents themselves, and fitted by a linear function: its mean slope, where
+    differences of mean curvatures would leave the noise of a prior that is nearly singular.
+    None where too few gradients are finite.
+    """
+    dim = len(at)
+    noise = normal_pairs(max(DRAWS, 4 * dim), at)
+    z = coordinates(gaussian.loc + noise @ gaussian.scale.mT)
+    coordinates.set(torch.ones_like(at), at)
+    value, gradient = log_joint.values_and_gradients(z)
+    finite = value.isfinite() & gradient.isfinite().all(-1)
+    z, gradient = z[finite], gradient[finite]
+    if len(z) < 2 * dim:
+        return None
+    c, downstream = torch.ones_like(at), {}
+    around, here = coordinates.read(z), coordinates.read(at)
     for i, (site, priors, prior) in enumerate(zip(coordinates.sites, around, here, strict=True)):
         part = slice(site["start"], site["stop"])
-        at, own = coordinates.part(coordinates.c, i), coordinates.own_tensors(i)
-        total, back = precision[part, part], torch.linalg.inv(slopes[part, part])
-        if site["matrix"]:
-            total, back = (_blocks(t, site["shape"]) for t in (total, back))
-            prior_own = _of_matrix(priors, at, own)
-        else:
-            prior_own = _of_numbers(priors, at, own)
-        downstream = total - prior_own.nan_to_num(torch.inf).mean(0)
-        if not bool(downstream.isfinite().all()):
+        own = gradient[:, part] + _pull(priors, coordinates.part(z, i)).reshape(len(z), -1)
+        there, slope = _linear(z - at, own)
+        if not bool(slope.isfinite().all()):
             c[part] = 0.0
             continue
-        found = back.mT @ downstream @ back  # in the latents themselves
-        set_by = _for_matrix if site["matrix"] else _for_numbers
-        c[part], curvatures[site["name"]] = set_by(found, prior, priors)
-    return c.clamp(0, 1), curvatures
+        found = -slope[:, part]
+        if site["matrix"]:
+            c[part], curvature = _for_matrix(_blocks(found, site["shape"]), prior)
+        else:
+            c[part], curvature = _for_numbers(found, prior, priors)
+        there = there.reshape(site["shape"])
+        downstream[site["name"]] = Downstream(there, curvature, -slope[:, : part.start])
+    return c.clamp(0, 1), downstream
 
 
-def _of_matrix(priors: Prior, c: Tensor, own: list[Tensor]) -> Tensor:
-    """A prior's expected curvature in x, where its scale is a matrix, (S, *batch, n, n)."""
-    factor = priors.slope(c, *own)
-    white = torch.linalg.solve_triangular(priors.scale, factor, upper=False)
-    return white.mT @ white * priors.information.mean()
+def _pull(priors: Prior, z: Tensor) -> Tensor:
+    """How a prior pulls numbers z to its location, as far as they are normal: K⁻¹ (z − m)."""
+    off = z - priors.loc
+    if not priors.matrix:
+        return priors.information * off / priors.scale.square()
+    return torch.cholesky_solve(off.unsqueeze(-1), priors.scale).squeeze(-1)
 
 
-def _of_numbers(priors: Prior, c: Tensor, own: list[Tensor]) -> Tensor:
-    """The same of all n numbers of a site together, (S, n, n)."""
-    unit, target, _, axes = own
-    log_factor, *_ = priors.along(c, unit, target, axes)
-    size, num = unit.exp().flatten(), len(log_factor)
-    factor = (axes * log_factor.exp().reshape(num, 1, -1)) @ axes.mT
-    factor = size.unsqueeze(-1) * factor / size
-    curvature = (priors.information / priors.scale.square()).reshape(num, -1, 1)
-    return factor.mT @ (curvature * factor)
+def _linear(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Value at x = 0 and slope (n, D) of the linear function nearest to y (S, n) at x (S, D)."""
+    size = x.square().mean(0).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+    design = torch.cat([torch.ones_like(x[:, :1]), x / size], 1)
+    found = torch.linalg.lstsq(design, y).solution
+    return found[0], (found[1:] / size.unsqueeze(-1)).mT
 
 
-def _for_matrix(found: Tensor, prior: Prior, priors: Prior) -> tuple[Tensor, Tensor]:
+def _for_matrix(found: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     """C and H of vectors."""
     downstream = _positive(found)
     own = torch.cholesky_inverse(prior.scale).diagonal(dim1=-2, dim2=-1)

@@ -247,7 +247,7 @@ def ascend(
 
     The Hessian's eigenvalues are taken by their absolute values (Dauphin et al. 2014), so every
     step ascends; of several lengths the best is taken. Hessians are differences of gradients in
-    the units of the last scale, so latents of any magnitude are alike. Paths end where they gain
+    the units of the last scale, so latents of any magnitude are alike. A path ends where it gains
     nothing.
     """
     z, dim = starts, starts.shape[-1]
@@ -257,26 +257,27 @@ def ascend(
     flat = torch.zeros(len(z), dtype=torch.long, device=z.device)
     found = []
     for step in range(steps):
+        going = (flat < FLAT_STEPS).nonzero().squeeze(-1)
+        if not len(going):
+            break
+        part = z[going], scale[going]
         # The first Hessian is taken again, in units that fit.
         for _ in range(2 if step == 0 else 1):
-            gradient, scale = rescale(log_joint, z, scale)
+            gradient, rescaled = rescale(log_joint, *part)
+            part = part[0], rescaled
+        scale = scale.index_copy(0, going, rescaled)
         found.append(Points(z, value, scale))
         tick()
-        if bool((flat >= FLAT_STEPS).all()):
-            break
-        direction = (scale @ scale.mT @ gradient.unsqueeze(-1)).squeeze(-1)
-        trials = z + lengths[:, None, None] * direction
+        direction = (rescaled @ rescaled.mT @ gradient.unsqueeze(-1)).squeeze(-1)
+        trials = part[0] + lengths[:, None, None] * direction
         values, gradients = log_joint.values_and_gradients(trials.reshape(-1, dim))
         finite = values.isfinite() & gradients.isfinite().all(-1)
-        values = values.where(finite, -torch.inf).reshape(len(lengths), -1)
-        best, index = values.max(0)
-        gain = best - value
-        flat = torch.where(gain > FLAT, 0, flat + 1)
-        better = gain > 0
-        z = torch.where(
-            better.unsqueeze(-1), trials[index, torch.arange(len(z), device=z.device)], z
-        )
-        value = torch.where(better, best, value)
+        best, index = values.where(finite, -torch.inf).reshape(len(lengths), -1).max(0)
+        gain = best - value[going]
+        flat[going] = torch.where(gain > FLAT, 0, flat[going] + 1)
+        better = (gain > 0).nonzero().squeeze(-1)
+        z = z.index_copy(0, going[better], trials[index[better], better])
+        value = value.index_copy(0, going[better], best[better])
     return Points(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
 

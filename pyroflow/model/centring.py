@@ -7,7 +7,25 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
-LEAST = 0.05  # of the prior's curvature: data of less do not say where they pull to
+LEAST = 1e-3  # of the prior's curvature: where data have less, their pull is left out
+
+
+class Downstream(NamedTuple):
+    """What follows from a site's numbers z (data, other latents), as one more normal factor.
+
+    The gradient of its log density is taken to be linear, D − H (z − z₀) − B (u − u₀), where u are
+    the unconstrained latents of the sites before it.
+
+    Attributes:
+        gradient: D, at z₀ and u₀, shape of the site.
+        curvature: H of vectors, shape (*batch, n, n); of n numbers the orthogonal axes, shape
+            (n, n), along which it is diagonal in units of the prior's scales.
+        coupling: B, shape (n, length of u), n all numbers of the site.
+    """
+
+    gradient: Tensor
+    curvature: Tensor
+    coupling: Tensor
 
 
 class Prior(NamedTuple):
@@ -33,69 +51,72 @@ class Prior(NamedTuple):
         wide = (*shape, shape[-1]) if self.matrix else shape
         return self.loc.expand(shape), self.scale.expand(wide), information.expand(shape)
 
-    def forth(self, x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forth(
+        self, x: Tensor, u: Tensor, c: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Numbers z at coordinates x, log |det ∂z/∂x| by element, and what rounding z costs.
 
-        The last is by how much it moves (z − m)/s: where s is small against m, as at the neck of
-        a funnel, the model cannot know x from z.
+        u are the unconstrained latents before them, (*B, length). The last is by how much it moves
+        (z − m)/s: where s is small against m, as at the neck of a funnel, the model cannot know x
+        from z.
         """
         if self.matrix:
-            return self._vectors(x, c, *tensors)
+            return self._vectors(x, u, c, *tensors)
         if len(tensors) > 1:
-            return self._numbers(x, c, *tensors)
+            return self._numbers(x, u, c, *tensors)
         log_factor = (1 - c) * (self.scale.log() - tensors[0])
         factor = log_factor.exp()
         off = factor * (x - c * self.loc)
         z = factor * x + (1 - c * factor) * self.loc  # x itself where c = 1
         return z, log_factor, ((z - self.loc - off) / self.scale).detach().abs()
 
-    def back(self, z: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def back(self, z: Tensor, u: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`forth`, with the same log-determinant."""
         if self.matrix:
-            return self._vectors_back(z, c, *tensors)
+            return self._vectors_back(z, u, c, *tensors)
         if len(tensors) > 1:
-            return self._numbers_back(z, c, *tensors)
+            return self._numbers_back(z, u, c, *tensors)
         log_factor = (1 - c) * (self.scale.log() - tensors[0])
         factor = log_factor.exp()
         return (z - (1 - c * factor) * self.loc) / factor, log_factor
 
     def _numbers(
-        self, x: Tensor, c: Tensor, unit: Tensor, target: Tensor, centre: Tensor, axes: Tensor
+        self, x: Tensor, u: Tensor, c: Tensor, unit: Tensor, *at: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        size = unit.exp()
-        log_factor, _, shift = self.along(c, unit, target, axes)
+        size, (*pull, centre, axes) = unit.exp(), at
+        log_factor, shift = self._along(u, c, unit, *pull, axes)
         white = turned(x / size, axes.mT) - centre
         off = size * turned(log_factor.exp() * white + shift, axes)
         z = self.loc + off
         return z, log_factor, ((z - self.loc - off) / self.scale).detach().abs()
 
     def _numbers_back(
-        self, z: Tensor, c: Tensor, unit: Tensor, target: Tensor, centre: Tensor, axes: Tensor
+        self, z: Tensor, u: Tensor, c: Tensor, unit: Tensor, *at: Tensor
     ) -> tuple[Tensor, Tensor]:
-        size = unit.exp()
-        log_factor, _, shift = self.along(c, unit, target, axes)
+        size, (*pull, centre, axes) = unit.exp(), at
+        log_factor, shift = self._along(u, c, unit, *pull, axes)
         white = (turned((z - self.loc) / size, axes.mT) - shift) * (-log_factor).exp()
         return size * turned(white + centre, axes), log_factor
 
-    def along(
-        self, c: Tensor, unit: Tensor, target: Tensor, axes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Along the axes: log σ/σ₀, the share of the data, and μ − m in units of s₀."""
+    def _along(
+        self, u: Tensor, c: Tensor, unit: Tensor, pull: Tensor, coupling: Tensor, axes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Along the axes: log σ/σ₀, and μ − m in units of s₀."""
         log_ratio = self.scale.log() - unit
         largest = log_ratio.amax().detach()
         squares = turned((2 * (log_ratio - largest)).exp(), axes.mT.square())
         log_ratio = largest + squares.log() / 2
         log_factor = -torch.logaddexp(torch.log1p(-c) - 2 * log_ratio, c.log()) / 2
-        share = (c.log() + 2 * log_factor).exp()
-        return log_factor, share, share * (target - turned(self.loc / unit.exp(), axes.mT))
+        pulled = pull - coupled(coupling, u, c) - c * turned(self.loc / unit.exp(), axes.mT)
+        return log_factor, (2 * log_factor).exp() * pulled
 
     def _vectors(
-        self, x: Tensor, c: Tensor, unit: Tensor, *at: Tensor
+        self, x: Tensor, u: Tensor, c: Tensor, unit: Tensor, *at: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         written = _written(c)
         if at:
-            C, log_det, mean = self._posterior(*at)
-            white = times(unit, x - at[1])
+            C, log_det, mean = self._posterior(u, c, *at)
+            white = times(unit, x - at[2])
             off = mean + times(self.scale, solved(C.mT, white, upper=True))
         else:
             factor = self._rows(c, unit)
@@ -106,13 +127,13 @@ class Prior(NamedTuple):
         return z, torch.where(written, 0.0, log_det), torch.where(written, 0.0, lost).abs()
 
     def _vectors_back(
-        self, z: Tensor, c: Tensor, unit: Tensor, *at: Tensor
+        self, z: Tensor, u: Tensor, c: Tensor, unit: Tensor, *at: Tensor
     ) -> tuple[Tensor, Tensor]:
         written, off = _written(c), z - self.loc
         if at:
-            C, log_det, mean = self._posterior(*at)
+            C, log_det, mean = self._posterior(u, c, *at)
             white = times(C.mT, solved(self.scale, off - mean))
-            x = torch.linalg.solve(unit, white.unsqueeze(-1)).squeeze(-1) + at[1]
+            x = torch.linalg.solve(unit, white.unsqueeze(-1)).squeeze(-1) + at[2]
         else:
             factor = self._rows(c, unit)
             log_det = factor.diagonal(dim1=-2, dim2=-1).log()
@@ -123,19 +144,15 @@ class Prior(NamedTuple):
         return (1 - c).unsqueeze(-1) * (self.scale @ unit) + c.diag_embed()
 
     def _posterior(
-        self, pull: Tensor, centre: Tensor, curvature: Tensor, log_unit: Tensor
+        self, u: Tensor, c: Tensor, pull: Tensor, coupling: Tensor, *at: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """C, the parts of log |det ∂z/∂x|, and μ − m, without a product of matrices."""
+        _, curvature, log_unit = at
         C, log_det = self._factored(curvature)
-        pulled = times(self.scale.mT, pull - times(curvature, self.loc))
+        pulled = pull - coupled(coupling, u, c) - times(curvature, self.loc)
+        pulled = times(self.scale.mT, pulled)
         mean = times(self.scale, solved(C.mT, solved(C, pulled), upper=True))
         return C, log_det + log_unit, mean
-
-    def slope(self, c: Tensor, unit: Tensor, *at: Tensor) -> Tensor:
-        """The matrices ∂z/∂x of a site whose scale is one, where its coordinates were found."""
-        factor = self.conditional(at[2])[0] @ unit
-        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        return torch.where(_written(c).unsqueeze(-1), identity, factor)
 
     def conditional(self, curvature: Tensor) -> tuple[Tensor, Tensor]:
         """R with R Rᵀ = (K⁻¹ + H)⁻¹, for K = L Lᵀ and a curvature H, and the parts of log |det R|.
@@ -179,6 +196,11 @@ def _site_dim(numbers: Tensor, matrix: Tensor) -> int:
     return dims
 
 
+def coupled(coupling: Tensor, u: Tensor, like: Tensor) -> Tensor:
+    """B u, of numbers in the shape of ``like``, for B (n, length) and u (*B, length)."""
+    return (u @ coupling.mT).reshape(u.shape[:-1] + like.shape)
+
+
 def times(matrix: Tensor, vector: Tensor) -> Tensor:
     """The product of matrices (*B, n, n) and vectors (*B, n)."""
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
@@ -195,37 +217,62 @@ def powers(prior: Prior, c: Tensor) -> list[Tensor]:
     return [identity.expand(*c.shape, c.shape[-1]).contiguous()]
 
 
-def no_curvature(prior: Prior) -> Tensor:
-    """H = 0 for a matrix; for numbers the axes are their own."""
-    if prior.matrix:
-        return torch.zeros_like(prior.scale)
-    return torch.eye(prior.scale.numel(), dtype=prior.scale.dtype, device=prior.scale.device)
+def nothing_downstream(prior: Prior, before: int) -> Downstream:
+    """D = B = 0, and H = 0 of a matrix; for numbers the axes are their own."""
+    scale, num = prior.scale, prior.loc.numel()
+    eye = torch.eye(num, dtype=scale.dtype, device=scale.device)
+    curvature = torch.zeros_like(scale) if prior.matrix else eye
+    return Downstream(torch.zeros_like(prior.loc), curvature, scale.new_zeros(num, before))
 
 
-def conditionals(prior: Prior, c: Tensor, z: Tensor, curvature: Tensor) -> list[Tensor]:
+def conditionals(
+    prior: Prior, c: Tensor, z: Tensor, u: Tensor, downstream: Downstream
+) -> list[Tensor]:
     r"""The tensors with which x has the prior's conditional distribution given data, standardised.
 
-    As if the data were one more normal factor of curvature h at t, z given the other latents is
-    normal with variance σ² = 1/(s⁻² + h) and mean μ = σ² (m/s² + h t), and z = μ + (σ/σ₀)(x − μ₀).
-    c = h/(h + s₀⁻²); t makes μ₀ the number z that the other latents were taken with, as far as h
-    is not small. The same holds of matrices, s² = L Lᵀ, h = H, and of numbers of one scale along
-    the axes of the data's curvature.
+    With what follows from z as one more normal factor, z given the other latents is normal with
+    precision s⁻² + h and mean m + (D + h (z₀ − m) − B (u − u₀))/(s⁻² + h): these σ and μ make
+    z = μ + (σ/σ₀)(x − μ₀), and c = h/(h + s₀⁻²). The same holds of matrices, s² = L Lᵀ, h = H,
+    and of numbers along axes on which both are diagonal.
 
     Args:
-        prior: where the other latents are as in z.
-        c: shape of the site; along its axes.
-        z: the site's numbers.
-        curvature: H, for matrices; a site with c = 1 stays as it is written. For numbers the
-            orthogonal axes, shape (n, n), of z in units of s₀.
+        prior: where the other latents are as in u.
+        c: shape of the site, along its axes; one with c = 1 stays as it is written.
+        z: the site's numbers z₀.
+        u: the unconstrained latents before them, u₀, shape (length,).
+        downstream: D, H and B.
     """
-    off = z - prior.loc
-    if not prior.matrix:
-        here, loc = (turned(t / prior.scale, curvature.mT) for t in (z, prior.loc))
-        target = here + (here - loc) * (1 - c) / (c + LEAST * (1 - c))
-        return [prior.scale.log(), target, (1 - c) * loc + c * target, curvature]
-    inverse = torch.cholesky_inverse(prior.scale)
-    target = z + times(torch.linalg.pinv(curvature + LEAST * inverse), times(inverse, off))
+    if prior.matrix:
+        return _of_vectors(prior, z, u, downstream)
+    axes, size = downstream.curvature, prior.scale
+    here, loc, gradient = (
+        turned(t, axes.mT) for t in (z / size, prior.loc / size, size * downstream.gradient)
+    )
+    # In units of the precision at s₀, which is the information of the prior over 1 − c.
+    share = (1 - c) / prior.information.mean() * c / (c + LEAST * (1 - c))
+    coupling = axes.mT @ (size.reshape(-1, 1) * downstream.coupling)
+    coupling = share.reshape(-1, 1) * coupling
+    pull = c * here + share * gradient
+    centre = (1 - c) * loc + pull
+    return [size.log(), pull + coupled(coupling, u, c), coupling, centre, axes]
+
+
+def _of_vectors(prior: Prior, z: Tensor, u: Tensor, downstream: Downstream) -> list[Tensor]:
+    gradient, curvature, coupling = downstream
+    kept = _directions(curvature)
+    coupling = kept @ coupling.reshape(*gradient.shape, -1)
+    coupling = coupling.reshape(gradient.numel(), -1)
+    pull = times(curvature, z) + times(kept, gradient)
     factor, log_det = prior.conditional(curvature)
-    pull = times(curvature, target)
     centre = prior.loc + times(factor, times(factor.mT, pull - times(curvature, prior.loc)))
-    return [torch.linalg.inv(factor), pull, centre, curvature, -log_det]
+    pull = pull + coupled(coupling, u, z)
+    return [torch.linalg.inv(factor), pull, coupling, centre, curvature, -log_det]
+
+
+def _directions(curvature: Tensor) -> Tensor:
+    """The projections on those in which there is curvature, whatever the units of the numbers."""
+    size = curvature.diagonal(dim1=-2, dim2=-1).sqrt()
+    size = size.where(size > 0, 1.0)
+    values, vectors = torch.linalg.eigh(curvature / size.unsqueeze(-1) / size.unsqueeze(-2))
+    kept = vectors * (values > LEAST).to(values).unsqueeze(-2) @ vectors.mT
+    return size.unsqueeze(-1) * kept / size.unsqueeze(-2)

@@ -105,11 +105,15 @@ class Filled(Messenger):
     Args:
         latents: the table of the sites; others are left alone.
         number: of a site's name and prior, its unconstrained numbers.
+
+    Attributes:
+        log_dets: log |det ∂values/∂numbers| of each site so far.
     """
 
     def __init__(self, latents: Latents, number: Callable[[str, Prior | None], Tensor]) -> None:
         super().__init__()
         self.latents, self.number = latents, number
+        self.log_dets: list[Tensor] = []
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         site = self.latents.sites.get(msg["name"])
@@ -117,5 +121,5 @@ class Filled(Messenger):
             return
         hidden = msg["mask"] is not None and msg["mask"] is not True
         prior = None if hidden else prior_of(msg["fn"])
-        latent = self.number(site.name, prior)
-        msg["value"] = site.constrain(latent)[0]
+        msg["value"], log_det = site.constrain(self.number(site.name, prior))
+        self.log_dets.append(log_det.sum())

@@ -15,7 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES, PROBES, Outcome, Way, agree, differs, moves
-from pyroflow.model.records import log_joint
+from pyroflow.model.locations import Filled
+from pyroflow.model.records import log_joint, tensors_of
 from pyroflow.seeds import quick, seeded
 
 Points = tuple[Tensor, Tensor, Tensor]  # x (S, D), the log joint there and its gradient
@@ -121,10 +122,26 @@ class LogJoint:
             latents, log_det = self.guide.latents.constrain(x)
             return self.runs.log_joint(latents, len(x), way) + log_det
         given = self._moved_by() if moved_by is None else moved_by
+        if way is None and self.runs.way == self.runs.by_vmap:
+            value, lost = torch.func.vmap(self._filled, (0, *(None for _ in given)))(x, *given)
+            return value.where(lost < ROUNDED, torch.nan)
         z, moved, lost = self.guide.coordinates.move(x, *given)
         latents, log_det = self.guide.latents.constrain(z)
         value = self.runs.log_joint(latents, len(x), way) + log_det + moved
         return value.where(lost < ROUNDED, torch.nan)
+
+    def _filled(self, x: Tensor, *moved_by: Tensor) -> tuple[Tensor, Tensor]:
+        """Log joint at x (D,), and how far z is rounded, by one run, in which each z is found.
+
+        So locations and scales of priors, such as a matrix and its factor, are computed once.
+        """
+        latents = self.guide.latents
+        moves = self.guide.coordinates.moves(latents, x, *moved_by)
+        fill = Filled(latents, moves)
+        run = self.runs.filled(fill, inside=set(latents.sites))
+        _, moved, lost = moves.result()
+        parts = [log_prob.sum() for log_prob in tensors_of(run)[1].values()]
+        return torch.stack([*parts, *fill.log_dets, moved]).sum(), lost
 
     def _recorded(self, expected: Callable[[], Points]) -> Callable | None:
         """The graph of value and gradient at N points, if it gives what is expected at others."""

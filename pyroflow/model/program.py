@@ -9,6 +9,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
@@ -106,6 +107,12 @@ class Program:
                 {name: SiteRuns.of(run[name], 1, record) for name, record in first.items()}
             )
         return joined(parts)
+
+    def filled(self, fill: Messenger, inside: Iterable[str]) -> Run:
+        """One run, in which a handler gives the latents their values."""
+        with quietly(), poutine.block():
+            trace = poutine.trace(fill(self.model)).get_trace(*self.args, **self.kwargs)
+            return self._scored(trace, inside)
 
     def _run(self, model: Callable, values: Values, inside: Iterable[str] = ()) -> Run:
         with quietly():

@@ -20,7 +20,7 @@ from torch import Tensor
 import pyroflow as pf
 from pyroflow.guides.recording import coordinates_of, spread
 from pyroflow.model.bound import BoundModel
-from pyroflow.model.centring import Prior
+from pyroflow.model.centring import Downstream, Prior
 from pyroflow.model.locations import prior_of
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.model.recorded import Recorded
@@ -107,11 +107,13 @@ def moved(model: Callable, seed: int = 0) -> tuple[pf.AutoFlow, torch.nn.Module]
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(2, len(start), generator=generator, dtype=F64)
     free = spread(guide.coordinates, dict.fromkeys(guide.centring, 0.0))
-    curvatures = {}
+    downstream = {}
     for site, prior in zip(guide.coordinates.sites, guide.coordinates.read(start), strict=True):
-        root = torch.randn(prior.scale.shape, generator=generator, dtype=F64)
-        curvatures[site["name"]] = root @ root.mT if prior.matrix else _axes(prior, generator)
-    guide.coordinates.set(torch.where(free == 0, noise[0], 1.0), start + noise[1], curvatures)
+        sizes = prior.scale.shape, prior.loc.shape, (prior.loc.numel(), site["start"])
+        root, gradient, coupling = (torch.randn(n, generator=generator, dtype=F64) for n in sizes)
+        curvature = root @ root.mT if prior.matrix else _axes(prior, generator)
+        downstream[site["name"]] = Downstream(gradient, curvature, coupling)
+    guide.coordinates.set(torch.where(free == 0, noise[0], 1.0), start + noise[1], downstream)
     return guide, guide.coordinates
 
 
@@ -292,6 +294,19 @@ def test_a_model_without_hierarchy_has_no_coordinates() -> None:
     assert guide.centring == {}
 
 
+@pytest.mark.parametrize(
+    "other", [dist.Beta(2.0, 2.0), dist.Dirichlet(torch.ones(3)), dist.LKJCholesky(3, 2.0)]
+)
+def test_latents_that_torch_cannot_sample_while_it_records_are_no_obstacle(other: object) -> None:
+    def model() -> None:
+        pyro.sample("other", other)
+        funnel()
+
+    guide = pf.AutoFlow(model, []).setup()
+    guide.find_coordinates((), {})
+    assert list(guide.centring) == ["x"]
+
+
 def test_what_depends_on_control_flow_is_left_as_written() -> None:
     def model() -> None:
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
@@ -343,3 +358,32 @@ def test_a_walk_given_its_scale_is_normal_along_axes_of_its_own() -> None:
     plain = pf.AutoPlanarFlow(model, num_layers=0, centring=None)
     before = pf.fit_guide(model, plain, steps=1, seed=0, progress=False)
     assert before.best_loss + evidence > 0.06
+
+
+TIMES = torch.linspace(0, 4, 20, dtype=F64)
+SERIES = 3 + (2 * TIMES).sin() + 0.2 * (17 * TIMES).cos()
+
+
+def matern(length: Tensor) -> Tensor:
+    """A covariance that is nearly singular."""
+    q = (TIMES[:, None] - TIMES).abs() / length
+    return (1 + q) * (-q).exp() + 1e-6 * torch.eye(20, dtype=F64)
+
+
+def test_a_process_beside_an_intercept_that_the_data_tell_from_it_in_part() -> None:
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(number(3.0), number(0.5)))
+        length = pyro.sample("length", dist.LogNormal(number(0.0), number(0.5)))
+        zero = torch.zeros(20, dtype=F64)
+        f = pyro.sample("f", dist.MultivariateNormal(zero, matern(length)))
+        pyro.sample("y", dist.Normal(mu + f, number(0.1)).to_event(1), obs=SERIES)
+
+    guide = pf.AutoPlanarFlow(model, num_layers=0)
+    fit = pf.fit_guide(model, guide, steps=1, seed=0, progress=False)
+    t = torch.linspace(-4, 4, 801, dtype=F64)
+    noise = 0.01 * torch.eye(20, dtype=F64) + 0.25
+    cov = torch.stack([matern(length) + noise for length in t.exp()])
+    log_p = dist.MultivariateNormal(torch.full((20,), 3.0, dtype=F64), cov).log_prob(SERIES)
+    log_p = log_p + dist.Normal(number(0.0), number(0.5)).log_prob(t)
+    evidence = log_p.logsumexp(0).item() + math.log(t[1] - t[0])
+    assert fit.best_loss + evidence < 0.05
