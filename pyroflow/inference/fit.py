@@ -21,8 +21,7 @@ from pyroflow.seeds import generator_states, restore_generators
 if TYPE_CHECKING:
     from pyroflow.inference.census import Missed
 
-# Of checkpoints; raised when the parameters of a transform, the settings or the state mean
-# something else: then no fit can go on.
+# Of checkpoints; raised when their content means something else: then no fit can go on.
 FORMAT = 5
 
 
@@ -64,9 +63,10 @@ class Fit:
 
 def missing(missed: list[Missed], share: float) -> str:
     """The modes that a guide does not draw, with their part of the posterior, in words."""
-    mass, apart = f"about {100 * share:.2g} % of the mass", sum(each.apart for each in missed)
+    percent, apart = float(f"{100 * share:.2g}"), sum(each.apart for each in missed)
     modes = {0: "a region", 1: "another mode"}.get(apart, f"{apart} other modes")
-    return f"its draws miss {modes} with {mass}{'' if apart else ' or more'}"
+    mass = f"about {percent:g} % of the mass" + ("" if apart else " or more")
+    return f"its draws miss {modes} with {mass}"
 
 
 @dataclass

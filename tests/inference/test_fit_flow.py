@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pyroflow as pf
 from pyroflow.inference import guide_fit, objectives
+from pyroflow.inference.fit import missing
 from pyroflow.inference.objectives import LogJointBound, nothing_left
 from pyroflow.inference.trainer import Trainer
 from pyroflow.targets import (
@@ -82,6 +83,11 @@ def two_modes(share: float) -> Callable:
         pyro.factor("density", (parts.log_prob(z.unsqueeze(-2)) + weights.log()).logsumexp(-1))
 
     return model
+
+
+def test_nearly_all_of_the_mass_is_a_plain_number() -> None:
+    assert missing([], 0.9999) == "its draws miss a region with about 100 % of the mass or more"
+    assert missing([], 0.0123) == "its draws miss a region with about 1.2 % of the mass or more"
 
 
 @pytest.mark.parametrize("share", [0.6, 0.9])
