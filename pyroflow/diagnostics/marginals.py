@@ -106,7 +106,7 @@ def columns_of(values: Values, records: dict[str, Record]) -> Columns:
                 latent = bijection(records[name]["fn"].support).inv(value)
             except NotImplementedError:
                 latent = value
-        latent = latent.detach().double().cpu().reshape(len(value), -1)
+        latent = latent.detach().double().cpu().reshape(len(value), latent[0].numel())
         edge = latent.where(latent.isfinite(), 0.0).abs().amax(0)  # rounded to an edge
         latent = latent.nan_to_num(0.0).clamp(-edge, edge)
         found.append(latent)

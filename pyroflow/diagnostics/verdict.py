@@ -9,6 +9,7 @@ from pyroflow.diagnostics.marginals import LIMIT, MARGIN, SURE, combined, disagr
 from pyroflow.diagnostics.psis import khat_interval
 from pyroflow.diagnostics.report import Report
 from pyroflow.diagnostics.wider import WideReport
+from pyroflow.inference.fit import missing
 
 EVEN_ESS = 0.95  # part of the draws, for weights so even that the draws may do as they are
 EVEN_GAP, EVEN_GAP_ESS = 0.03, 0.8  # the same by the bound, which is less noisy than the ESS
@@ -82,19 +83,10 @@ def _failure(report: Report, failed: int, rounded: int) -> str | None:
             "say, and the model's density depends on it"
         )
     if report.missed_share > MISSED or report.missed_effect > 1:
-        return _missing(report)
+        return missing(report.missed, report.missed_share)
     if (report.wide is None or not report.wide.sound) and (heavy := _heavy(report)):
         return heavy
     return _unseen(report, report.wide) if report.wide is not None else None
-
-
-def _missing(report: Report) -> str:
-    share = f"about {100 * report.missed_share:.2g} % of the mass"
-    if not any(missed.apart for missed in report.missed):
-        return f"its draws miss a region with {share} or more"
-    apart = sum(missed.apart for missed in report.missed)
-    modes = "another mode" if apart == 1 else f"{apart} other modes"
-    return f"its draws miss {modes} with {share}"
 
 
 def _heavy(report: Report) -> str | None:

@@ -195,8 +195,9 @@ def marginal_quantiles(draws: Values, quantiles: Sequence[float]) -> Values:
                 f"{quantiles}"
             )
         # In parts, as torch takes 16 million numbers at most.
-        columns = values.reshape(len(values), -1).split(1000, 1)
-        columns = torch.cat([part.quantile(levels, 0) for part in columns], 1)
+        columns = values.reshape(len(values), values[0].numel()).split(1000, 1)
+        columns = [part.quantile(levels, 0) for part in columns if part.numel()]
+        columns = torch.cat([*columns, levels.new_zeros(len(levels), 0)], 1)
         found[name] = columns.reshape(len(levels), *values.shape[1:])
     return found
 

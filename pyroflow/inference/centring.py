@@ -32,7 +32,7 @@ GAIN = 0.01  # nats, that another round must have brought
 @torch.no_grad()
 def best_coordinates(
     log_joint: LogJoint, guide: AutoFlow, bar: tqdm | None = None
-) -> Gaussian | None:
+) -> tuple[Gaussian | None, list[Tensor]]:
     r"""Set c of an untouched guide's coordinates, and return the best Gaussian in them.
 
     The conditional standard deviation of a latent shall not change with the latents that its
@@ -46,21 +46,27 @@ def best_coordinates(
         log_joint: of the guide's model, in the guide's coordinates.
         guide: where it starts is where the ascents start.
         bar: of a total of ``TICKS`` of :mod:`~pyroflow.inference.gaussian_start`.
+
+    Returns:
+        The Gaussian, None if there is no sound one; and where the ascents led, of shape (D,) each,
+        in the unconstrained latents.
     """
     coordinates = guide.coordinates
     if coordinates is None or guide.centring_given != "auto":
-        return best_gaussian(log_joint, guide.start(), bar)
-    z = guide.start()
+        best, ends = best_gaussian(log_joint, guide.start(), bar)
+        return best, ends if coordinates is None else [coordinates(x) for x in ends]
+    z, ends = guide.start(), []
     centred = torch.ones_like(coordinates.c)
     free = spread(coordinates, dict.fromkeys(coordinates.centring, 0.0))
     found = []
     for place in (Place(centred, z, {}), Place(free, z, {})):
         coordinates.set(*place)
-        gaussian = best_gaussian(log_joint, coordinates.inv(z), bar)
+        gaussian, there = best_gaussian(log_joint, coordinates.inv(z), bar)
+        ends += [coordinates(x) for x in there]
         found += [] if gaussian is None else [(gaussian, place)]
     if not found:
         coordinates.set(centred, z)
-        return None
+        return None, ends
     best = max(found, key=lambda each: each[0].bound)
     test = normal_pairs(TESTED_BY, z)
     for _ in range(ROUNDS):
@@ -70,7 +76,7 @@ def best_coordinates(
         if gained < GAIN:
             break
     coordinates.set(*best[1])
-    return best[0]
+    return best[0], ends
 
 
 class Place(NamedTuple):

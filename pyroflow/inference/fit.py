@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ from pyroflow.checks import check_count, check_positive
 from pyroflow.io import read_data, write_data
 from pyroflow.seeds import generator_states, restore_generators
 
-# Of checkpoints; raised when the parameters of a transform, the settings or the state mean
-# something else: then no fit can go on.
-FORMAT = 4
+if TYPE_CHECKING:
+    from pyroflow.inference.census import Missed
+
+# Of checkpoints; raised when their content means something else: then no fit can go on.
+FORMAT = 5
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Fit:
         rolled_back: how often, after twenty of those in a row, the fit went back to its best
             state, to go on at half the rate.
         skipped_particles: draws of all steps whose log weight was not finite.
+        missed: modes that the guide does not draw, of those that the warm start's ascents led to.
+        missed_share: the part of the posterior that is in them, about, and at least.
     """
 
     losses: list[float] = field(repr=False)
@@ -50,6 +54,19 @@ class Fit:
     skipped: int = 0
     rolled_back: int = 0
     skipped_particles: int = 0
+    missed: list[Missed] = field(default_factory=list, repr=False)
+    missed_share: float = field(default=0.0, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self!r}: {missing(self.missed, self.missed_share)}" if self.missed else repr(self)
+
+
+def missing(missed: list[Missed], share: float) -> str:
+    """The modes that a guide does not draw, with their part of the posterior, in words."""
+    percent, apart = float(f"{100 * share:.2g}"), sum(each.apart for each in missed)
+    modes = {0: "a region", 1: "another mode"}.get(apart, f"{apart} other modes")
+    mass = f"about {percent:g} % of the mass" + ("" if apart else " or more")
+    return f"its draws miss {modes} with {mass}"
 
 
 @dataclass

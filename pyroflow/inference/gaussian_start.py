@@ -40,10 +40,7 @@ FLATTEST = 1e-6  # of a curvature, in the units of the scale before
 
 
 class Gaussian(NamedTuple):
-    """N(loc, scale scaleᵀ), with an estimate of its bound.
-
-    The scale is lower-triangular in what :func:`best_gaussian` and :func:`moved_on` return.
-    """
+    """N(loc, scale scaleᵀ), with an estimate of its bound; lower-triangular once it was moved."""
 
     loc: Tensor
     scale: Tensor
@@ -51,36 +48,40 @@ class Gaussian(NamedTuple):
 
 
 @torch.no_grad()
-def best_gaussian(log_joint: LogJoint, start: Tensor, bar: tqdm | None = None) -> Gaussian | None:
+def best_gaussian(
+    log_joint: LogJoint, start: Tensor, bar: tqdm | None = None
+) -> tuple[Gaussian | None, list[Tensor]]:
     """The Gaussian with the highest bound that several ascents from the guide's start (D,) find.
 
     Gaussians of the Hessians along the paths, as in Pathfinder (Zhang et al. 2022), are compared,
     so that a density need not have a mode; the best few are moved to where the expected gradient
     vanishes and the precision is the expected Hessian, the optimum among Gaussians (Opper and
-    Archambeau 2009). The bar is of a total of ``TICKS``. None is returned if there is no sound
-    one, because the log joint is finite at no start, or grows without end.
+    Archambeau 2009). The bar is of a total of ``TICKS``. It is None if there is no sound one,
+    because the log joint is finite at no start, or grows without end. The second value is where
+    the best one of each path lies.
     """
     starts = _starts(log_joint, start)
     if starts is None:
-        return None
-    noise = normal_pairs(DRAWS, start)
-    bar = tqdm(total=TICKS, disable=True) if bar is None else bar
+        return None, []
+    noise, bar = normal_pairs(DRAWS, start), bar or tqdm(total=TICKS, disable=True)
     points = ascend(log_joint, starts, STEPS, bar.update)
-    loc, scale = (torch.stack(parts) for parts in zip(*_along(points), strict=True))
+    loc, scale, paths = zip(*_along(points), strict=True)
+    loc, scale = torch.stack(loc), torch.stack(scale)
     found, lost = _scored(log_joint, loc, scale, noise)
+    by_path = dict(sorted(zip(paths, found, strict=True), key=lambda each: each[1].bound))
+    ends = [g.loc for g in by_path.values() if math.isfinite(g.bound)]
     for size in SMALLER if bool(lost.any()) else ():  # an edge tells no Hessian how far off it is
         found += _scored(log_joint, loc[lost], size * scale[lost], noise)[0]
     found = sorted((g for g in found if math.isfinite(g.bound)), key=lambda g: -g.bound)[:BEST]
     if not found:
-        return None
+        return None, ends
     test = normal_pairs(TESTED_BY, start)
     found = [moved_on(log_joint, g, ROUNDS[0], test, bar.update) for g in found]
     best = max(found, key=lambda g: g.bound)
     best = moved_on(log_joint, best, ROUNDS[1], test, bar.update)
     bar.update(bar.total - bar.n)  # paths and moves may end early
-    if not (math.isfinite(best.bound) and bool(best.loc.abs().max() < LARGEST)):
-        return None
-    return best
+    sound = math.isfinite(best.bound) and bool(best.loc.abs().max() < LARGEST)
+    return best if sound else None, ends
 
 
 def lower_factor(factor: Tensor) -> Tensor:
@@ -112,14 +113,14 @@ def _starts(log_joint: LogJoint, start: Tensor) -> Tensor | None:
     return torch.stack(found[:PATHS]) if found else None
 
 
-def _along(points: Points) -> list[tuple[Tensor, Tensor]]:
-    """Points and scales spread over each path, its last one among them."""
+def _along(points: Points) -> list[tuple[Tensor, Tensor, int]]:
+    """Points and scales spread over each path, its last one among them, and which path it is."""
     chosen = []
     for path in range(points.z.shape[1]):
         moved = points.value[1:, path] != points.value[:-1, path]
         last = int(moved.nonzero().max()) + 1 if bool(moved.any()) else 0
         steps = torch.linspace(last, 0, ALONG, device="cpu").round().long().unique().tolist()
-        chosen += [(points.z[t, path], points.scale[t, path]) for t in steps]
+        chosen += [(points.z[t, path], points.scale[t, path], path) for t in steps]
     return chosen
 
 

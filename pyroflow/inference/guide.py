@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
-from pyroflow.inference.fit import Fit, check_options, check_precision, held
+from pyroflow.inference.fit import Fit, check_options, check_precision, held, missing
 from pyroflow.inference.gaussian_start import TICKS
 from pyroflow.inference.guide_fit import RATE, GuideFit, refuse_nonfinite
 from pyroflow.inference.objectives import DRAWS, OBJECTIVES, LogJointBound, has_path
@@ -95,7 +96,8 @@ def fit_guide(
 
     Returns:
         The course of the fit; ``best_loss`` is the negative bound that was the objective, in nats,
-        and ``stopped`` says why it ended.
+        and ``stopped`` says why it ended. Where the ascents before the first step led to modes
+        that the guide does not draw, they are in ``missed``, and a warning says so.
 
     Raises:
         ValueError: If a latent site is discrete or not sampled by the guide, if the density is
@@ -161,7 +163,15 @@ def fit_guide(
         )
         if not (valid or fit.warm_start):  # which looks for a start farther away
             refuse_nonfinite(problem)
-        return fit.run()
+        found = fit.run()
+        if found.missed:
+            warnings.warn(
+                f"the guide is at one mode: {missing(found.missed, found.missed_share)}. Take "
+                "posterior, which fits one flow at each mode and mixes them, or let guides start "
+                "at each (init_loc_fn)",
+                stacklevel=3,
+            )
+        return found
 
 
 def _check_objective(objective: str, group_size: int, num_particles: int | None) -> None:

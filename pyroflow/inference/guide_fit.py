@@ -15,16 +15,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.guides import AutoFlow
+from pyroflow.inference.census import MISSED, Missed, census, missed_by, shares_missed
 from pyroflow.inference.centring import best_coordinates
-from pyroflow.inference.fit import Fit, Objective, check_settings, read_checkpoint
-from pyroflow.inference.gaussian_start import initialize, layers_inside
+from pyroflow.inference.fit import Fit, Objective, check_settings, copy_tensors, read_checkpoint
+from pyroflow.inference.gaussian_start import PATHS, initialize, layers_inside
 from pyroflow.inference.objectives import LogJointBound, nothing_left, path_derivative
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, LearningRateSchedule
 from pyroflow.inference.stop_rule import StopRule
 from pyroflow.inference.trace_bound import TraceBound
 from pyroflow.inference.trainer import Trainer
 from pyroflow.model.bound import BoundModel
+from pyroflow.model.comparison import FAILURES
 from pyroflow.model.draws import draw
+from pyroflow.model.log_joint import LogJoint
 from pyroflow.seeds import between_draws, drawing, seeded
 
 GAUSSIAN_PART = 0.2  # of the steps, on the affine layer alone
@@ -34,6 +37,7 @@ WIDEST_WARM_START = 256  # latents, beyond which the Hessians cost more than the
 RATE = 0.03  # the highest learning rate
 LEAST_GAIN = 0.02  # nats, that more layers must have brought
 DEEPEST = 64
+CHECKED = 1000  # draws of the fitted guide, in the light of which modes are missed
 
 # The parts of a fit, one of which a checkpoint is of.
 GAUSSIAN, FLOW, GROWN = "affine layer alone", "all", "all, after growing"
@@ -67,6 +71,9 @@ class GuideFit:
         placed = cheap and self.guide.affine is not None
         self.warm_start = warm_start and placed and self.guide.latent_dim <= WIDEST_WARM_START
         self.early_stop = early_stop and self.by_log_joint and annealing is None
+        # Where the ascents ended, in the unconstrained latents; NaN where there was none.
+        num = 2 * PATHS if self.warm_start else 0
+        self.ends = [self.guide.start() * math.nan for _ in range(num)]
         self.steps, self.spent = steps, 0  # of the steps, on the affine layer alone
         own = {"num_particles": bound.num_particles, "early_stop": self.early_stop}
         self.settings = settings | own | {"steps in all": self.steps}
@@ -102,13 +109,16 @@ class GuideFit:
             self._grow(min(guide.num_layers, DEEPEST - guide.num_layers))
             fit, gain = self._train(fit, GROWN, resume=False)
         _warn_of_mixing(self.bound.mixing())
-        return replace(fit, skipped_particles=int(self.bound.skipped))
+        missed, share = _missed(self.bound.log_joint, guide, self.ends) if self.ends else ([], 0.0)
+        skipped = int(self.bound.skipped)
+        return replace(fit, skipped_particles=skipped, missed=missed, missed_share=share)
 
     def _initialize(self) -> Fit | None:
         """Set the affine layer to the best Gaussian, found without training or with it."""
         guide = self.guide
         if self.warm_start and self.part is None:
-            found = best_coordinates(self.bound.log_joint, guide, self.bar)
+            found, ends = best_coordinates(self.bound.log_joint, guide, self.bar)
+            copy_tensors(ends, self.ends[: len(ends)])
             if found is not None:
                 initialize(guide, found)
                 return None
@@ -164,7 +174,7 @@ class GuideFit:
 
     def _objective(self, parameters: list[Tensor], loss: Callable[[int], Tensor]) -> Objective:
         bound = self.bound
-        options = {"buffers": bound.buffers(), "keep_last": bound.keep_last}
+        options = {"buffers": bound.buffers() + self.ends, "keep_last": bound.keep_last}
         if self.early_stop and bound.objective == "elbo":
             options["enough"] = nothing_left
         return Objective(parameters, loss, bound.score, **options)
@@ -182,6 +192,35 @@ class GuideFit:
         if num > 0:
             with drawing():
                 self.guide.grow(num)
+
+
+@torch.no_grad()
+def _missed(log_joint: LogJoint, guide: AutoFlow, ends: list[Tensor]) -> tuple[list[Missed], float]:
+    """The modes apart from the guide's own where ascents ended, and their share.
+
+    Where the guide has as much density at all ends as at its draws, that costs one evaluation.
+    """
+    ends, q = torch.stack(ends), guide.flow()
+    ends = ends[ends.isfinite().all(-1)]
+    if not len(ends):
+        return [], 0.0
+    ends = ends if guide.coordinates is None else guide.coordinates.inv(ends)
+    with seeded(0), pyro.validation_enabled(False):
+        x = torch.cat([q.sample((CHECKED,)), ends])
+        log_weights = (log_joint.values_and_gradients(x)[0] - q.log_prob(x)).double()
+        log_weights = log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+        own, there = log_weights[:CHECKED], log_weights[CHECKED:]
+        evidence = own.logsumexp(0).item() - math.log(CHECKED)
+        if not bool((there > evidence + MISSED).any()):
+            return [], 0.0
+        try:
+            modes = census(log_joint, ends)
+            found = missed_by(modes, log_joint, q, evidence, (x[:CHECKED], own.softmax(0)))
+        except FAILURES:  # such as a matrix that is singular far from the guide
+            return [], 0.0
+    # Where none of the modes is drawn, the guide's own is among them.
+    found = [each for each in found if each.apart] if len(found) < len(modes) else []
+    return found, sum(shares_missed(found, evidence))
 
 
 def fit_flow(bound: LogJointBound, steps: int, seed: int, **shared: Any) -> Fit:

@@ -53,7 +53,9 @@ class Draws:
     def point(self) -> str | None:
         """A site with one value in all of several draws, as of a guide that has no density."""
         for name, values in self.sites.items():
-            if len(values) > 1 and bool((values == values[0]).all()):
+            origin = preimage(values)  # empty where there is but one value, as of an empty site
+            free = values if origin is None else origin.latent
+            if len(free) > 1 and free.numel() and bool((free == free[0]).all()):
                 return name
         return None
 

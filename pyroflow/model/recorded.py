@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyroflow.seeds import _arguments
+
 Plain = Any  # numbers, strings, None, tensors, lists and dicts of such
 
 # Operations that are neither pointwise nor of torch's core set, and that models use all the same.
@@ -24,8 +26,8 @@ _ALSO = {
     "linalg_inv_ex", "linalg_solve_triangular", "logcumsumexp", "logsumexp", "matmul", "max",
     "mean", "min", "mm", "mv", "new_zeros", "ones_like", "permute_copy", "polygamma", "prod",
     "roll", "select", "select_copy", "select_scatter", "slice", "slice_copy", "slice_scatter",
-    "split", "split_copy", "split_with_sizes", "split_with_sizes_copy", "squeeze_copy", "stack",
-    "std", "sum", "t", "t_copy", "transpose", "transpose_copy", "triangular_solve", "tril",
+    "split", "split_copy", "split_with_sizes", "split_with_sizes_copy", "squeeze", "squeeze_copy",
+    "stack", "std", "sum", "t", "t_copy", "transpose", "transpose_copy", "triangular_solve", "tril",
     "triu", "unbind", "unbind_copy", "unfold", "unsqueeze_copy", "var", "view_copy", "where",
     "zeros_like",
 }  # fmt: skip
@@ -155,15 +157,13 @@ class _Reader:
         return self.steps, self.constants, outputs
 
     def _step(self, node: Node) -> None:
-        getitem = node.target is operator.getitem
-        name = "getitem" if getitem else str(node.target).removeprefix("aten.")
-        # torch's own matmul squeezes a result of its own in place.
-        name = name.replace("squeeze_.", "squeeze.")
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        target = _reshaping(node.target)
+        name = "getitem" if target is operator.getitem else str(target).removeprefix("aten.")
+        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
             raise ValueError(f"the operation {name!r} draws random numbers")
         if not any(parent in self.where for parent in node.all_input_nodes):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.known.__getitem__)
-            self.known[node] = node.target(*args, **kwargs)
+            self.known[node] = target(*args, **kwargs)
             return
         _operation(name)
         args = [self._held(held) for held in node.args]
@@ -183,6 +183,15 @@ class _Reader:
             # Of a size that was broadcast, only the numbers themselves.
             self.constants.append(self.known[held].detach().clone())
         return self.where[held]
+
+
+def _reshaping(target: Callable) -> Callable:
+    """In place of what changes a tensor's shape in place, as torch's own matmul does, a view."""
+    if torch.Tag.inplace_view not in getattr(target, "tags", ()):
+        return target
+    packet = getattr(torch.ops.aten, target.overloadpacket.__name__.removesuffix("_"))
+    views = (getattr(packet, name) for name in packet.overloads())
+    return next((f for f in views if _arguments(f) == _arguments(target)), target)
 
 
 def _plain_option(held: Any) -> Any:

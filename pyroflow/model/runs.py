@@ -135,7 +135,7 @@ class Runs(Program):
         """Choose how to run, by what a few of S draws get that way and alone; once.
 
         The inspected draw is compared as well. Where the model runs only one by one, these runs
-        show whether the same sites are in all of them.
+        show whether the same sites are in all of them, and say the same when they are repeated.
         """
         few = _few(size)
         rows, before = rows_of(latents, few), self._inspected_beside(latents)
@@ -143,7 +143,9 @@ class Runs(Program):
             self.chosen = differs(self, rows, len(few), self.way, before) is None
             self._ways = self._ways if self.chosen else self._ways[1:]
         if not self.chosen:
-            self.one_by_one(rows, len(few))
+            first, again = (self.one_by_one(rows, len(few)) for _ in range(2))
+            if not self.predict:
+                _warn_of_noise(disagreement(again, first))
         self.chosen = True
 
     def _inspected_beside(self, latents: Values) -> Outcome | None:
@@ -177,6 +179,17 @@ class Runs(Program):
 
 def _kinds(values: Values) -> dict[str, tuple]:
     return {name: (v.shape[1:], v.dtype, v.device) for name, v in values.items()}
+
+
+def _warn_of_noise(site: str | None) -> None:
+    if site is not None:
+        warnings.warn(
+            f"the model says something else of the same latents in each run, at site {site!r}: it "
+            "draws random numbers of its own, by torch, NumPy or random, so that no verdict on "
+            "its posterior holds. Draw them by pyro.sample, or once beforehand, and pass them as "
+            "arguments",
+            stacklevel=4,
+        )
 
 
 def _few(size: int) -> list[int]:

@@ -16,6 +16,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.reparam import LocScaleReparam
 from pyro.optim import Adam
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyroflow as pf
 from pyroflow.guides.recording import coordinates_of, spread
@@ -23,7 +24,7 @@ from pyroflow.model.bound import BoundModel
 from pyroflow.model.centring import Downstream, Prior
 from pyroflow.model.locations import prior_of
 from pyroflow.model.log_joint import LogJoint
-from pyroflow.model.recorded import Recorded
+from pyroflow.model.recorded import Recorded, _Reader
 from pyroflow.targets import eight_schools_centered
 
 F64 = torch.float64
@@ -323,6 +324,33 @@ def test_a_recording_refuses_random_numbers_and_unknown_operations() -> None:
         Recorded.of(lambda x: (x + torch.randn(3),), torch.zeros(3))
     with pytest.raises(ValueError, match="from_file"):
         Recorded([["from_file.default", ["secret"], {}]], [], [{"step": 0}])(torch.zeros(3))
+
+
+IN_PLACE = {
+    "squeeze_": lambda y: y.unsqueeze(0).squeeze_(),
+    "squeeze_(dim)": lambda y: y.unsqueeze(0).squeeze_(0),
+    "squeeze_(dims)": lambda y: y.reshape(1, 2, 1, 3).squeeze_((0, 2)),
+    "unsqueeze_": lambda y: y.unsqueeze_(1),
+    "t_": lambda y: y.t_(),
+    "transpose_": lambda y: y.transpose_(0, 1),
+    "swapaxes_": lambda y: y.swapaxes_(0, 1),
+    "as_strided_": lambda y: y.as_strided_((3, 2), (1, 3)),
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
+def test_a_shape_that_torch_changes_in_place_is_recorded_as_a_view(change: Callable) -> None:
+    """Without functionalisation, as inside of torch's own operations."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        return change(x.exp()), change(torch.arange(6.0).reshape(2, 3).exp()) * x.sum()
+
+    graph = make_fx(function)(torch.zeros(2, 3))
+    recorded, x = Recorded(*_Reader(graph).read()), torch.rand(2, 3)
+    for _ in range(2):
+        for found, expected in zip(recorded(x), function(x), strict=True):
+            assert torch.equal(found, expected)
+    assert not any("_." in name for name, _, _ in recorded.steps)
 
 
 def test_a_single_number_may_have_coordinates() -> None:

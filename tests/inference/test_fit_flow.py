@@ -1,16 +1,19 @@
 """fit_guide on guides of the AutoFlow family: initialized, resumed, grown, and what it refuses."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 import pyroflow as pf
 from pyroflow.inference import guide_fit, objectives
+from pyroflow.inference.fit import missing
 from pyroflow.inference.objectives import LogJointBound, nothing_left
 from pyroflow.inference.trainer import Trainer
 from pyroflow.targets import (
@@ -69,6 +72,64 @@ def test_ends_no_worse_than_the_gaussian_it_starts_from() -> None:
     assert fit.scores[0][1] == pytest.approx(-placed[0], abs=0.1)
 
 
+def two_modes(share: float) -> Callable:
+    """Two Gaussians in five dimensions, at a distance of 13 standard deviations."""
+    centres = torch.tensor([[-3.0], [3.0]]).expand(2, 5)
+    parts = dist.Normal(centres, 1.0).to_event(1)
+    weights = torch.tensor([share, 1 - share])
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(5), 3.0).to_event(1).mask(False))
+        pyro.factor("density", (parts.log_prob(z.unsqueeze(-2)) + weights.log()).logsumexp(-1))
+
+    return model
+
+
+def test_nearly_all_of_the_mass_is_a_plain_number() -> None:
+    assert missing([], 0.9999) == "its draws miss a region with about 100 % of the mass or more"
+    assert missing([], 0.0123) == "its draws miss a region with about 1.2 % of the mass or more"
+
+
+@pytest.mark.parametrize("share", [0.6, 0.9])
+def test_modes_that_the_ascents_led_to_are_told_as_by_the_report(share: float) -> None:
+    model = two_modes(share)
+    guide = pf.AutoPlanarFlow(model, 2, init_loc_fn=init_to_value(values={"z": torch.zeros(5)}))
+    with pytest.warns(UserWarning, match="at one mode: its draws miss another mode with about "):
+        fit = pf.fit_guide(model, guide, steps=5, **QUICK)
+    (missed,) = fit.missed
+    assert fit.missed_share == pytest.approx(1 - share, abs=0.005)
+    torch.testing.assert_close(missed.mode.loc, torch.full((5,), 3.0), atol=0.1, rtol=0)
+    report = pf.diagnose(model, guide, num_samples=1000)
+    assert str(fit).endswith(report.verdict.removeprefix("do not trust"))
+
+
+def correlated() -> None:
+    factor = torch.tensor([[1.0, 0, 0], [30.0, 0.5, 0], [-2.0, 4.0, 0.1]])
+    pyro.sample("z", dist.MultivariateNormal(torch.ones(3), scale_tril=factor))
+
+
+def funnel() -> None:
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    pyro.sample("x", dist.Normal(0.0, (v / 2).exp()).expand([9]).to_event(1))
+
+
+def logistic() -> None:
+    x = torch.linspace(-2, 2, 20)
+    b = pyro.sample("b", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+    logits = b[..., :1] + b[..., 1:] * x
+    pyro.sample("y", dist.Bernoulli(logits=logits).to_event(1), obs=(x.sin() > 0.3).float())
+
+
+@pytest.mark.parametrize("centring", ["auto", None])
+@pytest.mark.parametrize(
+    "model", [eight_schools_centered, eight_schools_noncentered, correlated, funnel, logistic]
+)
+def test_no_mode_is_missed_where_there_is_one(model: Callable, centring: str | None) -> None:
+    fit = pf.fit_guide(model, pf.AutoPlanarFlow(model, 2, centring=centring), steps=50, **QUICK)
+    assert (fit.missed, fit.missed_share) == ([], 0.0)
+    assert str(fit) == repr(fit)
+
+
 def test_a_fitted_guide_goes_on_from_where_it_is() -> None:
     guide = pf.AutoPlanarFlow(banana, 4, centring=None)
     first = pf.fit_guide(banana, guide, steps=300, **QUICK)
@@ -96,6 +157,8 @@ def test_killed_fit_resumes_bit_by_bit(tmp_path: Path, warm_start: bool, killed:
             fit(checkpoint=tmp_path / "fit.pt")
     resumed, found = fit(checkpoint=tmp_path / "fit.pt")
     assert resumed.losses == whole.losses
+    assert resumed.missed_share == whole.missed_share
+    assert whole.missed_share == (pytest.approx(0.5, abs=0.1) if warm_start else 0)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -91,3 +93,32 @@ def test_a_gaussian_process_is_diagnosed_and_exported() -> None:
     assert torch.allclose(report.draws.log_p, expected)
     idata = pf.to_arviz(process.model, guide, num_samples=30, seed=0)
     assert idata["posterior_predictive"]["y"].shape == (1, 30, 20)
+
+
+EMPTY = {
+    "batch": dist.Normal(torch.zeros(0), 1.0),
+    "event": dist.Normal(torch.zeros(0), 1.0).to_event(1),
+    "matrix": dist.Normal(torch.zeros(3, 0), 1.0).to_event(2),
+    "positive": dist.HalfNormal(torch.ones(0)).to_event(1),
+    "simplex of one": dist.Dirichlet(torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("prior", EMPTY.values(), ids=EMPTY)
+def test_a_site_without_a_number_to_infer_changes_nothing(prior: dist.Distribution) -> None:
+    def model() -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.sample("empty", prior)
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(0.5))
+
+    guide = pf.AutoPlanarFlow(model, num_layers=2)
+    pf.fit_guide(model, guide, steps=5, seed=0, progress=False)
+    report = pf.diagnose(model, guide, num_samples=500)
+    assert report.level == "good"
+    exact = dist.Normal(0.0, math.sqrt(2)).log_prob(torch.tensor(0.5)).item()
+    assert report.log_evidence == pytest.approx(exact, abs=1e-4)
+    shape = prior.shape()
+    assert report.resample(7)["empty"].shape == (7, *shape)
+    assert guide.median()["empty"].shape == guide.quantiles([0.5])["empty"][0].shape == shape
+    found = pf.to_arviz(model, guide, num_samples=20)["posterior"]["empty"]
+    assert found.shape == (1, 20, *shape)

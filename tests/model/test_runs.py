@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -302,3 +305,37 @@ def walk() -> None:
     with pyro.plate("effects", 3):
         x = pyro.sample("x", dist.Normal(0.0, 2.0))
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.zeros(3))
+
+
+GENERATOR = np.random.default_rng(0)
+NOISE = {
+    "torch": lambda: torch.randn(()),
+    "NumPy": lambda: float(np.random.normal()),  # noqa: NPY002
+    "NumPy's generators": lambda: float(GENERATOR.normal()),
+    "random": lambda: random.gauss(0.0, 1.0),  # noqa: S311
+}
+
+
+@pytest.mark.parametrize("as_data", [False, True])
+@pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
+def test_random_numbers_of_the_models_own_are_told(noise: Callable[[], Any], as_data: bool) -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        number = torch.as_tensor(noise())
+        data, loc = (number, z) if as_data else (torch.tensor(0.5), z + number)
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=data)
+
+    guide = pf.AutoPlanarFlow(model, num_layers=0)
+    with pytest.warns(UserWarning, match="same latents in each run, at site 'y'.*by torch, NumPy"):
+        pf.diagnose(model, guide, num_samples=100)
+
+
+def test_a_model_that_branches_has_no_random_numbers_of_its_own() -> None:
+    """Each draw takes a run, and nothing is said (warnings are errors here)."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z if float(z) > 0 else 2 * z, 1.0), obs=torch.tensor(0.5))
+
+    report = pf.diagnose(model, pf.AutoPlanarFlow(model, num_layers=0), num_samples=100)
+    assert "each draw takes a run" in report.census
