@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from pyroflow.model.centring import (
     nothing_downstream,
     turned,
 )
-from pyroflow.model.latents import Latents
 from pyroflow.model.recorded import Recorded
 from pyroflow.transforms import Bijection
 from pyroflow.transforms.bijection import Pair, Parameters
@@ -74,7 +72,7 @@ class Coordinates(Bijection, TransformModule):
     ) -> None:
         Bijection.__init__(self)
         self.sites, self.to_z, self.priors = sites, to_z, priors
-        self.counts = [len(own) for own in tensors]
+        self.counts = {site["name"]: len(own) for site, own in zip(sites, tensors, strict=True)}
         numbered = enumerate(t for own in tensors for t in own)
         kept = {"c": c} | {f"tensor_{i}": t for i, t in numbered}
         for name, tensor in kept.items():
@@ -96,10 +94,7 @@ class Coordinates(Bijection, TransformModule):
 
     @torch.no_grad()
     def set(self, c: Tensor, z: Tensor, downstream: Mapping[str, Downstream] | None = None) -> None:
-        """Set c, shape (D,), where the priors are those at z (D,).
-
-        ``downstream``: by site, what follows from it; by default nothing.
-        """
+        """Set c where the priors are those at z, (D,) both, by what follows from each site."""
         self.c.copy_(c)
         for i, (site, prior) in enumerate(zip(self.sites, self.read(z), strict=True)):
             at, piece, u = self.part(c, i), self.part(z, i), z[: site["start"]]
@@ -110,16 +105,16 @@ class Coordinates(Bijection, TransformModule):
 
     def read(self, z: Tensor) -> list[Prior]:
         """The priors of the sites at z (*B, D), each part with the shape (*B, *shape of site)."""
-        flat = z.reshape(-1, z.shape[-1])
-        found = torch.func.vmap(self.priors, chunk_size=CHUNK)(flat)
+        found = torch.func.vmap(self.priors, chunk_size=CHUNK)(z.reshape(-1, z.shape[-1]))
         found = [t.reshape((*z.shape[:-1], *t.shape[1:])) for t in found]
         parts = zip(found[0::3], found[1::3], found[2::3], self.sites, strict=True)
         return [Prior(*three, site["matrix"]) for *three, site in parts]
 
     def own_tensors(self, index: int) -> list[Tensor]:
         """Those of a site."""
-        start = sum(self.counts[:index])
-        return [getattr(self, f"tensor_{start + i}") for i in range(self.counts[index])]
+        counts = list(self.counts.values())
+        start = sum(counts[:index])
+        return [getattr(self, f"tensor_{start + i}") for i in range(counts[index])]
 
     def describe(self, stored: Callable[[Tensor], Tensor] = Tensor.clone) -> Description:
         """As plain data, each tensor as ``stored`` gives it."""
@@ -157,17 +152,10 @@ class Coordinates(Bijection, TransformModule):
         """The z at x (*B, D), log |det ∂z/∂x|, and how far z is rounded, in sds of a prior."""
         if not x.numel():
             return x, x.sum(-1), x.sum(-1)
-        in_dims = (0, *(None for _ in tensors))
-        run = torch.func.vmap(self.to_z, in_dims=in_dims, chunk_size=CHUNK)
+        run = torch.func.vmap(self.to_z, (0, *(None for _ in tensors)), chunk_size=CHUNK)
         z, log_det, lost = run(x.reshape(-1, x.shape[-1]), *tensors)
         batch = x.shape[:-1]
         return z.reshape(x.shape), log_det.reshape(batch), lost.reshape(batch)
-
-    def moves(self, latents: Latents, x: Tensor, c: Tensor, *tensors: Tensor) -> Moves:
-        """What :meth:`move` does, at x (D,), for the sites of a run of the model."""
-        left, names = iter(tensors), [site["name"] for site in self.sites]
-        own = [list(itertools.islice(left, count)) for count in self.counts]
-        return Moves(latents, x, c, dict(zip(names, own, strict=True)))
 
     def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
         return self.move(x, *parameters)[:2]
@@ -178,7 +166,7 @@ class Coordinates(Bijection, TransformModule):
         given, x, end = iter(parameters[1:]), [], 0
         total = torch.zeros_like(y[..., 0])
         for i, (site, prior) in enumerate(zip(self.sites, self.read(y), strict=True)):
-            own = [next(given) for _ in range(self.counts[i])]
+            own = [next(given) for _ in range(self.counts[site["name"]])]
             u, c = y[..., : site["start"]], self.part(parameters[0], i)
             moved, log_det = prior.back(self.part(y, i), u, c, *own)
             x += [y[..., end : site["start"]], moved.reshape((*y.shape[:-1], -1))]
@@ -188,43 +176,6 @@ class Coordinates(Bijection, TransformModule):
 
     def _log_det(self, intermediates: Tensor) -> Tensor:
         return intermediates
-
-
-class Moves:
-    """The numbers z of a model's latents at coordinates x, as their sites come up in a run.
-
-    Args:
-        latents: the table of the sites.
-        x: coordinates, shape (D,).
-        c: the same shape.
-        tensors: by name, of each site that is moved.
-    """
-
-    def __init__(
-        self, latents: Latents, x: Tensor, c: Tensor, tensors: Mapping[str, Sequence[Tensor]]
-    ) -> None:
-        self.latents, self.tensors = latents, tensors
-        self.x, self.c = latents.unpack(x), latents.unpack(c)
-        self.z: dict[str, Tensor] = {}
-        self.log_dets: list[Tensor] = []
-        self.lost: list[Tensor] = []
-
-    def __call__(self, name: str, prior: Prior | None) -> Tensor:
-        """Of the next site, by its prior."""
-        z = self.x[name]
-        if name in self.tensors:
-            first = itertools.takewhile(lambda site: site.name != name, self.latents)
-            u = torch.cat([self.z[site.name].reshape(-1) for site in first])
-            z, log_det, lost = prior.forth(z, u, self.c[name], *self.tensors[name])
-            self.log_dets.append(log_det.sum())
-            self.lost.append(lost.amax())
-        self.z[name] = z
-        return z
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All z (D,), log |det ∂z/∂x|, and how far z is rounded, in sds of a prior."""
-        lost = torch.stack(self.lost).amax()
-        return self.latents.pack(self.z), torch.stack(self.log_dets).sum(), lost
 
 
 def _slice(site: Description) -> slice:

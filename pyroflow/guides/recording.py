@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,11 +11,11 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
-from pyroflow.guides.coordinates import Coordinates, Description, Moves
+from pyroflow.guides.coordinates import Coordinates, Description
 from pyroflow.model.centring import Prior, conditionals, nothing_downstream, powers
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.latents import Latents
-from pyroflow.model.locations import Filled
+from pyroflow.model.locations import Filled, Moves
 from pyroflow.model.recorded import Recorded
 from pyroflow.model.records import quietly
 
@@ -86,12 +85,10 @@ def _recorded(run: Callable, latents: Latents, start: Tensor, *, given: bool) ->
     c = torch.ones_like(start)
     read = Recorded(read.steps, read.constants, outputs)
     tensors = _tensors(sites, read, c, start, given)
-    counts = [len(own) for own in tensors]
+    counts = {name: len(own) for name, own in zip(moved, tensors, strict=True)}
 
     def to_z(x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        left = iter(tensors)
-        own = {n: list(itertools.islice(left, k)) for n, k in zip(moved, counts, strict=True)}
-        moves = Moves(latents, x, c, own)
+        moves = Moves(latents, counts, x, c, *tensors)
         run(moves)
         return moves.result()
 

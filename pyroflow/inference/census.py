@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from pyroflow.guides.flow_guide import FlowGuide
 from pyroflow.guides.mixture import FlowMixture
 from pyroflow.inference.gaussian_start import (
+    PATHS,
     Gaussian,
     Points,
     _scored,
@@ -19,14 +20,13 @@ from pyroflow.inference.gaussian_start import (
     ascend,
     moved_on,
     normal_pairs,
+    paths_in,
 )
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.seeds import between_draws, drawing
 
 WIDEST = 256  # latents, beyond which the Hessians cost too much
-PATHS = 8  # of each kind of start
-COORDINATES = 800  # latents times paths of all kinds, above which there are fewer of them
 STEPS = 40  # of an ascent
 OVERDISPERSED = (1.0, 2.0, 3.0, 5.0, 8.0)  # times the base of the guide
 # Draws of each kind, among which starts are looked for: in few latents they may hit a mode.
@@ -197,14 +197,14 @@ def starts_around(bound: BoundModel, guide: FlowGuide, log_joint: LogJoint) -> T
     Returns:
         Shape (P, D): up to 10 of each kind, fewer in many dimensions.
     """
-    num = max(2, min(PATHS, COORDINATES // guide.latent_dim))
+    num = paths_in(guide.latent_dim)
     probed = PROBED if guide.latent_dim <= FEW else PROBED_WIDE
     q = guide.flow()
     with drawing():
         prior = _prior_draws(bound, guide, probed)
         own = q.sample((LEVEL_BY,))
     level = (log_joint.values_and_gradients(own)[0] - q.log_prob(own)).nanmedian()
-    parts = [] if (around := _starts(log_joint, guide.start())) is None else [around[:num]]
+    parts = [] if (around := _starts(log_joint, guide.start())) is None else [around]
     for width in OVERDISPERSED:
         x = _dispersed(q, width, probed)
         parts.append(_missed_most(log_joint, q, x, num // 4, level))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from pyroflow.model.log_joint import LogJoint
 from pyroflow.seeds import drawing, seeded
 
 PATHS = 8
+COORDINATES = 800  # latents times paths, above which there are fewer of them
 TRIED = 128  # points at which a start is looked for, at each reach
 # How far the starts lie from the guide's own, along each latent; tried in turn.
 REACHES = (2.0, 1.0, 4.0, 0.5, 8.0, 0.1, 16.0, 0.01)
@@ -56,17 +58,16 @@ def best_gaussian(
     Gaussians of the Hessians along the paths, as in Pathfinder (Zhang et al. 2022), are compared,
     so that a density need not have a mode; the best few are moved to where the expected gradient
     vanishes and the precision is the expected Hessian, the optimum among Gaussians (Opper and
-    Archambeau 2009). The bar is of a total of ``TICKS``. It is None if there is no sound one,
-    because the log joint is finite at no start, or grows without end. The second value is where
-    the best one of each path lies.
+    Archambeau 2009). The bar is of a total of ``TICKS``. None is for no sound one: the log joint is
+    finite at no start, or grows without end. The second value is where the best of each path lies.
     """
     starts = _starts(log_joint, start)
     if starts is None:
         return None, []
     noise, bar = normal_pairs(DRAWS, start), bar or tqdm(total=TICKS, disable=True)
     points = ascend(log_joint, starts, STEPS, bar.update)
-    loc, scale, paths = zip(*_along(points), strict=True)
-    loc, scale = torch.stack(loc), torch.stack(scale)
+    *both, paths = zip(*_along(points), strict=True)
+    loc, scale = map(torch.stack, both)
     found, lost = _scored(log_joint, loc, scale, noise)
     by_path = dict(sorted(zip(paths, found, strict=True), key=lambda each: each[1].bound))
     ends = [g.loc for g in by_path.values() if math.isfinite(g.bound)]
@@ -75,13 +76,16 @@ def best_gaussian(
     found = sorted((g for g in found if math.isfinite(g.bound)), key=lambda g: -g.bound)[:BEST]
     if not found:
         return None, ends
-    test = normal_pairs(TESTED_BY, start)
-    found = [moved_on(log_joint, g, ROUNDS[0], test, bar.update) for g in found]
-    best = max(found, key=lambda g: g.bound)
-    best = moved_on(log_joint, best, ROUNDS[1], test, bar.update)
+    move = partial(moved_on, log_joint, test=normal_pairs(TESTED_BY, start), tick=bar.update)
+    best = max([move(g, ROUNDS[0]) for g in found], key=lambda g: g.bound)
+    best = move(best, ROUNDS[1])
     bar.update(bar.total - bar.n)  # paths and moves may end early
-    sound = math.isfinite(best.bound) and bool(best.loc.abs().max() < LARGEST)
-    return best if sound else None, ends
+    return best if math.isfinite(best.bound) and best.loc.abs().max() < LARGEST else None, ends
+
+
+def paths_in(dim: int) -> int:
+    """Of a kind of start, for D latents: each step of a path takes D gradients."""
+    return max(2, min(PATHS, COORDINATES // dim))
 
 
 def lower_factor(factor: Tensor) -> Tensor:
@@ -99,18 +103,17 @@ def normal_pairs(num: int, like: Tensor) -> Tensor:
 
 def _starts(log_joint: LogJoint, start: Tensor) -> Tensor | None:
     """The guide's own start and points around it; nearer and farther ones where few are finite."""
-    found = []
+    found, num = [], paths_in(len(start))
     for reach in REACHES:
         with drawing():
-            size = TRIED, len(start)
-            offsets = torch.rand(size, dtype=start.dtype, device="cpu").to(start)
+            offsets = torch.rand(TRIED, len(start), dtype=start.dtype, device="cpu").to(start)
         points = start + reach * (2 * offsets - 1)
         points[0] = start
         value, gradient = log_joint.values_and_gradients(points)
         found += points[value.isfinite() & gradient.isfinite().all(-1)]
-        if len(found) >= PATHS:
+        if len(found) >= num:
             break
-    return torch.stack(found[:PATHS]) if found else None
+    return torch.stack(found[:num]) if found else None
 
 
 def _along(points: Points) -> list[tuple[Tensor, Tensor, int]]:
@@ -261,16 +264,14 @@ def ascend(
         going = (flat < FLAT_STEPS).nonzero().squeeze(-1)
         if not len(going):
             break
-        part = z[going], scale[going]
-        # The first Hessian is taken again, in units that fit.
-        for _ in range(2 if step == 0 else 1):
-            gradient, rescaled = rescale(log_joint, *part)
-            part = part[0], rescaled
+        part, rescaled = z[going], scale[going]
+        for _ in range(2 if step == 0 else 1):  # the first one again, in units that fit
+            gradient, rescaled = rescale(log_joint, part, rescaled)
         scale = scale.index_copy(0, going, rescaled)
         found.append(Points(z, value, scale))
         tick()
         direction = (rescaled @ rescaled.mT @ gradient.unsqueeze(-1)).squeeze(-1)
-        trials = part[0] + lengths[:, None, None] * direction
+        trials = part + lengths[:, None, None] * direction
         values, gradients = log_joint.values_and_gradients(trials.reshape(-1, dim))
         finite = values.isfinite() & gradients.isfinite().all(-1)
         best, index = values.where(finite, -torch.inf).reshape(len(lengths), -1).max(0)
@@ -285,13 +286,11 @@ def ascend(
 def rescale(log_joint: LogJoint, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient at z (P, D), and F with F Fᵀ = |∇² log p|⁻¹; where not finite, F before."""
     num, dim = z.shape
-    step = torch.finfo(z.dtype).eps ** (1 / 4)
-    moves = step * torch.cat([scale.mT, -scale.mT], 1)
-    points = torch.cat([z.unsqueeze(1), z.unsqueeze(1) + moves], 1)
+    step = torch.finfo(z.dtype).eps ** (1 / 4)  # of so little, one side will do
+    points = torch.cat([z.unsqueeze(1), z.unsqueeze(1) + step * scale.mT], 1)
     _, gradients = log_joint.values_and_gradients(points.reshape(-1, dim))
-    gradients = gradients.reshape(num, 2 * dim + 1, dim)
-    forward, backward = gradients[:, 1:].chunk(2, 1)
-    curvature = (backward - forward) @ scale / (2 * step)
+    gradients = gradients.reshape(num, dim + 1, dim)
+    curvature = (gradients[:, :1] - gradients[:, 1:]) @ scale / step
     curvature = (curvature + curvature.mT) / 2
     largest = torch.finfo(z.dtype).max ** 0.5  # beyond it the eigenvalues do not converge
     finite = (curvature.abs() < largest).flatten(1).all(1)[:, None, None]

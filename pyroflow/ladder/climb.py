@@ -8,17 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
-import torch
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count
 from pyroflow.diagnostics import Report, diagnose
-from pyroflow.diagnostics.marginals import LIMIT, SURE, columns_of, disagreement, marginals
 from pyroflow.guides import AutoFlow, AutoSylvesterFlow
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.inference.guide import inspected
 from pyroflow.inference.guide_fit import WIDEST_WARM_START, fit_flow, refuse_nonfinite
 from pyroflow.inference.objectives import LogJointBound
+from pyroflow.ladder.checks import TRUSTED, apart, is_exact, rank, thinned
 from pyroflow.ladder.mixing import Mixing
 from pyroflow.ladder.result import Posterior, Rung
 from pyroflow.mcmc import Chains
@@ -29,14 +28,9 @@ from pyroflow.seeds import between_draws, one_at_a_time, seeded
 STEPS = (300, 1000, 3000)  # of the fits, each going on from the last
 MIXTURES = 4  # that are tried after each of them
 LAYERS = 6  # of the flow
-LEAST_ESS = 400  # an error of the means of a twentieth of a standard deviation
-SD_ERROR = 0.05  # standard error of a standard deviation, as a part of it
-LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains over it
-EVEN = 0.985  # part of the draws, so many effective that there is no tail to speak of
-SURE_KHAT = 0.6  # of weight times a latent or its square
+LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains that propose them
+NATS_EACH = 0.05  # by which they may fall for each latent, for chains of HMC over the flow
 CHAINS, CHAIN_DRAWS = 128, 500
-COMPARED = 10_000  # draws of the chains, with those of the last check
-TRUSTED = ("good", "resample")
 
 
 @one_at_a_time
@@ -169,12 +163,12 @@ class _Climb:
         """Whether the guide's draws hold two checks; the better guide so far is kept."""
         self.latest = report = self._check(guide)
         # A guide that was trained on is no longer the one that its earlier report is of.
-        if self.report is None or guide is self.guide or _rank(report) >= _rank(self.report):
+        if self.report is None or guide is self.guide or rank(report) >= rank(self.report):
             self.guide, self.report = guide, report
-        held = _is_exact(guide, report)
+        held = is_exact(guide, report)
         if held:  # what was looked at before does not count as a check of what was chosen by it
             self.latest = report = self._check(guide)
-            held = _is_exact(guide, report)
+            held = is_exact(guide, report)
             self.guide, self.report = guide, report
         self._note(name, report.verdict)
         return held
@@ -207,15 +201,14 @@ class _Climb:
     def _by_chains(self, flow: AutoFlow, mixing: Mixing) -> bool:
         """Whether chains agree, where the checks do not say that there is more than they reach."""
         one = not self.latest.missed and len(mixing.modes) < 2
-        if not one or self.latest.ess_fraction < LEAST_SHARE:
+        chains = _chains(flow, self.latest, mixing.problem, self.seed) if one else None
+        if chains is None:
             return False
-        with seeded(self.seed), pyro.validation_enabled(False):
-            sampler = Sampler(self.model, flow, self.args, self.kwargs, CHAIN_DRAWS, CHAINS)
-            chains = sampler.run_on(CHAIN_DRAWS)
-        apart = _apart(self.latest, chains, mixing.problem) if chains.level == "good" else ""
-        self._note(f"{CHAINS} chains", f"{chains.verdict}{apart and f'; but {apart}'}")
-        self.chains = None if apart else chains
-        return chains.level == "good" and not apart
+        good = chains.level == "good"
+        other = apart(self.latest, chains, mixing.problem) if good else ""
+        self._note(f"{chains.num_chains} chains", f"{chains.verdict}{other and f'; but {other}'}")
+        self.chains = None if other else chains
+        return good and not other
 
     def _note(self, name: str, verdict: str) -> None:
         now = time.perf_counter()
@@ -228,13 +221,13 @@ class _Climb:
         """The best so far, called what it is."""
         report, chains = self.report, self.chains
         if chains is not None and chains.level == "good":
-            index = _thinned(len(chains.log_p), self.num)
+            index = thinned(len(chains.log_p), self.num)
             draws = {name: value[index] for name, value in chains.draws.items()}
             level, verdict, ess = "good", chains.verdict, chains.ess
         else:
             draws, ess = report.resample(self.num, seed=self.seed), report.ess
             level, verdict = report.level, report.verdict
-            if level in TRUSTED and not _is_exact(self.guide, report):
+            if level in TRUSTED and not is_exact(self.guide, report):
                 level = "bad"
                 verdict = f"do not trust: the tails of {report.marginals.worst[1]} are not settled"
         error = 1 / math.sqrt(ess) if level in TRUSTED else math.inf
@@ -257,43 +250,17 @@ class _Climb:
         )
 
 
-def _is_exact(guide: AutoFlow | MixtureGuide, report: Report) -> bool:
-    """Whether the weighted draws give all means and sds, with a margin for the heaviest tail.
+def _chains(flow: AutoFlow, report: Report, problem: BoundModel, seed: int) -> Chains | None:
+    """Chains over the flow; None where it is too far from the posterior for any.
 
-    From a k-hat of 0.5 on, standard errors say too little; the largest of many is high by noise.
-    Over one flow chains may decide where there is no such margin.
+    They propose its draws where these do for weights. In many latents they may do for none though
+    the flow is off by little in each: then it is HMC alone, from starts that are spread.
     """
-    if report.level not in TRUSTED or report.ess < LEAST_ESS:
-        return False
-    if not isinstance(guide, AutoFlow) or report.ess_fraction > EVEN:
-        return True
-    kinds = [report.marginals] + ([] if report.wide is None else [report.wide.marginals])
-    error = report.marginals.smoothed.sd_error.max().item()
-    return error <= SD_ERROR and all(found.worst[0] <= SURE_KHAT for found in kinds)
-
-
-def _rank(report: Report) -> tuple[bool, float]:
-    """Trusted before not, then by effective draws; what misses mass is worth what it has."""
-    return report.level in TRUSTED, report.ess_fraction * (1 - report.missed_share)
-
-
-def _thinned(total: int, num: int) -> slice:
-    """Every k-th of the draws, at least ``num`` of them where there are as many."""
-    return slice(None, None, max(1, total // num))
-
-
-def _apart(report: Report, chains: Chains, problem: BoundModel) -> str:
-    """What draws wider than the flow say against the chains; empty if nothing."""
-    every = _thinned(len(chains.log_p), COMPARED)
-    if report.wide is None:
-        return ""
-    values = {name: value[every] for name, value in chains.draws.items()}
-    columns = columns_of(values, problem.runs.records)
-    even = torch.zeros(len(columns.z), dtype=torch.float64, device="cpu")
-    found = marginals([columns], [even], report.marginals)
-    other, own = report.wide.marginals.smoothed, 1 / math.sqrt(chains.ess)
-    mean, sd = ((t.square() + own**2).sqrt() for t in (other.mean_error, other.sd_error))
-    # Weights with a tail mostly lack their largest, and make a standard deviation too small.
-    sd = sd + (other.sd < found.plain.sd) * LIMIT / SURE
-    size, words = disagreement(found.names, found.plain, other, (mean, sd))
-    return f"wider draws correct {words}" if size > 1 else ""
+    even = report.ess_fraction >= LEAST_SHARE
+    if not even and report.ess_fraction < math.exp(-NATS_EACH * flow.latent_dim):
+        return None
+    num, each = (CHAINS, CHAIN_DRAWS) if even else (CHAINS // 2, CHAIN_DRAWS // 2)
+    options = {} if even else {"method": "HMC", "spread": True}
+    with seeded(seed), pyro.validation_enabled(False):
+        given = problem.model, flow, problem.args, problem.kwargs
+        return Sampler(*given, each, num, **options).run_on(each)

@@ -17,6 +17,7 @@ from pyroflow.model.draws import draw
 from pyroflow.seeds import drawing
 
 RAW = 4  # one chain in so many starts from a draw of the guide as it is
+WIDER = 2.0  # times the base, of starts that are spread
 ERRORS = 3.0  # by which two means may differ, were there only one
 FALSE_ALARMS = 0.0027  # of a normal variable beyond that
 
@@ -56,13 +57,20 @@ class Pilot:
         growth = max(num / len(self.proposed), 1.0) ** khat
         return (finite.max() - mean).exp().item() * growth
 
-    def starts(self, chains: int) -> Points:
+    def starts(self, chains: int, spread: Target | None = None) -> Points:
         """Where the chains begin: draws by their weights, a quarter of them as the guide made them.
 
         Those of the quarter lie where the guide is too wide or off, so that chains which have not
-        forgotten it disagree with the others, and R-hat shows it.
+        forgotten it disagree with the others, and R-hat shows it. With a target to spread over,
+        half of them are draws of a base twice as wide, and the others as the guide made them.
         """
         raw = self.points.log_target.isfinite().nonzero().flatten()
+        if spread is not None:
+            with drawing():
+                far = spread.at(WIDER * spread.base.sample((chains,)))
+            far = far.at(far.log_target.isfinite().nonzero().flatten()[: chains // 2])
+            near = raw[torch.arange(chains - len(far.u), device=raw.device) % len(raw)]
+            return spread.at(torch.cat([far.u, self.points.u[near]]))
         by_weight = self.log_weights.exp()
         as_made = min(chains // RAW, chains)
         drawn = chains - as_made

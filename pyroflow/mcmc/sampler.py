@@ -135,6 +135,9 @@ class Sampler:
     Args:
         model, guide, args, kwargs, num_chains, warmup, method, wide: as of :func:`mcmc`.
         num_samples: draws of each chain in the first run.
+        spread: whether half of the chains start from draws of a base twice as wide, and the
+            others from the guide's as they are: where its weights say little, chains that do not
+            forget their start are what can be seen.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class Sampler:
         warmup: int | None = None,
         method: str = "auto",
         wide: float = 0.05,
+        spread: bool = False,
     ) -> None:
         self.began, self.model = time.perf_counter(), model
         self.bound = _bound(model, guide, args, kwargs)
@@ -160,7 +164,7 @@ class Sampler:
             self.proposal = Proposal(target.base, float(wide))
             num = PILOT_ONE_BY_ONE if slow else PILOT
             self.pilot = pilot = take_pilot(self.bound, target, self.proposal, num)
-            self.points = pilot.starts(self.num_chains)
+            self.points = pilot.starts(self.num_chains, target if spread else None)
         if method == "auto":
             method = _method(pilot, self.num_chains, num_samples)
         mostly = method != "HMC" and pilot.acceptance > MOSTLY

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -123,3 +124,43 @@ class Filled(Messenger):
         prior = None if hidden else prior_of(msg["fn"])
         msg["value"], log_det = site.constrain(self.number(site.name, prior))
         self.log_dets.append(log_det.sum())
+
+
+class Moves:
+    """The numbers z of a model's latents at coordinates x, as their sites come up in a run.
+
+    Args:
+        latents: the table of the sites.
+        counts: by name, how many tensors each site has that is moved.
+        x: coordinates, shape (D,).
+        c: the same shape.
+        tensors: of all sites that are moved.
+    """
+
+    def __init__(
+        self, latents: Latents, counts: Mapping[str, int], x: Tensor, c: Tensor, *tensors: Tensor
+    ) -> None:
+        left = iter(tensors)
+        self.tensors = {n: list(itertools.islice(left, k)) for n, k in counts.items()}
+        self.latents = latents
+        self.x, self.c = latents.unpack(x), latents.unpack(c)
+        self.z: dict[str, Tensor] = {}
+        self.log_dets: list[Tensor] = []
+        self.lost: list[Tensor] = []
+
+    def __call__(self, name: str, prior: Prior | None) -> Tensor:
+        """Of the next site, by its prior."""
+        z = self.x[name]
+        if name in self.tensors:
+            first = itertools.takewhile(lambda site: site.name != name, self.latents)
+            u = torch.cat([self.z[site.name].reshape(-1) for site in first])
+            z, log_det, lost = prior.forth(z, u, self.c[name], *self.tensors[name])
+            self.log_dets.append(log_det.sum())
+            self.lost.append(lost.amax())
+        self.z[name] = z
+        return z
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All z (D,), log |det ∂z/∂x|, and how far z is rounded, in sds of a prior."""
+        lost = torch.stack(self.lost).amax()
+        return self.latents.pack(self.z), torch.stack(self.log_dets).sum(), lost

@@ -15,8 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES, PROBES, Outcome, Way, agree, differs, moves
-from pyroflow.model.locations import Filled
+from pyroflow.model.locations import Filled, Moves
 from pyroflow.model.records import log_joint, tensors_of
+from pyroflow.model.runs import Runs
 from pyroflow.seeds import quick, seeded
 
 Points = tuple[Tensor, Tensor, Tensor]  # x (S, D), the log joint there and its gradient
@@ -123,25 +124,12 @@ class LogJoint:
             return self.runs.log_joint(latents, len(x), way) + log_det
         given = self._moved_by() if moved_by is None else moved_by
         if way is None and self.runs.way == self.runs.by_vmap:
-            value, lost = torch.func.vmap(self._filled, (0, *(None for _ in given)))(x, *given)
+            value, lost = _filled(self.runs, self.guide, x, given)
             return value.where(lost < ROUNDED, torch.nan)
         z, moved, lost = self.guide.coordinates.move(x, *given)
         latents, log_det = self.guide.latents.constrain(z)
         value = self.runs.log_joint(latents, len(x), way) + log_det + moved
         return value.where(lost < ROUNDED, torch.nan)
-
-    def _filled(self, x: Tensor, *moved_by: Tensor) -> tuple[Tensor, Tensor]:
-        """Log joint at x (D,), and how far z is rounded, by one run, in which each z is found.
-
-        So locations and scales of priors, such as a matrix and its factor, are computed once.
-        """
-        latents = self.guide.latents
-        moves = self.guide.coordinates.moves(latents, x, *moved_by)
-        fill = Filled(latents, moves)
-        run = self.runs.filled(fill, inside=set(latents.sites))
-        _, moved, lost = moves.result()
-        parts = [log_prob.sum() for log_prob in tensors_of(run)[1].values()]
-        return torch.stack([*parts, *fill.log_dets, moved]).sum(), lost
 
     def _recorded(self, expected: Callable[[], Points]) -> Callable | None:
         """The graph of value and gradient at N points, if it gives what is expected at others."""
@@ -208,6 +196,25 @@ class _Evaluated(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return grad.unsqueeze(-1) * gradient, None
+
+
+def _filled(
+    runs: Runs, guide: AutoContinuous, x: Tensor, moved_by: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Log joint at x (S, D), and how far z is rounded, by runs in each of which z is found.
+
+    So locations and scales of priors, such as a matrix and its factor, are computed once.
+    """
+
+    def alone(x: Tensor) -> tuple[Tensor, Tensor]:
+        moves = Moves(guide.latents, guide.coordinates.counts, x, *moved_by)
+        fill = Filled(guide.latents, moves)
+        run = runs.filled(fill, inside=set(guide.latents.sites))
+        _, moved, lost = moves.result()
+        parts = [log_prob.sum() for log_prob in tensors_of(run)[1].values()]
+        return torch.stack([*parts, *fill.log_dets, moved]).sum(), lost
+
+    return torch.func.vmap(alone)(x)
 
 
 def _padded(x: Tensor, num: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import pyroflow as pf
 from pyroflow.ladder import climb
+from pyroflow.ladder.checks import apart
 from pyroflow.mcmc import mcmc
 from pyroflow.model.bound import BoundModel
 from pyroflow.targets import eight_schools_centered
@@ -115,7 +116,7 @@ def test_wider_draws_are_held_against_chains(factor: float, said: str) -> None:
     sure = torch.full_like(smoothed.sd, 0.001)
     told = smoothed._replace(sd=factor * smoothed.sd, sd_error=sure)
     wide = replace(report.wide, marginals=replace(report.wide.marginals, smoothed=told))
-    words = climb._apart(replace(report, wide=wide), chains, problem)
+    words = apart(replace(report, wide=wide), chains, problem)
     assert (said in words) if said else not words
 
 
