@@ -125,10 +125,10 @@ class LogJoint:
         given = self._moved_by() if moved_by is None else moved_by
         if way is None and self.runs.way == self.runs.by_vmap:
             value, lost = _filled(self.runs, self.guide, x, given)
-            return value.where(lost < ROUNDED, torch.nan)
-        z, moved, lost = self.guide.coordinates.move(x, *given)
-        latents, log_det = self.guide.latents.constrain(z)
-        value = self.runs.log_joint(latents, len(x), way) + log_det + moved
+        else:
+            z, moved, lost = self.guide.coordinates.move(x, *given)
+            latents, log_det = self.guide.latents.constrain(z)
+            value = self.runs.log_joint(latents, len(x), way) + log_det + moved
         return value.where(lost < ROUNDED, torch.nan)
 
     def _recorded(self, expected: Callable[[], Points]) -> Callable | None:
