@@ -96,16 +96,15 @@ class LogJoint:
         if self.one_by_one:
             return None
         site = differs(self.runs, self.guide.constrain(x)[0], len(x), self.runs.way)
-        if site is None and self._same(self.values_and_gradients(x), self._value_and_gradient(x)):
-            return None
-        return site or "the log joint"
+        same = self._same(self.values_and_gradients(x), self._value_and_gradient(x))
+        return site or (None if same else "the log joint")
 
     def _by_graph(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._graph(x, *self._moved_by())
 
     def _moved_by(self) -> tuple[Tensor, ...]:
         """The tensors of the guide's coordinates, which may change between two evaluations."""
-        return () if self.guide.coordinates is None else self.guide.coordinates.tensors()
+        return self.guide.coordinates.tensors() if self.guide.coordinates else ()
 
     def _value_and_gradient(
         self, x: Tensor, way: Way | None = None, moved_by: tuple[Tensor, ...] | None = None
