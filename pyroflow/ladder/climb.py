@@ -31,6 +31,7 @@ LAYERS = 6  # of the flow
 LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains that propose them
 NATS_EACH = 0.05  # by which they may fall for each latent, for chains of HMC over the flow
 CHAINS, CHAIN_DRAWS = 128, 500
+MOST_LEAPS = 16  # of a trajectory of chains that go on, where more steps of the fit are left
 
 
 @one_at_a_time
@@ -137,7 +138,8 @@ class _Climb:
                 fit = fit_flow(bound, steps, self.seed, progress=False)
             if self._holds(flow, f"flow, {fit.steps} steps"):
                 return
-            if self._by_chains(flow, mixing) or self._by_mixture(mixing):
+            leaps = MOST_LEAPS if steps < STEPS[-1] else math.inf
+            if self._by_chains(flow, mixing, leaps) or self._by_mixture(mixing):
                 return
             if not fit.steps and len(mixing.parts) < 2:  # with nothing left to gain
                 return
@@ -198,17 +200,17 @@ class _Climb:
         name = f"mixture of {len(mixture.guides)} flows, {steps} steps more"
         return self._holds(mixture, name) or self._by_mixture(mixing)
 
-    def _by_chains(self, flow: AutoFlow, mixing: Mixing) -> bool:
+    def _by_chains(self, flow: AutoFlow, mixing: Mixing, most_leaps: float) -> bool:
         """Whether chains agree, where the checks do not say that there is more than they reach."""
-        one = not self.latest.missed and len(mixing.modes) < 2
-        chains = _chains(flow, self.latest, mixing.problem, self.seed) if one else None
+        if self.latest.missed or len(mixing.modes) > 1:
+            return False
+        chains = _chains(flow, self.latest, mixing.problem, self.seed, most_leaps)
         if chains is None:
             return False
-        good = chains.level == "good"
-        other = apart(self.latest, chains, mixing.problem) if good else ""
+        other = apart(self.latest, chains, mixing.problem) if chains.level == "good" else ""
         self._note(f"{chains.num_chains} chains", f"{chains.verdict}{other and f'; but {other}'}")
         self.chains = None if other else chains
-        return good and not other
+        return chains.level == "good" and not other
 
     def _note(self, name: str, verdict: str) -> None:
         now = time.perf_counter()
@@ -250,7 +252,9 @@ class _Climb:
         )
 
 
-def _chains(flow: AutoFlow, report: Report, problem: BoundModel, seed: int) -> Chains | None:
+def _chains(
+    flow: AutoFlow, report: Report, problem: BoundModel, seed: int, most_leaps: float
+) -> Chains | None:
     """Chains over the flow; None where it is too far from the posterior for any.
 
     They propose its draws where these do for weights. In many latents they may do for none though
@@ -263,4 +267,4 @@ def _chains(flow: AutoFlow, report: Report, problem: BoundModel, seed: int) -> C
     options = {} if even else {"method": "HMC", "spread": True}
     with seeded(seed), pyro.validation_enabled(False):
         given = problem.model, flow, problem.args, problem.kwargs
-        return Sampler(*given, each, num, **options).run_on(each)
+        return Sampler(*given, each, num, **options).run_on(each, most_leaps)

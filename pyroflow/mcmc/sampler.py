@@ -190,17 +190,19 @@ class Sampler:
         chains.seconds = time.perf_counter() - self.began
         return chains
 
-    def run_on(self, num_samples: int) -> Chains:
+    def run_on(self, num_samples: int, most_leaps: float = math.inf) -> Chains:
         """So many draws of each chain, anew from longer runs while these may settle them.
 
         What went before is then warm-up, adapted kernels stay. First HMC takes its turn in every
-        step; then more steps make a draw, as many as R-hat asks for.
+        step; then more steps make a draw, as many as R-hat asks for. Not so where its trajectories
+        take more leapfrog steps than ``most_leaps``.
         """
         chains, more_turns = self.run(num_samples), self.period > 1
         for _ in range(LONGER_RUNS):
             longer = MARGIN * times_as_long(chains)
             near = chains.rhat <= NEAR_RHAT if more_turns else longer <= MOST_THIN
-            if not near or not is_short(chains):
+            leaps = 1.0 if self.hmc is None else self.hmc.length / self.hmc.step_size
+            if not near or leaps > most_leaps or not is_short(chains):
                 break
             thin = 1 if more_turns else max(2, math.ceil(longer))
             self.period, more_turns = 1, False
