@@ -7,7 +7,13 @@ from pyroflow.arviz import to_arviz
 from pyroflow.calibration import Calibration, calibrate
 from pyroflow.diagnostics import Report, diagnose
 from pyroflow.flows import Flow, planar_flow, radial_flow, sylvester_flow
-from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
+from pyroflow.guides import (
+    AmortizedPlanarGuide,
+    AutoFlow,
+    AutoPlanarFlow,
+    AutoStructuredFlow,
+    AutoSylvesterFlow,
+)
 from pyroflow.inference import Fit, fit_density, fit_energy, fit_guide, paper_annealing
 from pyroflow.inference.schedule import AdaptiveAnnealing
 from pyroflow.inference.stop_rule import StopRule
@@ -41,6 +47,7 @@ __all__ = [
     "AmortizedPlanarGuide",
     "AutoFlow",
     "AutoPlanarFlow",
+    "AutoStructuredFlow",
     "AutoSylvesterFlow",
     "Calibration",
     "Chains",

@@ -2,6 +2,12 @@
 
 from pyroflow.guides.amortized import AmortizedPlanarGuide
 from pyroflow.guides.autoflow import AutoFlow
-from pyroflow.guides.layered import AutoPlanarFlow, AutoSylvesterFlow
+from pyroflow.guides.layered import AutoPlanarFlow, AutoStructuredFlow, AutoSylvesterFlow
 
-__all__ = ["AmortizedPlanarGuide", "AutoFlow", "AutoPlanarFlow", "AutoSylvesterFlow"]
+__all__ = [
+    "AmortizedPlanarGuide",
+    "AutoFlow",
+    "AutoPlanarFlow",
+    "AutoStructuredFlow",
+    "AutoSylvesterFlow",
+]

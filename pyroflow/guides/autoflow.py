@@ -24,7 +24,7 @@ from pyroflow.guides.refusals import (
     refuse_sizes,
 )
 from pyroflow.model.latents import started_anywhere
-from pyroflow.transforms import Affine
+from pyroflow.transforms import Affine, Arrowhead
 from pyroflow.transforms.affine import AffineKind
 
 Build = Callable[[int], Transform | Iterable[Transform]]
@@ -134,26 +134,26 @@ class AutoFlow(FlowGuide):
         self.coordinates = None
 
     @property
-    def affine(self) -> Affine | None:
+    def affine(self) -> Affine | Arrowhead | None:
         """The affine layer, if there is one."""
         return None if self.affine_kind is None else self.flow.parts[-1]
 
     def _make_parts(self, *args: Any, **kwargs: Any) -> None:
         self.coordinates = self._fixed_coordinates(args, kwargs)
-        init_loc, dim = self.start(), self.latent_dim
+        init_loc, dim, df = self.start(), self.latent_dim, self.base_df
         with init_loc.device:  # whatever the default
-            base = StandardNormal(dim)
-            if self.base_df is not None:
-                base = StandardStudentT(dim, self.base_df)
+            base = StandardNormal(dim) if df is None else StandardStudentT(dim, df)
             transforms = self._transforms(init_loc)
         refuse_sizes(Flow(base, transforms).to(init_loc), dim)
         if self.affine_kind is not None:
-            options = {"init_loc": init_loc, "init_scale": self.init_scale}
-            transforms.append(Affine(dim, self.affine_kind, **options))
+            transforms.append(self._make_affine(init_loc))
         flow = Flow(base, transforms)
         for p in flow.parameters():  # of another stride Pyro's store would keep, and train, a copy
             p.data = p.data.contiguous()
         self.flow = flow
+
+    def _make_affine(self, loc: Tensor) -> Affine | Arrowhead:
+        return Affine(len(loc), self.affine_kind, init_loc=loc, init_scale=self.init_scale)
 
     def _fixed_coordinates(self, args: tuple, kwargs: dict[str, Any]) -> Coordinates | None:
         """Those of the ``centring`` that was given as a dict."""

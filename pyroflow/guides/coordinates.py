@@ -52,8 +52,8 @@ class Coordinates(Bijection, TransformModule):
         probabilistic programs, 2020, equation 3, https://arxiv.org/abs/1906.03028.
 
     Args:
-        sites: of each site that is moved, its name, the place of its numbers in z, their
-            shape, and whether its scale is a matrix.
+        sites: of each site that is moved, its name, the place of its numbers in z and of those
+            before it that move its mean, their shape, and whether its scale is a matrix.
         to_z: (x, c, *tensors) ↦ z, the log-determinant, and by how much z is rounded.
         priors: z ↦ location, scale and information of each site in turn.
         c: shape (D,), 1 for all other sites.
@@ -97,7 +97,7 @@ class Coordinates(Bijection, TransformModule):
         """Set c where the priors are those at z, (D,) both, by what follows from each site."""
         self.c.copy_(c)
         for i, (site, prior) in enumerate(zip(self.sites, self.read(z), strict=True)):
-            at, piece, u = self.part(c, i), self.part(z, i), z[: site["start"]]
+            at, piece, u = self.part(c, i), self.part(z, i), _before(z, site)
             known = (downstream or {}).get(site["name"]) or nothing_downstream(prior, len(u))
             found = conditionals(prior, at, piece, u, known)
             for kept, tensor in zip(self.own_tensors(i), found, strict=True):
@@ -167,7 +167,7 @@ class Coordinates(Bijection, TransformModule):
         total = torch.zeros_like(y[..., 0])
         for i, (site, prior) in enumerate(zip(self.sites, self.read(y), strict=True)):
             own = [next(given) for _ in range(self.counts[site["name"]])]
-            u, c = y[..., : site["start"]], self.part(parameters[0], i)
+            u, c = _before(y, site), self.part(parameters[0], i)
             moved, log_det = prior.back(self.part(y, i), u, c, *own)
             x += [y[..., end : site["start"]], moved.reshape((*y.shape[:-1], -1))]
             total = total + log_det.reshape((*y.shape[:-1], -1)).sum(-1)
@@ -176,6 +176,11 @@ class Coordinates(Bijection, TransformModule):
 
     def _log_det(self, intermediates: Tensor) -> Tensor:
         return intermediates
+
+
+def _before(z: Tensor, site: Description) -> Tensor:
+    """The numbers of the sites before one that are not wide."""
+    return torch.cat([z[..., :0], *(z[..., start:stop] for start, stop in site["before"])], -1)
 
 
 def _slice(site: Description) -> slice:

@@ -15,7 +15,7 @@ from pyroflow.guides.coordinates import Coordinates, Description
 from pyroflow.model.centring import Prior, conditionals, nothing_downstream, powers
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.latents import Latents
-from pyroflow.model.locations import Filled, Moves
+from pyroflow.model.locations import Filled, Moves, is_wide
 from pyroflow.model.recorded import Recorded
 from pyroflow.model.records import quietly
 
@@ -105,7 +105,7 @@ def _tensors(
         prior = Prior(next(values), next(values), next(values), site["matrix"])
         at, piece = (t[site["start"] : site["stop"]].reshape(site["shape"]) for t in (c, z))
         own = powers(prior, at) if given else None
-        u = z[: site["start"]]
+        u = torch.cat([z[:0], *(z[start:stop] for start, stop in site["before"])])
         own = own or conditionals(prior, at, piece, u, nothing_downstream(prior, len(u)))
         found.append([t.clone() for t in own])
     return found
@@ -113,13 +113,14 @@ def _tensors(
 
 def _places(latents: Latents, matrices: Mapping[str, bool]) -> list[Description]:
     """Where the numbers of the moved sites are."""
-    sites, stop = [], 0
+    sites, stop, before = [], 0, []
     for site, size in zip(latents, latents.sizes, strict=True):
         start, stop = stop, stop + size
         if site.name in matrices:
             shape, matrix = list(site.unconstrained_shape), matrices[site.name]
             place = {"name": site.name, "start": start, "stop": stop}
-            sites.append(place | {"shape": shape, "matrix": matrix})
+            sites.append(place | {"before": before, "shape": shape, "matrix": matrix})
+        before = before if is_wide(site) else [*before, [start, stop]]
     return sites
 
 

@@ -137,22 +137,23 @@ def _suggested(
     around, here = coordinates.read(z), coordinates.read(at)
     for i, (site, priors, prior) in enumerate(zip(coordinates.sites, around, here, strict=True)):
         part = slice(site["start"], site["stop"])
-        own = gradient[:, part] + _pull(priors, coordinates.part(z, i)).reshape(len(z), -1)
+        own = gradient[:, part] + pull_of(priors, coordinates.part(z, i)).reshape(len(z), -1)
         there, slope = _linear(z - at, own)
         if not bool(slope.isfinite().all()):
             c[part] = 0.0
             continue
         found = -slope[:, part]
         if site["matrix"]:
-            c[part], curvature = _for_matrix(_blocks(found, site["shape"]), prior)
+            c[part], curvature = for_matrix(_blocks(found, site["shape"]), prior)
         else:
             c[part], curvature = _for_numbers(found, prior, priors)
         there = there.reshape(site["shape"])
-        downstream[site["name"]] = Downstream(there, curvature, -slope[:, : part.start])
+        coupling = torch.cat([slope[:, :0], *(slope[:, a:b] for a, b in site["before"])], 1)
+        downstream[site["name"]] = Downstream(there, curvature, -coupling)
     return c.clamp(0, 1), downstream
 
 
-def _pull(priors: Prior, z: Tensor) -> Tensor:
+def pull_of(priors: Prior, z: Tensor) -> Tensor:
     """How a prior pulls numbers z to its location, as far as they are normal: K⁻¹ (z − m)."""
     off = z - priors.loc
     if not priors.matrix:
@@ -168,7 +169,7 @@ def _linear(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return found[0], (found[1:] / size.unsqueeze(-1)).mT
 
 
-def _for_matrix(found: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+def for_matrix(found: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     """C and H of vectors."""
     downstream = _positive(found)
     own = torch.cholesky_inverse(prior.scale).diagonal(dim1=-2, dim2=-1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyroflow.guides import AutoFlow
+from pyroflow.guides import AutoFlow, AutoStructuredFlow
 from pyroflow.inference.census import MISSED, Missed, census, missed_by, shares_missed
 from pyroflow.inference.centring import best_coordinates
 from pyroflow.inference.fit import Fit, Objective, check_settings, copy_tensors, read_checkpoint
@@ -22,6 +22,7 @@ from pyroflow.inference.gaussian_start import PATHS, initialize, layers_inside
 from pyroflow.inference.objectives import LogJointBound, nothing_left, path_derivative
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, LearningRateSchedule
 from pyroflow.inference.stop_rule import StopRule
+from pyroflow.inference.structured_start import structured_start
 from pyroflow.inference.trace_bound import TraceBound
 from pyroflow.inference.trainer import Trainer
 from pyroflow.model.bound import BoundModel
@@ -35,6 +36,7 @@ ANNEALED_PART = 0.5  # of the rest, where a guide is fitted by traces
 WINDOW = 800  # steps that the loss must have been flat; the noise of a bound hides slow gains
 WIDEST_WARM_START = 256  # latents, beyond which the Hessians cost more than they save
 RATE = 0.03  # the highest learning rate
+MANY = 32  # latents, above which that of an arrowhead falls as the root of their number
 LEAST_GAIN = 0.02  # nats, that more layers must have brought
 DEEPEST = 64
 CHECKED = 1000  # draws of the fitted guide, in the light of which modes are missed
@@ -69,10 +71,12 @@ class GuideFit:
         self.by_log_joint = isinstance(bound, LogJointBound)
         cheap = self.by_log_joint and not bound.log_joint.one_by_one
         placed = cheap and self.guide.affine is not None
-        self.warm_start = warm_start and placed and self.guide.latent_dim <= WIDEST_WARM_START
+        self.structured = isinstance(self.guide, AutoStructuredFlow)
+        narrow = self.structured or self.guide.latent_dim <= WIDEST_WARM_START
+        self.warm_start = warm_start and placed and narrow
         self.early_stop = early_stop and self.by_log_joint and annealing is None
         # Where the ascents ended, in the unconstrained latents; NaN where there was none.
-        num = 2 * PATHS if self.warm_start else 0
+        num = 2 * PATHS if self.warm_start and not self.structured else 0
         self.ends = [self.guide.start() * math.nan for _ in range(num)]
         self.steps, self.spent = steps, 0  # of the steps, on the affine layer alone
         own = {"num_particles": bound.num_particles, "early_stop": self.early_stop}
@@ -117,10 +121,7 @@ class GuideFit:
         """Set the affine layer to the best Gaussian, found without training or with it."""
         guide = self.guide
         if self.warm_start and self.part is None:
-            found, ends = best_coordinates(self.bound.log_joint, guide, self.bar)
-            copy_tensors(ends, self.ends[: len(ends)])
-            if found is not None:
-                initialize(guide, found)
+            if _started(self.bound.log_joint, guide, self.ends, self.bar):
                 return None
             refuse_nonfinite(self.bound.problem)
         inner = layers_inside(guide)
@@ -177,6 +178,8 @@ class GuideFit:
         options = {"buffers": bound.buffers() + self.ends, "keep_last": bound.keep_last}
         if self.early_stop and bound.objective == "elbo":
             options["enough"] = nothing_left
+        if self.structured:
+            options["groups"] = _groups(self.guide, parameters, self.shared["lr"])
         return Objective(parameters, loss, bound.score, **options)
 
     def _run(self, trainer: Trainer) -> Fit:
@@ -221,6 +224,28 @@ def _missed(log_joint: LogJoint, guide: AutoFlow, ends: list[Tensor]) -> tuple[l
     # Where none of the modes is drawn, the guide's own is among them.
     found = [each for each in found if each.apart] if len(found) < len(modes) else []
     return found, sum(shares_missed(found, evidence))
+
+
+def _started(log_joint: LogJoint, guide: AutoFlow, ends: list[Tensor], bar: tqdm | None) -> bool:
+    """Set a guide to the best Gaussian, and ``ends`` to where ascents led; whether there is one."""
+    if isinstance(guide, AutoStructuredFlow):
+        return structured_start(log_joint, guide)
+    found, there = best_coordinates(log_joint, guide, bar)
+    copy_tensors(there, ends[: len(there)])
+    if found is not None:
+        initialize(guide, found)
+    return found is not None
+
+
+def _groups(guide: AutoStructuredFlow, parameters: list[Tensor], lr: float) -> list[dict]:
+    """Torch's parameter groups: slower steps of the affine layer, as the errors of rows add up."""
+    own = {id(p) for p in guide.affine.parameters()}
+    slow = lr * min(1.0, math.sqrt(MANY / guide.latent_dim))
+    groups = [
+        {"params": [p for p in parameters if (id(p) in own) == mine], "peak": rate}
+        for mine, rate in ((True, slow), (False, lr))
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def fit_flow(bound: LogJointBound, steps: int, seed: int, **shared: Any) -> Fit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count
 from pyroflow.diagnostics import Report, diagnose
-from pyroflow.guides import AutoFlow, AutoSylvesterFlow
+from pyroflow.guides import AutoFlow, AutoStructuredFlow, AutoSylvesterFlow
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.inference.guide import inspected
 from pyroflow.inference.guide_fit import WIDEST_WARM_START, fit_flow, refuse_nonfinite
@@ -31,6 +32,7 @@ LAYERS = 6  # of the flow
 LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains that propose them
 NATS_EACH = 0.05  # by which they may fall for each latent, for chains of HMC over the flow
 CHAINS, CHAIN_DRAWS = 128, 500
+WIDEST_CHAINS = 2000  # latents
 MOST_LEAPS = 16  # of a trajectory of chains that go on, where more steps of the fit are left
 
 
@@ -50,7 +52,8 @@ def posterior(
     sets of draws and the Monte Carlo error of every mean is at most 0.05 standard deviations:
 
     1. A Sylvester flow with a layer for tails, in the coordinates that the model dictates, from
-       the best Gaussian: 300 steps, or fewer where nothing is left to gain.
+       the best Gaussian: 300 steps, or fewer where nothing is left to gain. Above 256 latents it
+       is an :class:`~pyroflow.AutoStructuredFlow`, and there are no mixtures.
     2. Chains of :func:`~pyroflow.mcmc` over it, which go on while that may settle them, and must
        agree with each other.
     3. A mixture with a flow at each mode of the census, and a wider part where the flow has too
@@ -108,7 +111,7 @@ class _Climb:
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.seed, self.num, self.progress = seed, num, progress
-        self.flow, self.guide = self._make(), None
+        self.flow, self.guide = AutoFlow(model, (), affine=None), None  # to count the latents with
         self.report: Report | None = None
         self.latest: Report | None = None
         self.chains: Chains | None = None
@@ -124,11 +127,13 @@ class _Climb:
 
     def run(self) -> None:
         """Climb until a rung holds."""
-        flow = self.flow
         with seeded(self.seed):
+            self.flow.setup(*self.args, **self.kwargs)
+            flow = self.flow = _made(self.model, self.flow.latent_dim)
             problem = self._problem(flow)
             bound = LogJointBound(problem, "elbo", 1, None, seed=self.seed)
-        mixing = Mixing(problem, (flow, bound), self._make, self.seed)
+        make = partial(_made, self.model, flow.latent_dim)
+        mixing = Mixing(problem, (flow, bound), make, self.seed)
         for steps in STEPS:
             if len(mixing.parts) > 1:
                 if self._by_parts(mixing, steps):
@@ -143,9 +148,6 @@ class _Climb:
                 return
             if not fit.steps and len(mixing.parts) < 2:  # with nothing left to gain
                 return
-
-    def _make(self) -> AutoFlow:
-        return AutoSylvesterFlow(self.model, num_layers=LAYERS, tails=True)
 
     def _problem(self, guide: AutoFlow) -> BoundModel:
         problem, valid = inspected(self.model, guide, self.args, self.kwargs)
@@ -182,7 +184,7 @@ class _Climb:
 
     def _by_mixture(self, mixing: Mixing) -> bool:
         """Whether a mixture holds: a part at each mode, and one for what is wider than the flow."""
-        for _ in range(MIXTURES):
+        for _ in range(0 if _is_wide(self.flow.latent_dim) else MIXTURES):
             with seeded(self.seed), between_draws():
                 added = mixing.add(self.latest)
                 mixture = mixing.mixture() if added else None
@@ -252,6 +254,16 @@ class _Climb:
         )
 
 
+def _is_wide(dim: int) -> bool:
+    return dim > WIDEST_WARM_START
+
+
+def _made(model: Callable, dim: int) -> AutoFlow:
+    """A guide for so many latents."""
+    made = AutoStructuredFlow if _is_wide(dim) else AutoSylvesterFlow
+    return made(model, num_layers=LAYERS, tails=True)
+
+
 def _chains(
     flow: AutoFlow, report: Report, problem: BoundModel, seed: int, most_leaps: float
 ) -> Chains | None:
@@ -261,7 +273,8 @@ def _chains(
     the flow is off by little in each: then it is HMC alone, from starts that are spread.
     """
     even = report.ess_fraction >= LEAST_SHARE
-    if not even and report.ess_fraction < math.exp(-NATS_EACH * flow.latent_dim):
+    wide = flow.latent_dim > WIDEST_CHAINS  # the units of HMC are a matrix of all latents
+    if wide or (not even and report.ess_fraction < math.exp(-NATS_EACH * flow.latent_dim)):
         return None
     num, each = (CHAINS, CHAIN_DRAWS) if even else (CHAINS // 2, CHAIN_DRAWS // 2)
     options = {} if even else {"method": "HMC", "spread": True}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
+WIDE = 256  # numbers of a site, above which it has no axes but its own, and moves no other
 LEAST = 1e-3  # of the prior's curvature: where data have less, their pull is left out
 
 
@@ -14,12 +15,12 @@ class Downstream(NamedTuple):
     """What follows from a site's numbers z (data, other latents), as one more normal factor.
 
     The gradient of its log density is taken to be linear, D − H (z − z₀) − B (u − u₀), where u are
-    the unconstrained latents of the sites before it.
+    the unconstrained latents of the sites before it that are not wide.
 
     Attributes:
         gradient: D, at z₀ and u₀, shape of the site.
         curvature: H of vectors, shape (*batch, n, n); of n numbers the orthogonal axes, shape
-            (n, n), along which it is diagonal in units of the prior's scales.
+            (n, n), along which it is diagonal in units of the prior's scales; empty for their own.
         coupling: B, shape (n, length of u), n all numbers of the site.
     """
 
@@ -181,7 +182,12 @@ def _written(c: Tensor) -> Tensor:
 
 
 def turned(numbers: Tensor, matrix: Tensor) -> Tensor:
-    """The product of a matrix (n, n) and all n numbers of a site, in the shape of the site."""
+    """The product of a matrix (n, n) and all n numbers of a site, in the shape of the site.
+
+    An empty matrix stands for the identity.
+    """
+    if not matrix.numel():
+        return numbers
     batch = numbers.dim() - _site_dim(numbers, matrix)
     flat = numbers.reshape((*numbers.shape[:batch], matrix.shape[-1]))
     return (flat @ matrix.mT).reshape(numbers.shape)
@@ -220,7 +226,7 @@ def powers(prior: Prior, c: Tensor) -> list[Tensor]:
 def nothing_downstream(prior: Prior, before: int) -> Downstream:
     """D = B = 0, and H = 0 of a matrix; for numbers the axes are their own."""
     scale, num = prior.scale, prior.loc.numel()
-    eye = torch.eye(num, dtype=scale.dtype, device=scale.device)
+    eye = torch.eye(num if num <= WIDE else 0, dtype=scale.dtype, device=scale.device)
     curvature = torch.zeros_like(scale) if prior.matrix else eye
     return Downstream(torch.zeros_like(prior.loc), curvature, scale.new_zeros(num, before))
 
@@ -250,8 +256,8 @@ def conditionals(
     )
     # In units of the precision at s₀, which is the information of the prior over 1 − c.
     share = (1 - c) / prior.information.mean() * c / (c + LEAST * (1 - c))
-    coupling = axes.mT @ (size.reshape(-1, 1) * downstream.coupling)
-    coupling = share.reshape(-1, 1) * coupling
+    coupling = size.reshape(-1, 1) * downstream.coupling
+    coupling = share.reshape(-1, 1) * (axes.mT @ coupling if axes.numel() else coupling)
     pull = c * here + share * gradient
     centre = (1 - c) * loc + pull
     return [size.log(), pull + coupled(coupling, u, c), coupling, centre, axes]

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch import distributions as td
 from torch.distributions.transforms import AffineTransform, ExpTransform
 
-from pyroflow.model.centring import Prior
+from pyroflow.model.centring import WIDE, Prior
 from pyroflow.model.latents import Latents
 from pyroflow.model.priors import AtLatent
+from pyroflow.model.sites import LatentSite
 from pyroflow.model.supports import base_of, is_real, plain_bijection
 
 
@@ -100,6 +101,11 @@ _FAMILIES: dict[type, Callable[[Any], Prior]] = {
 }
 
 
+def is_wide(site: LatentSite) -> bool:
+    """Whether a site has too many numbers to move others by each of them."""
+    return site.unconstrained_shape.numel() > WIDE
+
+
 class Filled(Messenger):
     """Gives the latents of a model values that may depend on their priors, as their sites come up.
 
@@ -153,7 +159,8 @@ class Moves:
         z = self.x[name]
         if name in self.tensors:
             first = itertools.takewhile(lambda site: site.name != name, self.latents)
-            u = torch.cat([self.z[site.name].reshape(-1) for site in first])
+            parts = [self.z[site.name].reshape(-1) for site in first if not is_wide(site)]
+            u = torch.cat([z.new_zeros(0), *parts])
             z, log_det, lost = prior.forth(z, u, self.c[name], *self.tensors[name])
             self.log_dets.append(log_det.sum())
             self.lost.append(lost.amax())

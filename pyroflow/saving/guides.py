@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyroflow.flows import Flow
-from pyroflow.guides import AutoFlow, AutoPlanarFlow, AutoSylvesterFlow
+from pyroflow.guides import AutoFlow, AutoPlanarFlow, AutoStructuredFlow, AutoSylvesterFlow
 from pyroflow.guides.coordinates import Coordinates
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
@@ -29,6 +29,8 @@ _OPTIONS: dict[type[AutoFlow], dict[str, str]] = {
     AutoFlow: _COMMON,
     AutoPlanarFlow: _LAYERED,
     AutoSylvesterFlow: _LAYERED | {"num_units": "num_units", "orthogonal": "orthogonal"},
+    AutoStructuredFlow: {"init_scale": "init_scale", "centring": "centring_given"}
+    | {name: name for name in ("num_layers", "num_units", "tails")},
 }
 _CLASSES = {made.__name__: made for made in _OPTIONS}
 _SWITCHES = ("path_derivative", "grows")  # attributes that are set later, or by another argument

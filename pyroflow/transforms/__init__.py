@@ -1,6 +1,7 @@
 """The bijections: each maps base to data and runs both ways."""
 
 from pyroflow.transforms.affine import Affine
+from pyroflow.transforms.arrowhead import Arrowhead, Leading
 from pyroflow.transforms.bijection import Bijection, Conditioned
 from pyroflow.transforms.conditional import (
     Conditional,
@@ -17,6 +18,7 @@ from pyroflow.transforms.sylvester import Sylvester
 
 __all__ = [
     "Affine",
+    "Arrowhead",
     "Bijection",
     "Conditional",
     "ConditionalAffine",
@@ -25,6 +27,7 @@ __all__ = [
     "ConditionalSinhArcsinh",
     "ConditionalSylvester",
     "Conditioned",
+    "Leading",
     "Planar",
     "Radial",
     "SinhArcsinh",

@@ -1,0 +1,114 @@
+"""What of a model's latents is independent, read off its plates and its second derivatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyroflow.model.comparison import FAILURES
+from pyroflow.model.latents import Latents
+from pyroflow.model.records import Given, quietly
+from pyroflow.model.sites import LatentSite
+from pyroflow.seeds import seeded
+
+WIDEST_ROW = 30  # numbers of a row, whose factor is a full triangle
+ALIKE = 1e-3  # of the largest second derivative, that two of them may differ by
+
+Names = frozenset[str]
+
+
+def structure_of(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], latents: Latents, z: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The places in z (D,) of global numbers, and those of the rows of each plate, (J, d).
+
+    Rows are of a plate, or of plates inside each other, whose latents do not interact given the
+    globals: a Hessian with a block for each row takes signs ±1 of the rows to the same signs.
+    Plates that interact with a larger one, and sites outside plates, are global.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        latents: the table of its latents.
+        z: unconstrained latents near which it is run.
+    """
+    groups = _candidates(latents)
+    with seeded(0):
+        at = (z + 0.1 * torch.randn_like(z)).requires_grad_()
+        try:
+            gradient = _gradient(model, args, kwargs, latents, at)
+        except FAILURES:
+            return torch.arange(len(z), device=z.device), []
+        rows: list[Tensor] = []
+        for places in groups:
+            free = not any(bool(torch.isin(places, other).any()) for other in rows)
+            if free and _independent(gradient, at, places, rows):
+                rows.append(places)
+    taken = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    for places in rows:
+        taken[places] = True
+    return (~taken).nonzero().squeeze(-1), rows
+
+
+def _candidates(latents: Latents) -> list[Tensor]:
+    """Places (J, d) of the rows of each set of plates, the one with most numbers first."""
+    named = {frozenset(_rows_of(site)) for site in latents} - {frozenset()}
+    tables = [_places(latents, names) for names in named]
+    tables = [places for places in tables if len(places) > 1 and places.shape[1] <= WIDEST_ROW]
+    return sorted(tables, key=lambda places: (-places.numel(), len(places)))
+
+
+def _rows_of(site: LatentSite) -> dict[str, int]:
+    """The plates of a site that make rows of its batch, with their dimensions."""
+    batch = site.batch_shape
+    return {f.name: f.dim for f in site.plates if -f.dim <= len(batch) and batch[f.dim] > 1}
+
+
+def _places(latents: Latents, names: Names) -> Tensor:
+    """The places of all numbers inside the plates, shape (J, d), rows in order of the plates."""
+    found, start = [], 0
+    for site, size in zip(latents, latents.sizes, strict=True):
+        places = torch.arange(start, start + size).reshape(site.unconstrained_shape)
+        start += size
+        dims = _rows_of(site)
+        if not names <= dims.keys():
+            continue
+        batch = len(site.batch_shape)
+        first = tuple(batch + dims[name] for name in sorted(names))
+        num = math.prod(places.shape[dim] for dim in first)
+        found.append(places.movedim(first, tuple(range(len(first)))).reshape(num, -1))
+    return torch.cat(found, 1)
+
+
+def _gradient(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], latents: Latents, z: Tensor
+) -> Tensor:
+    """That of the log joint at z, with a graph."""
+    with torch.enable_grad(), quietly(), poutine.block():
+        values, log_det = latents.constrain(z)
+        trace = poutine.trace(Given(values)(model)).get_trace(*args, **kwargs)
+        value = trace.log_prob_sum() + log_det
+        return torch.autograd.grad(value, z, create_graph=True)[0]
+
+
+def _independent(gradient: Tensor, z: Tensor, places: Tensor, others: list[Tensor]) -> bool:
+    """Whether rows interact neither with each other nor with those of other plates."""
+    weights = torch.randn(places.shape[1], dtype=z.dtype, device="cpu").to(z)
+    found = []
+    for _ in range(2):
+        signs = torch.randint(2, (len(places), 1), device="cpu").to(z) * 2 - 1
+        v = torch.zeros_like(z).index_put((places,), signs * weights)
+        (product,) = torch.autograd.grad(gradient, z, v, retain_graph=True, allow_unused=True)
+        if product is None:
+            return True
+        if any(bool(product[other].any()) for other in others):
+            return False
+        found.append(product[places] * signs)
+    size = torch.stack(found).abs().amax(0)
+    return bool(((found[0] - found[1]).abs() <= ALIKE * size.clamp(min=1e-6)).all())

@@ -1,0 +1,182 @@
+"""Structured guides: what they read off plates, and many groups with known answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pyroflow as pf
+from pyroflow.transforms import Arrowhead, Leading, Sylvester
+
+F64 = torch.float64
+
+
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=F64)
+
+
+def scattered(seed: int) -> Arrowhead:
+    """An arrowhead of three globals, rows of two numbers and rows of one, at random parameters."""
+    rows = [torch.tensor([[0, 3], [5, 1], [7, 9]]), torch.tensor([[2], [10]])]
+    t = Arrowhead(torch.tensor([4, 6, 8]), rows, init_loc=torch.zeros(11, dtype=F64))
+    draw = torch.Generator().manual_seed(seed)
+    for name, tensor in [*t.named_parameters(), *t.named_buffers()]:
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=draw, dtype=F64)
+            tensor.data.copy_(noise.tril() if name.startswith("unit") else noise)
+    return t
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", ["arrowhead", "leading"])
+def test_the_layers_are_exact_both_ways(kind: str, seed: int) -> None:
+    t = scattered(seed)
+    if kind == "leading":
+        with pf.seeds.seeded(seed):
+            inner = Sylvester(3, num_units=2, num_layers=2).double()
+            for p in inner.parameters():
+                p.data.normal_()
+        t = Leading(inner, 11)
+    x = torch.randn(4, 11, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    y = t(x)
+    torch.testing.assert_close(t.inv(y.clone()), x, rtol=1e-8, atol=1e-8)
+    expected = [torch.autograd.functional.jacobian(t, row).slogdet().logabsdet for row in x]
+    torch.testing.assert_close(t.log_abs_det_jacobian(x, y), torch.stack(expected))
+    back, log_det = t.inverse_and_log_det(y.clone())
+    torch.testing.assert_close(log_det, torch.stack(expected))
+    assert torch.autograd.gradcheck(lambda x: t.forward_and_log_det(x), x.requires_grad_())
+
+
+def groups(num: int) -> tuple[Callable, float]:
+    """Normal groups with uneven noise, and the log evidence by quadrature over log tau and mu."""
+    draw = torch.Generator().manual_seed(num)
+    sd = torch.logspace(-1, 1, num, dtype=F64)
+    truth = 1 + 0.7 * torch.randn(num, generator=draw, dtype=F64)
+    y = truth + sd * torch.randn(num, generator=draw, dtype=F64)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(number(0.0), number(3.0)))
+        tau = pyro.sample("tau", dist.HalfNormal(number(2.0)))
+        with pyro.plate("groups", num):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, sd), obs=y)
+
+    t = torch.linspace(-6, 3, 1500, dtype=F64)
+    precision = 1 / (t.exp().square().unsqueeze(1) + sd.square())  # given tau, mu is normal
+    total = precision.sum(1) + 1 / 9
+    mean = (precision * y).sum(1) / total
+    log_p = (
+        precision.log().sum(1) - (precision * y.square()).sum(1) - num * math.log(2 * math.pi)
+    ) / 2
+    log_p = log_p - math.log(3) - total.log() / 2 + total * mean.square() / 2
+    log_p = log_p + dist.HalfNormal(number(2.0)).log_prob(t.exp()) + t
+    return model, log_p.logsumexp(0).item() + math.log(t[1] - t[0])
+
+
+@pytest.mark.parametrize("num", [8, 300])
+def test_normal_groups_have_their_evidence(num: int) -> None:
+    model, evidence = groups(num)
+    guide = pf.AutoStructuredFlow(model)
+    fit = pf.fit_guide(model, guide, steps=300, seed=0, progress=False)
+    assert fit.best_loss + evidence < 0.03
+    c = guide.centring["theta"]
+    assert c[0] > 0.9 > 0.1 > c[-1]  # the data of the first groups say where they are
+    report = pf.diagnose(model, guide, num_samples=2000)
+    assert report.log_evidence == pytest.approx(evidence, abs=0.03)
+    assert report.level in ("good", "resample")
+
+
+def slopes(num: int) -> Callable:
+    """Intercepts and slopes with a correlation, and a second site in each row."""
+    x = torch.linspace(-1, 1, 6, dtype=F64)
+    y = torch.randn(num, 6, generator=torch.Generator().manual_seed(1), dtype=F64)
+
+    def model() -> None:
+        sd = pyro.sample("sd", dist.HalfNormal(torch.ones(2, dtype=F64)).to_event(1))
+        L = pyro.sample("L", dist.LKJCholesky(2, number(2.0)))
+        with pyro.plate("groups", num, dim=-2):
+            zero = torch.zeros(2, dtype=F64)
+            b = pyro.sample("b", dist.MultivariateNormal(zero, scale_tril=sd.diag_embed() @ L))
+            noise = pyro.sample("noise", dist.LogNormal(number(0.0), number(0.3)))
+            with pyro.plate("rows", 6, dim=-1):
+                pyro.sample("y", dist.Normal(b[..., 0] + b[..., 1] * x, noise), obs=y)
+
+    return model
+
+
+def nested() -> None:
+    top = pyro.sample("top", dist.Normal(0.0, 1.0))
+    with pyro.plate("districts", 7, dim=-2):
+        a = pyro.sample("a", dist.Normal(top, 1.0))
+        with pyro.plate("schools", 4, dim=-1):
+            pyro.sample("b", dist.Normal(a, 1.0))
+
+
+def crossed() -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    site, year = torch.arange(40) % 8, torch.arange(40) // 8
+    with pyro.plate("sites", 8):
+        a = pyro.sample("a", dist.Normal(0.0, scale))
+    with pyro.plate("years", 5):
+        b = pyro.sample("b", dist.Normal(0.0, scale))
+    pyro.sample("y", dist.Normal(a[site] + b[year], 1.0).to_event(1), obs=torch.zeros(40))
+
+
+def beside() -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("cats", 8):
+        pyro.sample("a", dist.Normal(0.0, scale))
+    with pyro.plate("dogs", 5):
+        pyro.sample("b", dist.Normal(0.0, scale))
+
+
+def walk() -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("steps", 9):
+        step = pyro.sample("step", dist.Normal(0.0, scale))
+    pyro.sample("y", dist.Normal(step.cumsum(0), 1.0).to_event(1), obs=torch.zeros(9))
+
+
+@pytest.mark.parametrize(
+    ("model", "leading", "rows"),
+    [
+        (slopes(6), 3, [(6, 3)]),
+        (nested, 1, [(7, 5)]),
+        (crossed, 6, [(8, 1)]),
+        (beside, 1, [(8, 1), (5, 1)]),
+        (walk, 10, []),
+    ],
+    ids=["slopes", "nested", "crossed", "beside", "walk"],
+)
+def test_what_is_local(model: Callable, leading: int, rows: list) -> None:
+    affine = pf.AutoStructuredFlow(model).setup().affine
+    assert len(affine.leading()) == leading
+    assert [tuple(places.shape) for places in affine.rows()] == rows
+
+
+@pytest.mark.parametrize("model", [slopes(6), nested, crossed, beside, walk])
+def test_it_is_as_good_as_the_dense_guide(model: Callable) -> None:
+    losses = []
+    for guide in (pf.AutoStructuredFlow(model), pf.AutoSylvesterFlow(model, num_layers=4)):
+        losses.append(pf.fit_guide(model, guide, steps=200, seed=0, progress=False).best_loss)
+    assert losses[0] < losses[1] + (0.1 if model is walk else 0.05)  # no axes for many globals
+
+
+def test_files_copies_and_names(tmp_path: Path) -> None:
+    model, _ = groups(30)
+    guide = pf.AutoStructuredFlow(model, tails=True)
+    pf.fit_guide(model, guide, steps=20, seed=0, progress=False)
+    pf.save(guide, tmp_path / "guide.pt")
+    again = pf.load(tmp_path / "guide.pt")
+    with pf.seeds.seeded(0):
+        draws = guide.sample((5,)) if hasattr(guide, "sample") else guide()
+    torch.testing.assert_close(again.log_prob(draws), guide.log_prob(draws))
+    chains = pf.mcmc(model, guide, num_samples=100, num_chains=8, progress=False)
+    assert chains.draws["theta"].shape == (800, 30)
