@@ -180,3 +180,12 @@ def test_files_copies_and_names(tmp_path: Path) -> None:
     torch.testing.assert_close(again.log_prob(draws), guide.log_prob(draws))
     chains = pf.mcmc(model, guide, num_samples=100, num_chains=8, progress=False)
     assert chains.draws["theta"].shape == (800, 30)
+
+
+@pytest.mark.slow
+def test_one_call_for_many_groups() -> None:
+    model, evidence = groups(300)
+    post = pf.posterior(model, seed=0, progress=False)
+    assert isinstance(post.guide, pf.AutoStructuredFlow)
+    assert post.level in ("good", "resample")
+    assert post.log_evidence == pytest.approx(evidence, abs=0.03)
