@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro
 import torch
+from torch import Tensor
 
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.funnel import find_funnels
@@ -17,8 +18,18 @@ from pyroflow.diagnostics.report import Report
 from pyroflow.diagnostics.symmetry import find_symmetries
 from pyroflow.diagnostics.verdict import advice_on_fit, is_undecided, judge
 from pyroflow.diagnostics.wider import WideReport, wide_draws
+from pyroflow.guides import AutoStructuredFlow
 from pyroflow.guides.flow_guide import FlowGuide
-from pyroflow.inference.census import WIDEST, census, missed_by, shares_missed, starts_around
+from pyroflow.inference.census import (
+    WIDEST,
+    Missed,
+    Mode,
+    census,
+    missed_by,
+    shares_missed,
+    starts_around,
+)
+from pyroflow.inference.structured_start import modes_missed
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.draws import Draws, draw, join
@@ -100,7 +111,8 @@ def diagnose(
             far.count(report)
             judge(report)
     if report.level != "good":
-        symmetries = find_symmetries(guide, report.modes) if report.missed else []
+        few = bound.guide.latent_dim <= WIDEST if report.missed else False
+        symmetries = find_symmetries(guide, report.modes) if few else []
         funnels = find_funnels(bound, report.draws)
         report.advice += symmetries + advice_on_fit(report, funnels)
     return report
@@ -176,15 +188,14 @@ class _FarChecks:
     def count(self, report: Report) -> None:
         """Add the census of modes."""
         guide, log_joint = self.bound.guide, self.log_joint
-        if self.why is None and guide.latent_dim > WIDEST:
+        rows = isinstance(guide, AutoStructuredFlow)
+        if self.why is None and guide.latent_dim > WIDEST and not rows:
             self.why = f"it is for up to {WIDEST} latents, and there are {guide.latent_dim}"
         if self.why is None:
             try:
                 with between_draws():
-                    modes = census(log_joint, starts_around(self.bound, guide, log_joint))
-                    drawn = guide.unconstrain(report.draws.sites)[0], report.log_weights.exp()
-                    q, evidence = guide.flow(), report.log_evidence
-                    missed = missed_by(modes, log_joint, q, evidence, drawn)
+                    starts = starts_around(self.bound, guide, log_joint)
+                    modes, missed = _counted(log_joint, guide, starts, report)
             except FAILURES as error:
                 self.why = f"the model fails far from the guide's draws ({error})"
         if self.why is not None:
@@ -201,6 +212,20 @@ class _FarChecks:
         if missed:
             share = f"{report.missed_share:.1%} of the mass"
             report.census += f"; the guide's draws miss {share} in {len(missed)} of them"
+
+
+def _counted(
+    log_joint: LogJoint, guide: FlowGuide, starts: Tensor, report: Report
+) -> tuple[list[Mode], list[Missed]]:
+    """The modes, and those missed; above 256 latents the guide's own stands for all it draws."""
+    evidence = report.log_evidence
+    if guide.latent_dim > WIDEST:
+        missed = modes_missed(log_joint, guide, starts, evidence)
+        own = guide.affine.centre[guide.affine.place]
+        return [Mode(own, own.new_zeros(0, 0), evidence, 1, own), *(m.mode for m in missed)], missed
+    modes = census(log_joint, starts)
+    drawn = guide.unconstrain(report.draws.sites)[0], report.log_weights.exp()
+    return modes, missed_by(modes, log_joint, guide.flow(), evidence, drawn)
 
 
 def _report(sets: list[Draws], found: Marginals, wide: WideReport | None) -> Report:

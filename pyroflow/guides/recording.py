@@ -19,6 +19,8 @@ from pyroflow.model.locations import Filled, Moves, is_wide
 from pyroflow.model.recorded import Recorded
 from pyroflow.model.records import quietly
 
+MOST_SITES = 20  # that are moved: each takes operations of its own, and loops write many
+
 
 def coordinates_of(
     model: Callable,
@@ -30,8 +32,9 @@ def coordinates_of(
 ) -> Coordinates | None:
     """The coordinates of a model as it is written, c = 1; None where there are none to choose.
 
-    There are none if no prior takes location or scale from other latents, or what it takes cannot
-    be recorded: control flow that depends on latents, random numbers, unknown operations.
+    There are none if no prior takes location or scale from other latents, if more than 20 sites
+    do, such as the steps of a walk in a loop, or if what they take cannot be recorded: control flow
+    that depends on latents, random numbers, unknown operations.
 
     Args:
         model: a Pyro model.
@@ -78,7 +81,7 @@ def _recorded(run: Callable, latents: Latents, start: Tensor, *, given: bool) ->
     # What depends on no latent was computed when it was recorded.
     fixed = [all("constant" in part for part in three[:2]) for three in parts]
     moved = [name for name, alone in zip(located, fixed, strict=True) if not alone]
-    if not moved:
+    if not 0 < len(moved) <= MOST_SITES:
         return None
     outputs = [t for three, alone in zip(parts, fixed, strict=True) if not alone for t in three]
     sites = _places(latents, {name: found[name].matrix for name in moved})

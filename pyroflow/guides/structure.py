@@ -17,6 +17,7 @@ from pyroflow.model.sites import LatentSite
 from pyroflow.seeds import seeded
 
 WIDEST_ROW = 30  # numbers of a row, whose factor is a full triangle
+SPREADS = (0.1, 0.5, 1.0, 2.0, 0.1)  # of the points that are tried
 ALIKE = 1e-3  # of the largest second derivative, that two of them may differ by
 
 Names = frozenset[str]
@@ -38,15 +39,10 @@ def structure_of(
         latents: the table of its latents.
         z: unconstrained latents near which it is run.
     """
-    groups = _candidates(latents)
+    rows: list[Tensor] = []
     with seeded(0):
-        at = (z + 0.1 * torch.randn_like(z)).requires_grad_()
-        try:
-            gradient = _gradient(model, args, kwargs, latents, at)
-        except FAILURES:
-            return torch.arange(len(z), device=z.device), []
-        rows: list[Tensor] = []
-        for places in groups:
+        at, gradient = _differentiable(model, args, kwargs, latents, z)
+        for places in _candidates(latents) if gradient is not None else []:
             free = not any(bool(torch.isin(places, other).any()) for other in rows)
             if free and _independent(gradient, at, places, rows):
                 rows.append(places)
@@ -54,6 +50,26 @@ def structure_of(
     for places in rows:
         taken[places] = True
     return (~taken).nonzero().squeeze(-1), rows
+
+
+def _differentiable(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], latents: Latents, z: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A point near z where the gradient and a product with the Hessian are finite, and the former.
+
+    Where priors are vague, the start that Pyro takes may lie where densities overflow.
+    """
+    for size in SPREADS:
+        at = (z / (1 + size) + size * torch.randn_like(z)).detach().requires_grad_()
+        try:
+            gradient = _gradient(model, args, kwargs, latents, at)
+            options = {"retain_graph": True, "allow_unused": True}
+            products = torch.autograd.grad(gradient, at, torch.ones_like(at), **options)
+        except FAILURES:
+            continue
+        if all(t is None or bool(t.isfinite().all()) for t in (gradient, *products)):
+            return at, gradient
+    return z, None
 
 
 def _candidates(latents: Latents) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyroflow.guides.layered import AutoStructuredFlow
 from pyroflow.inference.gaussian_start import LENGTHS, normal_pairs
 from pyroflow.model.log_joint import LogJoint
+from pyroflow.transforms import Arrowhead
 
 STEPS = 30  # of Newton's method, from the guide's start
 FLAT = 1e-3  # nats, that a step must gain
@@ -67,8 +68,10 @@ class Factors(NamedTuple):
 class Arrow:
     """The search for the Gaussian, in the present coordinates of a guide."""
 
-    def __init__(self, log_joint: LogJoint, guide: AutoStructuredFlow) -> None:
-        self.log_joint, self.guide, self.affine = log_joint, guide, guide.affine
+    def __init__(
+        self, log_joint: LogJoint, guide: AutoStructuredFlow, affine: Arrowhead | None = None
+    ) -> None:
+        self.log_joint, self.guide, self.affine = log_joint, guide, affine or guide.affine
         self.leading, self.rows = self.affine.leading(), self.affine.rows()
         self.noise = normal_pairs(max(2, log_joint.num), guide.start())
 
@@ -132,7 +135,8 @@ class Arrow:
     def ascend(self, x: Tensor) -> tuple[Tensor, Blocks]:
         """Of Newton's steps from x (D,) the point with the best Gaussian, and its precision.
 
-        A density need not have a mode, nor its mode most of the mass.
+        The affine layer is set to it, too. A density need not have a mode, nor its mode most of
+        the mass.
         """
         gradients, lengths = self.log_joint.values_and_gradients, x.new_tensor(LENGTHS)
         size, found = torch.ones_like(x), []
@@ -147,7 +151,9 @@ class Arrow:
             if not best > value[0] + FLAT:
                 break
             x = trials[index]
-        return max(found)[2:]
+        x, blocks = max(found)[2:]
+        self.affine.start_from(x, *Factors.of(blocks))
+        return x, blocks
 
     def sizes(self, factors: Factors) -> Tensor:
         """Conditional standard deviations of all numbers, shape (D,)."""
@@ -191,6 +197,8 @@ class Arrow:
 
 def _inverse(matrix: Tensor) -> Tensor:
     """|M|⁻¹ of symmetric matrices."""
+    if not matrix.numel():
+        return matrix
     values, vectors = torch.linalg.eigh(matrix)
     values = values.abs()
     values = torch.maximum(values, FLATTEST * values.amax(-1, keepdim=True)).clamp(min=1e-12)

@@ -17,6 +17,8 @@ LEAST_ESS = 400  # an error of the means of a twentieth of a standard deviation
 SD_ERROR = 0.05  # standard error of a standard deviation, as a part of it
 EVEN = 0.985  # part of the draws, so many effective that there is no tail to speak of
 SURE_KHAT = 0.6  # of weight times a latent or its square
+PER_CHAIN = 100  # draws, of which mean squares are taken
+CHAIN_SD_ERROR = 0.1  # standard error of a standard deviation of chains, as a part of it
 COMPARED = 10_000  # draws of the chains, with those of the last check
 TRUSTED = ("good", "resample")
 
@@ -61,3 +63,25 @@ def apart(report: Report, chains: Chains, problem: BoundModel) -> str:
     sd = sd + (other.sd < found.plain.sd) * LIMIT / SURE
     size, words = disagreement(found.names, found.plain, other, (mean, sd))
     return f"wider draws correct {words}" if size > 1 else ""
+
+
+def unsettled(report: Report, chains: Chains, problem: BoundModel) -> str:
+    """Which standard deviation the chains do not agree on; empty if none.
+
+    R-hat and ESS are of ranks, to which one chain far out in a tail is one rank among many. Each
+    chain has a mean square of its own; their spread is the error of the whole.
+    """
+    num = chains.num_chains
+    every = slice(None, None, max(1, chains.num_samples // PER_CHAIN))
+    values = {
+        name: value.unflatten(0, (num, -1))[:, every].flatten(0, 1)
+        for name, value in chains.draws.items()
+    }
+    z = report.marginals.of(columns_of(values, problem.runs.records)).z.unflatten(0, (num, -1))
+    squares = (z - z.mean((0, 1))).square().mean(1)
+    error = squares.std(0) / math.sqrt(num) / (2 * squares.mean(0)).clamp(min=1e-300)
+    worst, index = error.max(0)
+    if worst <= CHAIN_SD_ERROR:
+        return ""
+    name = report.marginals.names[int(index)]
+    return f"the sd of {name} is known to {worst:.0%} only, as a few chains are far out"

@@ -18,7 +18,7 @@ from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.inference.guide import inspected
 from pyroflow.inference.guide_fit import WIDEST_WARM_START, fit_flow, refuse_nonfinite
 from pyroflow.inference.objectives import LogJointBound
-from pyroflow.ladder.checks import TRUSTED, apart, is_exact, rank, thinned
+from pyroflow.ladder.checks import TRUSTED, apart, is_exact, rank, thinned, unsettled
 from pyroflow.ladder.mixing import Mixing
 from pyroflow.ladder.result import Posterior, Rung
 from pyroflow.mcmc import Chains
@@ -209,7 +209,8 @@ class _Climb:
         chains = _chains(flow, self.latest, mixing.problem, self.seed, most_leaps)
         if chains is None:
             return False
-        other = apart(self.latest, chains, mixing.problem) if chains.level == "good" else ""
+        given = self.latest, chains, mixing.problem
+        other = (apart(*given) or unsettled(*given)) if chains.level == "good" else ""
         self._note(f"{chains.num_chains} chains", f"{chains.verdict}{other and f'; but {other}'}")
         self.chains = None if other else chains
         return chains.level == "good" and not other
@@ -226,7 +227,7 @@ class _Climb:
         report, chains = self.report, self.chains
         if chains is not None and chains.level == "good":
             index = thinned(len(chains.log_p), self.num)
-            draws = {name: value[index] for name, value in chains.draws.items()}
+            draws = {name: value[index].clone() for name, value in chains.draws.items()}
             level, verdict, ess = "good", chains.verdict, chains.ess
         else:
             draws, ess = report.resample(self.num, seed=self.seed), report.ess

@@ -150,6 +150,19 @@ class Arrowhead(Bijection, TransformModule):
         self.offset.zero_()
         self.raw_scale.copy_(inverse_softplus(torch.ones_like(self.raw_scale)))
 
+    @torch.no_grad()
+    def recentre(self) -> None:
+        """Make the present location and scale the units; the map stays as it is."""
+        offset, raw_scale, lower, _, unit, *rest = parameters = self._map_parameters()
+        loc = self._forward(torch.zeros_like(offset), parameters)[0]
+        width, *each = self._split(softplus(raw_scale))
+        A, units, slopes = _triangle(width, lower), [], []
+        for p, s in enumerate(each):
+            inner, coupling, C, K = rest[4 * p : 4 * p + 4]
+            units.append(C @ _triangle(s, inner))
+            slopes.append((C @ coupling + K) @ A)
+        self.start_from(loc, unit @ A, units, slopes)
+
     def leading(self) -> Tensor:
         """The places of the global numbers."""
         return self.order[: len(self.lower)]
@@ -162,8 +175,7 @@ class Arrowhead(Bijection, TransformModule):
 
     def _split(self, x: Tensor) -> list[Tensor]:
         """The global numbers (*B, G), and (*B, J, d) of each plate."""
-        G = len(self.lower)
-        first, *rest = x.split([G, *(J * d for J, d in self.shapes)], -1)
+        first, *rest = x.split([len(self.lower), *(J * d for J, d in self.shapes)], -1)
         pairs = zip(rest, self.shapes, strict=True)
         return [first, *(part.reshape(part.shape[:-1] + shape) for part, shape in pairs)]
 
@@ -208,6 +220,12 @@ class Arrowhead(Bijection, TransformModule):
         return intermediates
 
 
+def _triangle(width: Tensor, lower: Tensor) -> Tensor:
+    """Diag(width) times the unit lower triangle."""
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return width.unsqueeze(-1) * (lower.tril(-1) + eye)
+
+
 def _times(matrices: Tensor, rows: Tensor) -> Tensor:
     """The products of matrices (J, d, d) and rows (*B, J, d)."""
     if rows.shape[-1] == 1:
@@ -223,6 +241,8 @@ def _from(matrices: Tensor, v: Tensor) -> Tensor:
 
 def _solve(triangles: Tensor, rows: Tensor, *, unitriangular: bool = False) -> Tensor:
     """The x with T x = rows, T (d, d) with rows (*B, d), or T (J, d, d) with rows (*B, J, d)."""
+    if not triangles.numel():
+        return rows
     if triangles.shape[-1] == 1:
         return rows if unitriangular else rows / triangles.squeeze(-1)
     flat = rows.reshape(-1, *rows.shape[-triangles.dim() + 1 :])  # (N, d) or (N, J, d)

@@ -182,6 +182,71 @@ def test_files_copies_and_names(tmp_path: Path) -> None:
     assert chains.draws["theta"].shape == (800, 30)
 
 
+def alone(num: int = 30) -> Callable:
+    """Rows, and no global number."""
+
+    def model() -> None:
+        with pyro.plate("groups", num):
+            rate = pyro.sample("rate", dist.Gamma(number(2.0), number(1.0)))
+            pyro.sample("y", dist.Poisson(rate), obs=torch.ones(num, dtype=F64))
+
+    return model
+
+
+def test_rows_without_globals_have_their_evidence() -> None:
+    guide = pf.AutoStructuredFlow(alone(), tails=True)
+    fit = pf.fit_guide(alone(), guide, steps=200, seed=0, progress=False)
+    evidence = 30 * math.log(2 / 2**3)  # of each row, Gamma(3) / (Gamma(2) 1!) / 2^3
+    assert fit.best_loss + evidence < 0.15
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_recentring_keeps_the_map(seed: int) -> None:
+    t = scattered(seed)
+    x = torch.randn(4, 11, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    before = t(x).detach()
+    t.recentre()
+    assert not t.offset.any()
+    torch.testing.assert_close(t(x), before)
+
+
+def test_it_trains_from_its_start_without_a_warm_one() -> None:
+    model, evidence = groups(8)
+    guide = pf.AutoStructuredFlow(model)
+    options = {"warm_start": False, "steps": 600, "seed": 0, "progress": False}
+    assert pf.fit_guide(model, guide, **options).best_loss + evidence < 1.2  # as written
+
+
+def test_vague_priors_do_not_hide_the_rows() -> None:
+    def model() -> None:
+        precision = pyro.sample("precision", dist.Gamma(0.01, 0.01))
+        with pyro.plate("groups", 300):
+            theta = pyro.sample("theta", dist.Normal(0.0, precision**-0.5))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.linspace(-2, 2, 300))
+
+    affine = pf.AutoStructuredFlow(model).setup().affine
+    assert [tuple(places.shape) for places in affine.rows()] == [(300, 1)]
+
+
+def test_modes_are_looked_for_above_256_latents() -> None:
+    """Two far components that can change places, and effects of 300 rows beside them."""
+    y = torch.cat([torch.full((150,), -2.0), torch.full((150,), 2.0)])
+    y = y + torch.linspace(-0.5, 0.5, 300).roll(77)
+
+    def model() -> None:
+        c = pyro.sample("c", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        with pyro.plate("rows", 300):
+            u = pyro.sample("u", dist.Normal(0.0, 0.3))
+            either = [dist.Normal(c[k] + u, 0.5).log_prob(y) for k in (0, 1)]
+            pyro.factor("y", torch.logaddexp(*either) - math.log(2))
+
+    guide = pf.AutoStructuredFlow(model)
+    pf.fit_guide(model, guide, steps=100, seed=0, progress=False)
+    report = pf.diagnose(model, guide, num_samples=1000)
+    assert report.level == "bad"
+    assert report.missed_share == pytest.approx(0.5, abs=0.15)
+
+
 @pytest.mark.slow
 def test_one_call_for_many_groups() -> None:
     model, evidence = groups(300)

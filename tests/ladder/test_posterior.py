@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pyroflow as pf
 from pyroflow.ladder import climb
-from pyroflow.ladder.checks import apart
+from pyroflow.ladder.checks import apart, unsettled
 from pyroflow.mcmc import mcmc
 from pyroflow.model.bound import BoundModel
 from pyroflow.targets import eight_schools_centered
@@ -101,6 +101,17 @@ def test_a_funnel_is_right() -> None:
     v = post.draws["v"]
     assert v.mean() == pytest.approx(0, abs=0.12)
     assert v.std() == pytest.approx(3, rel=0.04)
+
+
+def test_chains_that_are_far_out_leave_a_standard_deviation_unsettled() -> None:
+    post = pf.posterior(gaussian, **QUIET)
+    chains = mcmc(gaussian, post.guide, num_samples=200, num_chains=64, progress=False)
+    problem = BoundModel.for_weights(gaussian, post.guide)
+    assert not unsettled(post.report, chains, problem)
+    far = {name: value.clone() for name, value in chains.draws.items()}
+    name = next(iter(far))
+    far[name][:200] += 30 * far[name].std()  # the first chain
+    assert "a few chains are far out" in unsettled(post.report, replace(chains, draws=far), problem)
 
 
 @pytest.mark.parametrize(
