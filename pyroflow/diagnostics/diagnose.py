@@ -10,11 +10,10 @@ import pyro
 import torch
 
 from pyroflow.checks import check_count
-from pyroflow.diagnostics.funnel import find_funnels
+from pyroflow.diagnostics.causes import find_funnels, find_symmetries
 from pyroflow.diagnostics.marginals import Columns, Marginals, columns_of, effect, marginals
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
 from pyroflow.diagnostics.report import Report
-from pyroflow.diagnostics.symmetry import find_symmetries
 from pyroflow.diagnostics.verdict import advice_on_fit, is_undecided, judge
 from pyroflow.diagnostics.wider import WideReport, wide_draws
 from pyroflow.guides.flow_guide import FlowGuide
