@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 PAPER := ../$(BIN)/python -m rezende_mohamed_2015
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint slow notebooks bench posteriordb posteriors nuts trust paper tables clean
+.PHONY: demo test lint slow notebooks bench posteriordb posteriors nuts trust scale paper tables clean
 
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	$(BIN)/pyroflow demo
@@ -39,6 +39,10 @@ nuts: $(INSTALLED) $(JAX_VENV)/installed  ## Pyro's and numpyro's NUTS on the sa
 
 trust: $(INSTALLED)  ## The verdicts of pf.posterior on 110 small posteriors with exact answers, three seeds, with resume.
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.trust run
+
+scale: $(INSTALLED)  ## pf.posterior on regressions of 1,000 to 1,000,000 rows, with resume; half an hour.
+	cd tests && ../$(BIN)/python -m benchmarks.scale run --threads 1
+	cd tests && ../$(BIN)/python -m benchmarks.scale run --threads 2
 
 paper: export OMP_NUM_THREADS := 1
 paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MNIST is the folder of the four files.

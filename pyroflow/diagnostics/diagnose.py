@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from pyroflow.checks import check_count
-from pyroflow.diagnostics.funnel import find_funnels
+from pyroflow.diagnostics.causes import find_funnels, find_symmetries
 from pyroflow.diagnostics.marginals import Columns, Marginals, columns_of, effect, marginals
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
 from pyroflow.diagnostics.report import Report
-from pyroflow.diagnostics.symmetry import find_symmetries
 from pyroflow.diagnostics.verdict import advice_on_fit, is_undecided, judge
 from pyroflow.diagnostics.wider import WideReport, wide_draws
 from pyroflow.guides import AutoStructuredFlow
@@ -37,6 +36,7 @@ from pyroflow.model.log_joint import LogJoint
 from pyroflow.seeds import between_draws, one_at_a_time, seeded
 
 LEAST_WIDE = 1000  # draws wider than the guide
+LEAST_DEAR = 1000  # draws of the guide, where each is dear
 LEAST_ESS = 0.05  # part of the guide's draws that are effective, for wider ones to be of use
 POINTS = 128  # at which the log joint is evaluated at a time
 
@@ -71,7 +71,7 @@ def diagnose(
         guide: A fitted guide for it, of any kind.
         args: Positional arguments of model and guide.
         kwargs: Keyword arguments of model and guide.
-        num_samples: Draws of a set, at least 100.
+        num_samples: Draws of a set, at least 100; fewer, down to 1,000, where the data are many.
         seed: Makes the report reproducible, without touching the global generator; None for other
             draws each time.
         max_sets: Sets at most; one, where each draw takes a run of the model.
@@ -100,16 +100,19 @@ def diagnose(
     check_count("max_sets", max_sets, 1)
     with seeded(seed):
         bound = BoundModel.for_weights(model, guide, args, kwargs)
-        sets = _Sets(bound, num_samples)
+        size = bound.runs.few(num_samples, LEAST_DEAR)
+        sets = _Sets(bound, size)
         report = sets.report()
         with pyro.validation_enabled(False):
-            far = _FarChecks(bound, num_samples)
+            far = _FarChecks(bound, size)
             far.widen(report)
             while is_undecided(report) and sets.number < max_sets and not bound.sequential:
                 sets.take()
                 report = sets.report(report.wide)
             far.count(report)
             judge(report)
+        if size < num_samples:
+            report.fewer = f"{size:,} a set and not {num_samples:,}, as the data are many"
     if report.level != "good":
         few = bound.guide.latent_dim <= WIDEST if report.missed else False
         symmetries = find_symmetries(guide, report.modes) if few else []

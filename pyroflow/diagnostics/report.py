@@ -39,6 +39,7 @@ class Report:
         khat_threshold: The k-hat up to which as many draws as a set has with a weight are enough.
         num_samples: Draws in all, S.
         num_sets: Sets that they were drawn in.
+        fewer: Why they are fewer than was asked for, in words; empty where they are not.
         outside: Part of the draws that lie where the model's density is zero.
         num_nonfinite: Draws whose weight is not a positive finite number, those and the ones where
             a density is NaN or infinite; it was taken as zero.
@@ -82,6 +83,7 @@ class Report:
     draws: Draws
     log_weights: Tensor
     marginals: Marginals
+    fewer: str = ""
     wide: WideReport | None = None
     modes: list[Mode] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
@@ -135,6 +137,8 @@ class Report:
             "wider draws": str(self.wide) if self.wide else "not taken",
             "census": self.census,
         }
+        if self.fewer:
+            rows["draws"] = self.fewer
         if self.num_nonfinite:
             part, sites = self.num_nonfinite / self.num_samples, str(self.nonfinite_sites)[1:-1]
             rows["zero weight"] = f"{self.num_nonfinite} draws ({part:.1%}), not finite at {sites}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pyroflow.diagnostics.funnel import Funnel
+from pyroflow.diagnostics.causes import Funnel
 from pyroflow.diagnostics.marginals import LIMIT, MARGIN, SURE, combined, disagreement
 from pyroflow.diagnostics.psis import khat_interval
 from pyroflow.diagnostics.report import Report

@@ -100,9 +100,10 @@ def census(log_joint: LogJoint, starts: Tensor) -> list[Mode]:
         found = merged(log_joint, _best_along(log_joint, ascend(log_joint, starts, STEPS)))[:MOST]
         if not found:
             return []
-        test = normal_pairs(DRAWS, starts[0])
+        few = log_joint.runs.few
+        test = normal_pairs(few(DRAWS, 64), starts[0])
         gaussians = [Gaussian(*mode[:3]) for mode in found]
-        moved = [moved_on(log_joint, g, ROUNDS, test, int) for g in gaussians]
+        moved = [moved_on(log_joint, g, few(ROUNDS, 3), test, int) for g in gaussians]
         peaks = ascend(log_joint, torch.stack([g.loc for g in moved]), STEPS).z[-1]
         triples = zip(moved, found, peaks, strict=True)
         found = [Mode(*g, mode.paths, peak) for g, mode, peak in triples]
@@ -112,9 +113,10 @@ def census(log_joint: LogJoint, starts: Tensor) -> list[Mode]:
 
 def _best_along(log_joint: LogJoint, points: Points) -> list[Mode]:
     """The Gaussian with the highest bound on each path, and the end of the path."""
-    steps = torch.linspace(0, len(points.z) - 1, ALONG, device="cpu").round().long().unique()
+    few, last = log_joint.runs.few, len(points.z) - 1
+    steps = torch.linspace(0, last, few(ALONG, 4), device="cpu").round().long().unique()
     z, scale = points.z[steps], points.scale[steps]
-    noise = normal_pairs(ALONG_DRAWS, z[0, 0])
+    noise = normal_pairs(few(ALONG_DRAWS, 16), z[0, 0])
     tried = _scored(log_joint, z.flatten(0, 1), scale.flatten(0, 1), noise)[0]
     num = z.shape[1]
     paths = [max(tried[path::num], key=lambda g: g.bound) for path in range(num)]
@@ -146,7 +148,7 @@ def missed_by(
     """
     found, covered = [], []
     for mode in modes:
-        noise = normal_pairs(DRAWS, mode.loc)
+        noise = normal_pairs(log_joint.runs.few(DRAWS, 64), mode.loc)
         x = mode.loc + noise @ mode.scale.mT
         log_p = log_joint.values_and_gradients(x)[0].double()
         log_g = -noise.square().sum(-1) / 2 - x.shape[-1] / 2 * math.log(2 * math.pi)
@@ -197,12 +199,13 @@ def starts_around(bound: BoundModel, guide: FlowGuide, log_joint: LogJoint) -> T
     Returns:
         Shape (P, D): up to 10 of each kind, fewer in many dimensions.
     """
-    num = paths_in(guide.latent_dim)
-    probed = PROBED if guide.latent_dim <= FEW else PROBED_WIDE
+    few = log_joint.runs.few
+    num = few(paths_in(guide.latent_dim), 2)
+    probed = few(PROBED if guide.latent_dim <= FEW else PROBED_WIDE, 64)
     q = guide.flow()
     with drawing():
         prior = _prior_draws(bound, guide, probed)
-        own = q.sample((LEVEL_BY,))
+        own = q.sample((few(LEVEL_BY, 64),))
     level = (log_joint.values_and_gradients(own)[0] - q.log_prob(own)).nanmedian()
     parts = [] if (around := _starts(log_joint, guide.start())) is None else [around]
     for width in OVERDISPERSED:

@@ -68,7 +68,7 @@ def best_coordinates(
         coordinates.set(centred, z)
         return None, ends
     best = max(found, key=lambda each: each[0].bound)
-    test = normal_pairs(TESTED_BY, z)
+    test = normal_pairs(log_joint.runs.few(TESTED_BY, 64), z)
     for _ in range(ROUNDS):
         tried = _by_formula(log_joint, coordinates, *best, test)
         better = max([best, *tried], key=lambda each: each[0].bound)
@@ -106,7 +106,7 @@ def _by_formula(
         scale = torch.linalg.solve(_slopes(coordinates, loc), slopes @ gaussian.scale)
         if bool(scale.isfinite().all() & loc.isfinite().all()):
             start = Gaussian(loc, scale, -torch.inf)
-            found.append((moved_on(log_joint, start, MOVES, test), place))
+            found.append((moved_on(log_joint, start, log_joint.runs.few(MOVES, 6), test), place))
     return found
 
 
@@ -125,7 +125,7 @@ def _suggested(
     None where too few gradients are finite.
     """
     dim = len(at)
-    noise = normal_pairs(max(DRAWS, 4 * dim), at)
+    noise = normal_pairs(max(log_joint.runs.few(DRAWS, 128), 4 * dim), at)
     z = coordinates(gaussian.loc + noise @ gaussian.scale.mT)
     coordinates.set(torch.ones_like(at), at)
     value, gradient = log_joint.values_and_gradients(z)

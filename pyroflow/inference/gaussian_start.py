@@ -28,16 +28,14 @@ DRAWS = 32  # behind the bound of a Gaussian, as antithetic pairs
 BEST = 3  # Gaussians that are moved towards the optimum
 ROUNDS = (6, 20)  # of those moves, for each and for the best of them
 TICKS = STEPS + BEST * ROUNDS[0] + ROUNDS[1]  # of a progress bar
-MOVED_BY = 256  # draws behind a move
-LEAST_MOVED_BY = 16  # of them inside the support
+MOVED_BY, LEAST_MOVED_BY = 256, 16  # draws behind a move, and of them inside the support
 TESTED_BY = 512  # draws on which they are compared
 LARGEST = 1e12  # location of a sound Gaussian
 MOMENT_DRAWS = 4096  # behind the moments of layers that are not the identity
 
 # of the ascent
 LENGTHS = (4.0, 2.0, 1.0, 0.5, 0.25, 1 / 16, 1 / 64, 1 / 1024)  # of a step, all tried at once
-FLAT = 1e-4  # nats; a step that gains less counts as none
-FLAT_STEPS = 2  # of those in a row that end a path
+FLAT, FLAT_STEPS = 1e-4, 2  # nats; a path ends with so many steps in a row that gain less
 FLATTEST = 1e-6  # of a curvature, in the units of the scale before
 
 
@@ -64,9 +62,10 @@ def best_gaussian(
     starts = _starts(log_joint, start)
     if starts is None:
         return None, []
-    noise, bar = normal_pairs(DRAWS, start), bar or tqdm(total=TICKS, disable=True)
+    few = log_joint.runs.few
+    noise, bar = normal_pairs(few(DRAWS, 16), start), bar or tqdm(total=TICKS, disable=True)
     points = ascend(log_joint, starts, STEPS, bar.update)
-    *both, paths = zip(*_along(points), strict=True)
+    *both, paths = zip(*_along(points, few(ALONG, 4)), strict=True)
     loc, scale = map(torch.stack, both)
     found, lost = _scored(log_joint, loc, scale, noise)
     by_path = dict(sorted(zip(paths, found, strict=True), key=lambda each: each[1].bound))
@@ -76,9 +75,10 @@ def best_gaussian(
     found = sorted((g for g in found if math.isfinite(g.bound)), key=lambda g: -g.bound)[:BEST]
     if not found:
         return None, ends
-    move = partial(moved_on, log_joint, test=normal_pairs(TESTED_BY, start), tick=bar.update)
-    best = max([move(g, ROUNDS[0]) for g in found], key=lambda g: g.bound)
-    best = move(best, ROUNDS[1])
+    test = normal_pairs(few(TESTED_BY, 64), start)
+    move = partial(moved_on, log_joint, test=test, tick=bar.update)
+    best = max([move(g, few(ROUNDS[0], 3)) for g in found], key=lambda g: g.bound)
+    best = move(best, few(ROUNDS[1], 6))
     bar.update(bar.total - bar.n)  # paths and moves may end early
     return best if math.isfinite(best.bound) and best.loc.abs().max() < LARGEST else None, ends
 
@@ -103,10 +103,11 @@ def normal_pairs(num: int, like: Tensor) -> Tensor:
 
 def _starts(log_joint: LogJoint, start: Tensor) -> Tensor | None:
     """The guide's own start and points around it; nearer and farther ones where few are finite."""
-    found, num = [], paths_in(len(start))
+    found, few = [], log_joint.runs.few
+    num, tried = few(paths_in(len(start)), 2), few(TRIED, 16)
     for reach in REACHES:
         with drawing():
-            offsets = torch.rand(TRIED, len(start), dtype=start.dtype, device="cpu").to(start)
+            offsets = torch.rand(tried, len(start), dtype=start.dtype, device="cpu").to(start)
         points = start + reach * (2 * offsets - 1)
         points[0] = start
         value, gradient = log_joint.values_and_gradients(points)
@@ -116,13 +117,13 @@ def _starts(log_joint: LogJoint, start: Tensor) -> Tensor | None:
     return torch.stack(found[:num]) if found else None
 
 
-def _along(points: Points) -> list[tuple[Tensor, Tensor, int]]:
+def _along(points: Points, num: int) -> list[tuple[Tensor, Tensor, int]]:
     """Points and scales spread over each path, its last one among them, and which path it is."""
     chosen = []
     for path in range(points.z.shape[1]):
         moved = points.value[1:, path] != points.value[:-1, path]
         last = int(moved.nonzero().max()) + 1 if bool(moved.any()) else 0
-        steps = torch.linspace(last, 0, ALONG, device="cpu").round().long().unique().tolist()
+        steps = torch.linspace(last, 0, num, device="cpu").round().long().unique().tolist()
         chosen += [(points.z[t, path], points.scale[t, path], path) for t in steps]
     return chosen
 
@@ -156,7 +157,7 @@ def moved_on(
     loc, scale = start.loc, start.scale
     for t in range(rounds):
         tick()
-        noise = normal_pairs(max(MOVED_BY, 4 * len(loc)), loc)
+        noise = normal_pairs(max(log_joint.runs.few(MOVED_BY, 64), 4 * len(loc)), loc)
         value, gradient = log_joint.values_and_gradients(loc + noise @ scale.mT)
         inside = value.isfinite() & gradient.isfinite().all(-1)
         if int(inside.sum()) < max(LEAST_MOVED_BY, 2 * len(loc)):
@@ -251,15 +252,14 @@ def ascend(
 
     The Hessian's eigenvalues are taken by their absolute values (Dauphin et al. 2014), so every
     step ascends; of several lengths the best is taken. Hessians are differences of gradients in
-    the units of the last scale, so latents of any magnitude are alike. A path ends where it gains
-    nothing.
+    the units of the last scale, so latents of any magnitude are alike. Paths end without gains.
     """
     z, dim = starts, starts.shape[-1]
     scale = torch.eye(dim, dtype=z.dtype, device=z.device).expand(len(z), dim, dim)
     lengths = z.new_tensor(LENGTHS)
     value = log_joint.values_and_gradients(z)[0]
-    flat = torch.zeros(len(z), dtype=torch.long, device=z.device)
-    found = []
+    least = FLAT + log_joint.runs.dear * torch.finfo(z.dtype).eps * value.abs()  # of long sums
+    flat, found = torch.zeros(len(z), dtype=torch.long, device=z.device), []
     for step in range(steps):
         going = (flat < FLAT_STEPS).nonzero().squeeze(-1)
         if not len(going):
@@ -276,7 +276,7 @@ def ascend(
         finite = values.isfinite() & gradients.isfinite().all(-1)
         best, index = values.where(finite, -torch.inf).reshape(len(lengths), -1).max(0)
         gain = best - value[going]
-        flat[going] = torch.where(gain > FLAT, 0, flat[going] + 1)
+        flat[going] = torch.where(gain > least[going], 0, flat[going] + 1)
         better = (gain > 0).nonzero().squeeze(-1)
         z = z.index_copy(0, going[better], trials[index[better], better])
         value = value.index_copy(0, going[better], best[better])

@@ -209,16 +209,17 @@ def _missed(log_joint: LogJoint, guide: AutoFlow, ends: list[Tensor]) -> tuple[l
         return [], 0.0
     ends = ends if guide.coordinates is None else guide.coordinates.inv(ends)
     with seeded(0), pyro.validation_enabled(False):
-        x = torch.cat([q.sample((CHECKED,)), ends])
+        num = log_joint.runs.few(CHECKED, 200)
+        x = torch.cat([q.sample((num,)), ends])
         log_weights = (log_joint.values_and_gradients(x)[0] - q.log_prob(x)).double()
         log_weights = log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
-        own, there = log_weights[:CHECKED], log_weights[CHECKED:]
-        evidence = own.logsumexp(0).item() - math.log(CHECKED)
+        own, there = log_weights[:num], log_weights[num:]
+        evidence = own.logsumexp(0).item() - math.log(num)
         if not bool((there > evidence + MISSED).any()):
             return [], 0.0
         try:
             modes = census(log_joint, ends)
-            found = missed_by(modes, log_joint, q, evidence, (x[:CHECKED], own.softmax(0)))
+            found = missed_by(modes, log_joint, q, evidence, (x[:num], own.softmax(0)))
         except FAILURES:  # such as a matrix that is singular far from the guide
             return [], 0.0
     # Where none of the modes is drawn, the guide's own is among them.

@@ -32,6 +32,7 @@ LEFT, FARTHEST = 0.002, 1.0
 # Draws of a step by default, and fixed draws on which states are compared.
 DRAWS, SCORED = 128, 2048
 DRAWS_ONE_BY_ONE = SCORED_ONE_BY_ONE = 16  # where each draw takes a run of the model
+DRAWS_DEAR, SCORED_DEAR = 16, 128  # the fewest where it is of many rows
 
 
 def bound_loss(log_weights: Tensor, objective: str, group_size: int) -> Tensor:
@@ -229,13 +230,14 @@ class LogJointBound:
         self.problem, self.guide = problem, problem.guide
         self.objective, self.group_size = objective, group_size
         self.guide.find_coordinates(problem.args, problem.kwargs)
-        self.log_joint = LogJoint(problem, self.guide, num_particles or DRAWS)
+        few = problem.runs.few
+        self.num_particles = num_particles or self._in_groups(few(DRAWS, DRAWS_DEAR))
+        self.log_joint = LogJoint(problem, self.guide, self.num_particles)
         costly = self.log_joint.one_by_one
         if costly and num_particles is None:
-            self.log_joint.num = self._in_groups(DRAWS_ONE_BY_ONE)
-        self.num_particles = self.log_joint.num
-        self.scored = self._in_groups(SCORED_ONE_BY_ONE if costly else SCORED)
-        self.evaluations = 10 if costly else 25
+            self.log_joint.num = self.num_particles = self._in_groups(DRAWS_ONE_BY_ONE)
+        self.scored = self._in_groups(SCORED_ONE_BY_ONE if costly else few(SCORED, SCORED_DEAR))
+        self.evaluations = few(10 if costly else 25, 8)
         self.path = objective != "iwae" and has_path(self.guide)
         self.skipped = torch.zeros((), dtype=torch.long, device="cpu")
         drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed

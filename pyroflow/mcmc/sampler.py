@@ -160,7 +160,8 @@ class Sampler:
             self.target = target = Target(self.bound, guide, num_chains or CHAINS)
             self.slow = slow = target.log_joint.one_by_one
             self.num_chains = num_chains or (CHAINS_ONE_BY_ONE if slow else CHAINS)
-            target.log_joint.num = self.num_chains
+            if slow:
+                target.log_joint.num = self.num_chains
             self.proposal = Proposal(target.base, float(wide))
             num = PILOT_ONE_BY_ONE if slow else PILOT
             self.pilot = pilot = take_pilot(self.bound, target, self.proposal, num)

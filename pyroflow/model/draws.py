@@ -109,18 +109,19 @@ def draw(
     with seeded(seed):
         guided = bound.guide_draws(num_samples)
         latents = {name: guided[name].values for name in bound.latents}
-        sites = bound.runs.evaluate(latents, num_samples)
-        scores = [_scores(sites), _scores(guided)]
+        sites = bound.runs.evaluate(latents, num_samples) if keep_all else {}
+        scored = _scores(sites) if keep_all else _scores_at(bound, latents, num_samples)
+        scores = [scored, _scores(guided)]
         rounded = _rounded(
             latents,
             scores[0],
-            lambda moved: _scores(bound.runs.evaluate(latents | moved, num_samples)),
+            lambda moved: _scores_at(bound, latents | moved, num_samples),
         )
     log_p, log_q = (torch.stack(list(by_site.values())).sum(0) for by_site in scores)
     nonfinite = Counter()
     for name, values in [pair for by_site in scores for pair in by_site.items()]:
         nonfinite |= Counter({name: int((~values.isfinite()).sum())})
-    return Draws(latents, log_p, log_q, dict(nonfinite), rounded, sites if keep_all else {})
+    return Draws(latents, log_p, log_q, dict(nonfinite), rounded, sites)
 
 
 def join(parts: list[Draws]) -> Draws:
@@ -136,6 +137,18 @@ def join(parts: list[Draws]) -> Draws:
 
 def _scores(sites: Sites) -> Scores:
     return {name: s.by_draw(torch.float64) for name, s in sites.items() if s.log_prob is not None}
+
+
+def _scores_at(bound: BoundModel, latents: Values, size: int) -> Scores:
+    """Those of S draws; what the sites have is let go as soon as it is summed."""
+    found: dict[str, Tensor] = {}
+    start = 0
+    for sites in bound.runs.parts(latents, size):
+        for name, score in _scores(sites).items():
+            # What is kept of each part would lie between the large tensors of the next ones.
+            found.setdefault(name, score.new_empty(size))[start : start + len(score)] = score
+        start += len(score)
+    return found
 
 
 def _rounded(

@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflow.model.bound import BoundModel
+from pyroflow.model.by_rows import POINTS, ByRows
 from pyroflow.model.comparison import FAILURES, PROBES, Outcome, Way, agree, differs, moves
 from pyroflow.model.locations import Filled, Moves
 from pyroflow.model.records import log_joint, tensors_of
@@ -40,7 +41,8 @@ class LogJoint:
     Args:
         bound: a model, with all latents covered by the guide and without a subsampled plate.
         guide: its guide, set up.
-        num: N, the number of points that one evaluation takes. Others are made to fit.
+        num: N, the number of points that one evaluation takes, fewer where a point is dear. Others
+            are made to fit.
 
     Attributes:
         traced: whether the graph is in use.
@@ -79,6 +81,8 @@ class LogJoint:
     @torch.no_grad()
     def values(self, x: Tensor) -> Tensor:
         """The log joint at x (S, D), shape (S,), without derivatives."""
+        if self.runs.dear:
+            return self.values_and_gradients(x)[0]
         with pyro.validation_enabled(False):
             return self._evaluated(x)
 
@@ -132,22 +136,18 @@ class LogJoint:
 
     def _recorded(self, expected: Callable[[], Points]) -> Callable | None:
         """The graph of value and gradient at N points, if it gives what is expected at others."""
-        first, moved_by = self._spread_points(self.num, 1), self._moved_by()
+        moved_by = self._moved_by()
         try:
-            graph = make_fx(lambda x, *given: self._value_and_gradient(x, None, given))(
-                first, *moved_by
-            )
-            with torch.no_grad(), warnings.catch_warnings():
-                # Deprecated, but the only executor without Python's cost for each operation.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                graph = torch.jit.trace(graph, (first, *moved_by), check_trace=False)
-            if first.is_cuda:  # its fuser writes the bounds of float64 as numbers nvrtc refuses
-                graph = torch.jit.optimized_execution(False)(graph)
+            graph = _by_rows(self, moved_by)
+            graph = graph or _traced(self._at, self._spread_points(self.num, 1), *moved_by)
             x, *there = expected()
             found = self._by(lambda x: graph(x, *moved_by), x)
             return graph if self._same(found, there) else None
         except FAILURES:
             return None
+
+    def _at(self, x: Tensor, *moved_by: Tensor) -> tuple[Tensor, Tensor]:
+        return self._value_and_gradient(x, None, moved_by)
 
     def _at_fresh_points(self) -> Points:
         """What the model says of N points, run as it was chosen to."""
@@ -195,6 +195,32 @@ class _Evaluated(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return grad.unsqueeze(-1) * gradient, None
+
+
+def _by_rows(log_joint: LogJoint, moved_by: tuple[Tensor, ...]) -> Callable | None:
+    """The graph for some rows of the data at a time, where they are many and it can be."""
+    if not log_joint.runs.dear:
+        return None
+    num = min(log_joint.num, POINTS)
+    try:
+        graph = ByRows.of(log_joint._at, log_joint._spread_points(num, 1), *moved_by)
+    except FAILURES:
+        log_joint.num = log_joint.runs.at_once(log_joint.num)
+        return None
+    log_joint.num = num
+    return graph
+
+
+def _traced(function: Callable, *inputs: Tensor) -> Callable:
+    """The graph of a function."""
+    graph = make_fx(function)(*inputs)
+    with torch.no_grad(), warnings.catch_warnings():
+        # Deprecated, but the only executor without Python's cost for each operation.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        graph = torch.jit.trace(graph, inputs, check_trace=False)
+    if inputs[0].is_cuda:  # its fuser writes the bounds of float64 as numbers nvrtc refuses
+        graph = torch.jit.optimized_execution(False)(graph)
+    return graph
 
 
 def _filled(

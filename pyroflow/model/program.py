@@ -26,11 +26,15 @@ from pyroflow.model.records import (
     joined,
     outside_support,
     quietly,
+    tensor_of,
     tensors_of,
 )
 from pyroflow.model.supports import moved, preimage, remember
 
 PLATE = "num_particles_vectorized"  # Pyro's own name for the plate around a model
+NUMBERS = 2**22  # in the values of draws side by side, to bound the memory
+# Numbers of data, in all and for each of so many latents at most, above which a draw is dear.
+CHEAP, EACH, LATENTS = 5000, 50, 256
 
 
 class Program:
@@ -63,6 +67,28 @@ class Program:
         """Make a run of its own, at the first draw, and keep its records."""
         if not self.records:
             self.records = self._run(self.model, rows_of(latents, 0))
+
+    def numbers(self, *, observed: bool) -> int:
+        """In the values of the data, or of the latents; of their size is the cost of a draw."""
+        sites = [s for s in self.records.values() if "log_prob" in s]
+        return sum(tensor_of(s["value"]).numel() for s in sites if s["is_observed"] == observed)
+
+    @property
+    def dear(self) -> bool:
+        """Whether the data are so many that a draw costs much, and a posterior is nearly normal."""
+        data, latents = self.numbers(observed=True), self.numbers(observed=False)
+        return latents <= LATENTS and data > max(CHEAP, EACH * latents)
+
+    def few(self, num: int, least: int) -> int:
+        """So many draws, or fewer where each is dear."""
+        if not self.dear:
+            return num
+        return max(min(num, least), num * CHEAP // self.numbers(observed=True))
+
+    def at_once(self, num: int) -> int:
+        """So many draws, or as many as the memory has room for."""
+        numbers = self.numbers(observed=True) + self.numbers(observed=False)
+        return max(1, min(num, NUMBERS // max(1, numbers)))
 
     def by_vmap(self, latents: Values, size: int, inside: Iterable[str] = ()) -> Sites:
         """Side by side, each as if it were alone: by construction, where torch can do it."""

@@ -25,11 +25,11 @@ _ALSO = {
     "expand_copy", "flip", "index", "index_put", "lift_fresh_copy", "linalg_cholesky_ex",
     "linalg_inv_ex", "linalg_solve_triangular", "logcumsumexp", "logsumexp", "matmul", "max",
     "mean", "min", "mm", "mv", "new_zeros", "ones_like", "permute_copy", "polygamma", "prod",
-    "roll", "select", "select_copy", "select_scatter", "slice", "slice_copy", "slice_scatter",
-    "split", "split_copy", "split_with_sizes", "split_with_sizes_copy", "squeeze", "squeeze_copy",
-    "stack", "std", "sum", "t", "t_copy", "transpose", "transpose_copy", "triangular_solve", "tril",
-    "triu", "unbind", "unbind_copy", "unfold", "unsqueeze_copy", "var", "view_copy", "where",
-    "zeros_like",
+    "roll", "select", "select_backward", "select_copy", "select_scatter", "slice", "slice_backward",
+    "slice_copy", "slice_scatter", "softplus_backward", "split", "split_copy", "split_with_sizes",
+    "split_with_sizes_copy", "squeeze", "squeeze_copy", "stack", "std", "sum", "t", "t_copy",
+    "transpose", "transpose_copy", "triangular_solve", "tril", "triu", "unbind", "unbind_copy",
+    "unfold", "unsqueeze_copy", "var", "view_copy", "where", "zeros_like",
 }  # fmt: skip
 
 
@@ -55,15 +55,17 @@ class Recorded:
         self.steps, self.constants, self.outputs = steps, constants, outputs
 
     @classmethod
-    def of(cls, function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Recorded:
-        """Record the function at inputs of the shapes that it shall take.
+    def of(
+        cls, function: Callable[..., Sequence[Tensor]], *inputs: Tensor, **options: Any
+    ) -> Recorded:
+        """Record the function at inputs of the shapes that it shall take; options of ``make_fx``.
 
         Raises:
             ValueError: If it draws random numbers, or uses an operation that is not known to have
                 no effect but its result.
             RuntimeError: If its control flow depends on the values of its inputs.
         """
-        graph = make_fx(torch.func.functionalize(function))(*inputs)
+        graph = make_fx(torch.func.functionalize(function), **options)(*inputs)
         return cls(*_Reader(graph).read())
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:

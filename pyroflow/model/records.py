@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import pyro
@@ -16,11 +17,13 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, constraints
 from torch.distributions.constraints import Constraint
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 from torch.overrides import TorchFunctionMode
 
 from pyroflow.model.supports import base_of, concatenated, moved
 
 SLACK = 1e-6  # by which a parameter may pass the bound of its constraint
+MANY, PLAIN = 5000, {"reduction": "none"}  # numbers, from which the time of operations counts
 
 Values = dict[str, Tensor]
 Record = dict[str, Any]  # Pyro's, of a site
@@ -104,7 +107,7 @@ def outside_support(record: Record, *, inside: bool = False) -> Tensor | None:
     found = [part for part in (_off(fn, record["value"], inside), _unfit(fn)) if part is not None]
     if not found:
         return None
-    outside = torch.stack(torch.broadcast_tensors(*found)).any(0) if found[1:] else found[0]
+    outside = reduce(torch.logical_or, found)
     return outside if record["mask"] is None else outside & record["mask"]
 
 
@@ -165,7 +168,7 @@ def _unfit(fn: Distribution) -> Tensor | None:
             # Some declare the constraint of a number for a parameter of more dimensions.
             beyond = near.dim() - constraint.event_dim - len(fn.batch_shape)
             found.append(_any(~near, constraint.event_dim + max(0, beyond)))
-    return torch.stack(torch.broadcast_tensors(*found)).any(0) if found else None
+    return reduce(torch.logical_or, found) if found else None
 
 
 def _any(off: Tensor | None, dims: int) -> Tensor | None:
@@ -245,22 +248,31 @@ def _draws_first(value: Any, size: int, single: Any, event_dim: int = 0) -> Tens
     return moved(tensor_of(value), move, event_dim)
 
 
-class _SingularIsNaN(TorchFunctionMode):
-    """A matrix without a Cholesky factor is one bad draw among others, and no error."""
+class _ManyDraws(TorchFunctionMode):
+    """A matrix without a Cholesky factor is one bad draw among others, and no error.
+
+    Of many numbers log-sigmoids are taken by fewer operations, with simple derivatives.
+    """
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if func in (binary_cross_entropy_with_logits, logsigmoid) and args[0].numel() > MANY:
+            if func is logsigmoid:
+                return -softplus(-args[0], threshold=40.0)
+            if {key: held for key, held in kwargs.items() if held is not None} == PLAIN:
+                return softplus(args[0], threshold=40.0) - args[1] * args[0]
         if func is not torch.linalg.cholesky:
-            return func(*args, **(kwargs or {}))
-        factor, failed = torch.linalg.cholesky_ex(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        factor, failed = torch.linalg.cholesky_ex(*args, **kwargs)
         return factor.masked_fill((failed > 0)[..., None, None], torch.nan)
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
     """Runs in which one bad draw is no error: no validation, and no warning of NaN."""
-    with pyro.validation_enabled(False), warnings.catch_warnings(), _SingularIsNaN():
+    with pyro.validation_enabled(False), warnings.catch_warnings(), _ManyDraws():
         warnings.simplefilter("ignore")
         yield
 

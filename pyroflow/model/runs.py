@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from pyroflow.model.records import (
 )
 from pyroflow.seeds import seeded
 
-CHUNK = 1000  # draws side by side, to bound the memory
+CHUNK = 1000  # draws side by side
 
 
 class Runs(Program):
@@ -82,28 +82,31 @@ class Runs(Program):
     def predictive(self) -> Runs:
         """The same with the data sampled."""
         ahead = Runs(self.model, self.args, self.kwargs, self.depth, predict=True)
-        ahead.records = self.records
-        ahead.right_by_vmap = self.chosen and self.way == self.by_vmap
+        ahead.right_by_vmap, ahead.records = self.chosen and self.way == self.by_vmap, self.records
         return ahead
 
-    @torch.no_grad()
     def evaluate(self, latents: Values, size: int) -> Sites:
         """Run the model at S draws of its latents (S, *shape); those missing are sampled.
 
         Raises ``ValueError`` if a site is not in every run, or changes its shape.
         """
-        chunks = [range(i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
-        parts = []
-        if self.right_by_vmap and not self.chosen:
-            parts = self._sampled(rows_of(latents, chunks[0]), len(chunks[0]))
+        return joined(list(self.parts(latents, size)))
+
+    @torch.no_grad()
+    def parts(self, latents: Values, size: int) -> Iterator[Sites]:
+        """The same in parts, of as many draws as the memory has room for."""
+        chunk = self.at_once(CHUNK)
+        chunks = [range(i, min(i + chunk, size)) for i in range(0, size, chunk)]
+        tried = self.right_by_vmap and not self.chosen
+        parts = self._sampled(rows_of(latents, chunks[0]), len(chunks[0])) if tried else []
         if not self.chosen:
-            few = _few(size)
-            if self._inspected_beside(latents) is not None:
-                few = few[-2:]  # with that draw three
-            with seeded(0):  # so that a comparison changes nothing that is drawn later
+            # With the inspected draw three; drawn so that nothing drawn later changes.
+            few = _few(size)[-2:] if self._inspected_beside(latents) else _few(size)
+            with seeded(0):
                 self.choose(rows_of(latents, few), len(few))
-        chunks = chunks[len(parts) :]
-        return joined(parts + [self.way(rows_of(latents, rows), len(rows)) for rows in chunks])
+        yield from parts
+        for rows in chunks[len(parts) :]:
+            yield self.way(rows_of(latents, rows), len(rows))
 
     def _sampled(self, latents: Values, size: int) -> list[Sites]:
         """The first draws, in a plate, if ``vmap`` says the same where they are given.
@@ -126,8 +129,7 @@ class Runs(Program):
     def log_joint(self, latents: Values, size: int, way: Way | None = None) -> Tensor:
         """The log density of all sites together, shape (S,), with its graph.
 
-        :meth:`choose` must have been called, or the way is given. The latents are taken to be
-        inside their supports.
+        The way must be chosen, or given; the latents are taken to be inside their supports.
         """
         return log_joint((way or self.way)(latents, size, inside=set(latents)))
 

@@ -20,7 +20,7 @@ from rezende_mohamed_2015 import figure3, mnist_drawing
 from rezende_mohamed_2015 import tables as paper
 from rezende_mohamed_2015.__main__ import EXPERIMENTS
 
-from . import family, posteriors, trust
+from . import family, posteriors, scale, trust
 from .posteriordb import table as posteriordb
 from .runs import POSTERIOR, RIGHT, within
 from .speed import table as speed
@@ -215,6 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "posteriordb": lambda: posteriordb.markdown(stored("posteriordb")),
     "posteriors": lambda: posteriors.markdown(stored("posteriors")),
     "trust": lambda: trust.markdown(stored("trust")),
+    "scale": lambda: scale.markdown(stored("scale")),
     "speed": lambda: speed.markdown(stored("benchmarks")),
     "family": lambda: markdown(family.frame(stored("family"))),
     **{name: partial(experiment, name) for name in paper.TABLES},

@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.infer.reparam import LocScaleReparam
 
 import pyroflow as pf
-from pyroflow.diagnostics.funnel import find_funnels, scale_pairs
+from pyroflow.diagnostics.causes import find_funnels, scale_pairs
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth, systematic
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw

@@ -19,6 +19,7 @@ from pyroflow.inference.gaussian_start import (
 )
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
+from pyroflow.model.runs import Runs
 from pyroflow.targets import eight_schools_centered
 
 
@@ -26,7 +27,7 @@ class Density:
     """A log density of latents z (S, D) in place of a model's log joint."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
+        self.function, self.runs = function, Runs(function)
 
     def values_and_gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
