@@ -41,8 +41,7 @@ trust: $(INSTALLED)  ## The verdicts of pf.posterior on 110 small posteriors wit
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.trust run
 
 scale: $(INSTALLED)  ## pf.posterior on regressions of 1,000 to 1,000,000 rows, with resume; half an hour.
-	cd tests && ../$(BIN)/python -m benchmarks.scale run --threads 1
-	cd tests && ../$(BIN)/python -m benchmarks.scale run --threads 2
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.scale run
 
 paper: export OMP_NUM_THREADS := 1
 paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MNIST is the folder of the four files.

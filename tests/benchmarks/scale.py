@@ -135,7 +135,7 @@ def run(
     out: Annotated[Path, typer.Option(help="JSON file that is added to.")] = OUT,
     only: Annotated[str, typer.Option(help='Likelihoods: "logistic,normal".')] = "",
     most: Annotated[int, typer.Option(help="Rows at most.")] = ROWS[-1],
-    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Redo what is chosen.")] = False,
 ) -> None:
     """Measure, each run in a process of its own; a rerun does what is missing."""
