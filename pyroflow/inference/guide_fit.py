@@ -72,9 +72,8 @@ class GuideFit:
         cheap = self.by_log_joint and not bound.log_joint.one_by_one
         placed = cheap and self.guide.affine is not None
         self.structured = isinstance(self.guide, AutoStructuredFlow)
-        self.warm_start = warm_start and placed
-        if self.warm_start and not self.structured:
-            self.warm_start = self.guide.latent_dim <= WIDEST_WARM_START
+        narrow = placed and (self.structured or self.guide.latent_dim <= WIDEST_WARM_START)
+        self.warm_start = warm_start and narrow
         self.early_stop = early_stop and self.by_log_joint and annealing is None
         # Where the ascents ended, in the unconstrained latents; NaN where there was none.
         num = 2 * PATHS if self.warm_start and not self.structured else 0
