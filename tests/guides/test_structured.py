@@ -161,6 +161,7 @@ def test_what_is_local(model: Callable, leading: int, rows: list) -> None:
     assert [tuple(places.shape) for places in affine.rows()] == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [slopes(6), nested, crossed, beside, walk])
 def test_it_is_as_good_as_the_dense_guide(model: Callable) -> None:
     losses = []
