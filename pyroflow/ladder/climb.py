@@ -32,7 +32,6 @@ LAYERS = 6  # of the flow
 LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains that propose them
 NATS_EACH = 0.05  # by which they may fall for each latent, for chains of HMC over the flow
 CHAINS, CHAIN_DRAWS = 128, 500
-WIDEST_CHAINS = 2000  # latents
 MOST_LEAPS = 16  # of a trajectory of chains that go on, where more steps of the fit are left
 
 
@@ -53,7 +52,7 @@ def posterior(
 
     1. A Sylvester flow with a layer for tails, in the coordinates that the model dictates, from
        the best Gaussian: 300 steps, or fewer where nothing is left to gain. Above 256 latents it
-       is an :class:`~pyroflow.AutoStructuredFlow`, and there are no mixtures.
+       is an :class:`~pyroflow.AutoStructuredFlow`, and there are no chains and no mixtures.
     2. Chains of :func:`~pyroflow.mcmc` over it, which go on while that may settle them, and must
        agree with each other.
     3. A mixture with a flow at each mode of the census, and a wider part where the flow has too
@@ -274,8 +273,10 @@ def _chains(
     the flow is off by little in each: then it is HMC alone, from starts that are spread.
     """
     even = report.ess_fraction >= LEAST_SHARE
-    wide = flow.latent_dim > WIDEST_CHAINS  # the units of HMC are a matrix of all latents
-    if wide or (not even and report.ess_fraction < math.exp(-NATS_EACH * flow.latent_dim)):
+    # Where the search for modes is coarse, chains in one of them would agree.
+    if _is_wide(flow.latent_dim) or (
+        not even and report.ess_fraction < math.exp(-NATS_EACH * flow.latent_dim)
+    ):
         return None
     num, each = (CHAINS, CHAIN_DRAWS) if even else (CHAINS // 2, CHAIN_DRAWS // 2)
     options = {} if even else {"method": "HMC", "spread": True}
