@@ -61,7 +61,8 @@ def diagnose(
     2. For guides of the :class:`~pyroflow.AutoFlow` family, draws of a mixture wider than the
        guide, which see heavier tails than its own. Where they are sound, they decide.
     3. For the same, with up to 256 latents, a census of the modes of the posterior: what the
-       guide never draws no weight can show.
+       guide never draws no weight can show. For an :class:`~pyroflow.AutoStructuredFlow` of more,
+       a search from a few starts, which may overlook a mode that is far from Gaussian.
 
     The last two need a model that runs many draws at once, and are left out, as the report says,
     where the first already condemns the guide.
@@ -114,8 +115,8 @@ def diagnose(
         if size < num_samples:
             report.fewer = f"{size:,} a set and not {num_samples:,}, as the data are many"
     if report.level != "good":
-        few = bound.guide.latent_dim <= WIDEST if report.missed else False
-        symmetries = find_symmetries(guide, report.modes) if few else []
+        known = report.missed and bound.guide.latent_dim <= WIDEST  # their covariances
+        symmetries = find_symmetries(guide, report.modes) if known else []
         funnels = find_funnels(bound, report.draws)
         report.advice += symmetries + advice_on_fit(report, funnels)
     return report

@@ -125,8 +125,9 @@ def modes_missed(
 ) -> list[Missed]:
     """The modes that ascents from P starts (P, D) end in, and the guide does not draw.
 
-    As :func:`~pyroflow.inference.census.missed_by`, for more latents than a matrix is made of. Two
-    ends with equal evidence at one place are one mode.
+    As :func:`~pyroflow.inference.census.missed_by`, by Gaussians with an arrowhead precision. Where
+    a mode is far from such a Gaussian its bound is too low, and it is overlooked. Ends that are
+    nearer to each other than a standard deviation are one mode.
     """
     arrow = Arrow(log_joint, guide, copy.deepcopy(guide.affine))
     q, found = guide.flow(), []
