@@ -19,16 +19,8 @@ from pyroflow.diagnostics.verdict import advice_on_fit, is_undecided, judge
 from pyroflow.diagnostics.wider import WideReport, wide_draws
 from pyroflow.guides import AutoStructuredFlow
 from pyroflow.guides.flow_guide import FlowGuide
-from pyroflow.inference.census import (
-    WIDEST,
-    Missed,
-    Mode,
-    census,
-    missed_by,
-    shares_missed,
-    starts_around,
-)
-from pyroflow.inference.structured_start import modes_missed
+from pyroflow.inference.census import WIDEST, Mode, census, starts_around
+from pyroflow.inference.missed import Missed, missed_by, modes_missed, shares_missed
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.draws import Draws, draw, join
@@ -62,7 +54,7 @@ def diagnose(
        guide, which see heavier tails than its own. Where they are sound, they decide.
     3. For the same, with up to 256 latents, a census of the modes of the posterior: what the
        guide never draws no weight can show. For an :class:`~pyroflow.AutoStructuredFlow` of more,
-       a search from a few starts, which may overlook a mode that is far from Gaussian.
+       a search from a few starts.
 
     The last two need a model that runs many draws at once, and are left out, as the report says,
     where the first already condemns the guide.

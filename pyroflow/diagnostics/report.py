@@ -11,7 +11,8 @@ from pyroflow.checks import check_count
 from pyroflow.diagnostics.marginals import Marginals
 from pyroflow.diagnostics.psis import systematic
 from pyroflow.diagnostics.wider import WideReport
-from pyroflow.inference.census import Missed, Mode
+from pyroflow.inference.census import Mode
+from pyroflow.inference.missed import Missed
 from pyroflow.model.draws import Draws
 from pyroflow.seeds import seeded
 

@@ -1,4 +1,4 @@
-"""A census of the modes of a posterior, and of those that a guide never draws."""
+"""A census of the modes of a posterior."""
 
 from __future__ import annotations
 
@@ -42,9 +42,6 @@ DIP = 0.5  # nats below the lower end, that the log joint must fall to between t
 LEVEL_BY = 200  # draws of the guide, the level of log p − log q
 MISSED = 3.0  # nats, by which a guide's density is too low where it misses mass
 LEAST_SHARE = 1e-3  # of the posterior, for a mode to be named as missed
-NEAR = 3.0  # standard deviations of a mode's χ² distance above its mean
-LARGEST = 100.0  # nats, to take the exponential of
-MOSTLY = 0.5  # of a mode's draws, or of its mass
 
 
 class Mode(NamedTuple):
@@ -55,14 +52,6 @@ class Mode(NamedTuple):
     bound: float  # of the Gaussian, a lower bound of the log evidence there
     paths: int  # ascents that led there
     peak: Tensor  # shape (D,), where an ascent from loc ends
-
-
-class Missed(NamedTuple):
-    """A mode that a guide does not draw, with a lower bound of the log evidence missed there."""
-
-    mode: Mode
-    log_mass: float
-    apart: bool  # whether the log joint dips between it and the others that the guide draws
 
 
 @torch.no_grad()
@@ -122,71 +111,6 @@ def _best_along(log_joint: LogJoint, points: Points) -> list[Mode]:
     paths = [max(tried[path::num], key=lambda g: g.bound) for path in range(num)]
     ends = zip(paths, points.z[-1], strict=True)
     return [Mode(*g, 1, end) for g, end in ends if math.isfinite(g.bound)]
-
-
-@torch.no_grad()
-def missed_by(
-    modes: list[Mode],
-    log_joint: LogJoint,
-    q: Distribution,
-    log_evidence: float,
-    drawn: tuple[Tensor, Tensor] | None = None,
-) -> list[Missed]:
-    """The modes where the guide's density q is far below the posterior's.
-
-    Mass is missed where log p − log q is above the log evidence that the guide's own draws show
-    by more than 3 nats: less than a twentieth of it is drawn. With R such draws among those of the
-    mode's Gaussian g, Jensen's inequality bounds it: log ∫_R p ≥ E_g[log p − log g | R] + log g(R).
-
-    Args:
-        modes: of the log joint, as :func:`census` finds them.
-        log_joint: the log joint.
-        q: the guide's distribution over the same coordinates.
-        log_evidence: the log evidence by its draws.
-        drawn: the guide's draws (S, D) with weights (S,) that sum to one, where there are any:
-            a mode at which they have most of the mass is not missed.
-    """
-    found, covered = [], []
-    for mode in modes:
-        noise = normal_pairs(log_joint.runs.few(DRAWS, 64), mode.loc)
-        x = mode.loc + noise @ mode.scale.mT
-        log_p = log_joint.values_and_gradients(x)[0].double()
-        log_g = -noise.square().sum(-1) / 2 - x.shape[-1] / 2 * math.log(2 * math.pi)
-        log_g = log_g - torch.linalg.slogdet(mode.scale).logabsdet
-        # Far from its draws a flow may have no inverse that is found in finite numbers.
-        log_q = q.log_prob(x).double().nan_to_num(-torch.inf)
-        missed = (log_p - log_q - log_evidence > MISSED) & log_p.isfinite()
-        part = missed.double().mean().item()
-        if part < MOSTLY:
-            covered.append(mode)
-            continue
-        mass = (log_p - log_g)[missed].mean().item() + math.log(part)
-        if drawn is not None:
-            share, seen = math.exp(min(mass - log_evidence, LARGEST)), _mass_near(mode, *drawn)
-            if seen >= MOSTLY * share:
-                continue
-            mass = log_evidence + math.log(share - seen)
-        if mass < log_evidence + math.log(LEAST_SHARE):
-            continue
-        found.append(Missed(mode, mass, apart=True))
-    return [
-        missed._replace(apart=not any(_are_one(log_joint, missed.mode, m) for m in covered))
-        for missed in found
-    ]
-
-
-def _mass_near(mode: Mode, x: Tensor, weights: Tensor) -> float:
-    """The weight of the draws inside of nearly all of a mode's Gaussian."""
-    size = torch.linalg.solve(mode.scale, (x - mode.loc).mT).square().sum(0)
-    dim = x.shape[-1]
-    return weights[(size < dim + NEAR * math.sqrt(2 * dim)).to(weights.device)].sum().item()
-
-
-def shares_missed(missed: list[Missed], log_evidence: float) -> list[float]:
-    """The part of the posterior in each of the modes that a guide misses, at least."""
-    found = [m.log_mass for m in missed] + [log_evidence]
-    masses = torch.tensor(found, dtype=torch.float64, device="cpu")
-    return masses.softmax(0)[:-1].tolist()
 
 
 @torch.no_grad()
@@ -268,7 +192,7 @@ def merged(log_joint: LogJoint, modes: list[Mode]) -> list[Mode]:
     kept: list[Mode] = []
     for mode in sorted(modes, key=lambda m: -m.bound):
         for index, other in enumerate(kept):
-            if _are_one(log_joint, mode, other):
+            if are_one(log_joint, mode, other):
                 kept[index] = other._replace(paths=other.paths + mode.paths)
                 break
         else:
@@ -286,12 +210,13 @@ def _divergence(one: Mode, other: Mode) -> float:
     return total.item() / 2 - len(one.loc)
 
 
-def _are_one(log_joint: LogJoint, one: Mode, other: Mode) -> bool:
+def are_one(log_joint: LogJoint, one: Mode, other: Mode) -> bool:
+    """Whether two Gaussians overlap, or the log joint does not dip between their modes."""
     pairs = (one.loc, other.loc), (one.peak, other.peak)
-    return _divergence(one, other) < OVERLAP or any(_connected(log_joint, *p) for p in pairs)
+    return _divergence(one, other) < OVERLAP or any(connected(log_joint, *p) for p in pairs)
 
 
-def _connected(log_joint: LogJoint, one: Tensor, other: Tensor) -> bool:
+def connected(log_joint: LogJoint, one: Tensor, other: Tensor) -> bool:
     """Whether the log joint does not dip on the straight line between two points (D,)."""
     steps = torch.linspace(0, 1, LINE, dtype=one.dtype, device=one.device).unsqueeze(-1)
     value = log_joint.values_and_gradients(torch.lerp(one, other, steps))[0]

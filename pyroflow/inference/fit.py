@@ -19,7 +19,7 @@ from pyroflow.io import read_data, write_data
 from pyroflow.seeds import generator_states, restore_generators
 
 if TYPE_CHECKING:
-    from pyroflow.inference.census import Missed
+    from pyroflow.inference.missed import Missed
 
 # Of checkpoints; raised when their content means something else: then no fit can go on.
 FORMAT = 5

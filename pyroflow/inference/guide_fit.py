@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.guides import AutoFlow, AutoStructuredFlow
-from pyroflow.inference.census import MISSED, Missed, census, missed_by, shares_missed
+from pyroflow.inference.census import MISSED, census
 from pyroflow.inference.centring import best_coordinates
 from pyroflow.inference.fit import Fit, Objective, check_settings, copy_tensors, read_checkpoint
 from pyroflow.inference.gaussian_start import PATHS, initialize, layers_inside
+from pyroflow.inference.missed import Missed, missed_by, shares_missed
 from pyroflow.inference.objectives import LogJointBound, nothing_left, path_derivative
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, LearningRateSchedule
 from pyroflow.inference.stop_rule import StopRule

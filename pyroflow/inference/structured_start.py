@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -11,10 +10,8 @@ from torch import Tensor
 from pyroflow.guides import AutoStructuredFlow
 from pyroflow.guides.recording import spread
 from pyroflow.inference.arrowhead import Arrow, Blocks
-from pyroflow.inference.census import LEAST_SHARE, MISSED, MOSTLY, Missed, Mode
 from pyroflow.inference.centring import GAIN, Place, for_matrix, pull_of
 from pyroflow.model.centring import Downstream, nothing_downstream
-from pyroflow.model.comparison import FAILURES
 from pyroflow.model.log_joint import LogJoint
 
 PLACES = 3  # coordinates that are tried one after the other
@@ -117,37 +114,3 @@ def _times(H: Tensor, shift: Tensor) -> Tensor:
     if H.dim() == 1:
         return H * shift
     return (H @ shift.reshape(len(H), -1, 1)).flatten()
-
-
-@torch.no_grad()
-def modes_missed(
-    log_joint: LogJoint, guide: AutoStructuredFlow, starts: Tensor, log_evidence: float
-) -> list[Missed]:
-    """The modes that ascents from P starts (P, D) end in, and the guide does not draw.
-
-    As :func:`~pyroflow.inference.census.missed_by`, by Gaussians with an arrowhead precision. Where
-    a mode is far from such a Gaussian its bound is too low, and it is overlooked. Ends that are
-    nearer to each other than a standard deviation are one mode.
-    """
-    arrow = Arrow(log_joint, guide, copy.deepcopy(guide.affine))
-    q, found = guide.flow(), []
-    for start in starts:
-        try:
-            loc, _ = arrow.ascend(start)
-        except FAILURES:
-            continue
-        x, log_det = arrow.affine.forward_and_log_det(arrow.noise)
-        base = -arrow.noise.square().sum(-1) / 2 - x.shape[-1] / 2 * math.log(2 * math.pi)
-        log_p = log_joint.values_and_gradients(x)[0].double()
-        log_q = q.log_prob(x).double().nan_to_num(-torch.inf)
-        missed = (log_p - log_q - log_evidence > MISSED) & log_p.isfinite()
-        part = missed.double().mean().item()
-        if part < MOSTLY:
-            continue
-        mass = (log_p - base + log_det)[missed].mean().item() + math.log(part)
-        size = torch.linalg.vector_norm((x - x.mean(0)).std(0))
-        known = any(torch.linalg.vector_norm(loc - m.mode.loc) < size for m in found)
-        if mass > log_evidence + math.log(LEAST_SHARE) and not known:
-            mode = Mode(loc, loc.new_zeros(0, 0), mass, 1, loc)
-            found.append(Missed(mode, mass, apart=True))
-    return found

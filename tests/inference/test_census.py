@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.inference.census import Mode, census, missed_by, shares_missed, starts_around
+from pyroflow.inference.census import Mode, census, starts_around
+from pyroflow.inference.missed import missed_by, shares_missed
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.targets import eight_schools_centered
