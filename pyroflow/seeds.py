@@ -169,6 +169,17 @@ def quick(function: Callable[..., T]) -> Callable[..., T]:
     return call
 
 
+def fixed_draws(seed: int | Tensor | Callable[[], int], function: Callable[..., T]) -> Callable:
+    """The function with the random numbers of a seed, the same in every call unless it changes."""
+    drawn = quick(function)
+
+    def call(*args: Any) -> T:
+        with seeded(int(seed() if callable(seed) else seed)), between_draws():
+            return drawn(*args)
+
+    return call
+
+
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
     """Let a function that runs Pyro models wait while another thread is in one.
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count
+from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.seeds import seeded
 from rezende_mohamed_2015.dlgm import DLGM
-from rezende_mohamed_2015.processes import ALONE, Processes
 
 BATCH = 100  # images scored at once
 CHUNK = 5000  # latents decoded at once

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 from torch.distributions import Transform
 
+from pyroflow.inference.processes import Processes, processes
 from pyroflow.seeds import seeded
 from rezende_mohamed_2015.dlgm import DLGM
 from rezende_mohamed_2015.dlgm_scores import scores
 from rezende_mohamed_2015.dlgm_training import Schedule, digest, train
-from rezende_mohamed_2015.processes import Processes, processes
 from rezende_mohamed_2015.results import Options, Results, Run, checkpoint_folder, label
 
 
@@ -71,16 +71,16 @@ def run_study(study: Study, options: Options) -> dict[str, Any] | None:
     """
     planned = [{**flow, "seed": seed} for seed in range(options.seeds or 1) for flow in study.flows]
     selected = options.selected(planned)
-    with processes() as ours:
-        results = Results(options.out / f"{study.name}.json", settings(study, options.quick))
-        folder = checkpoint_folder(options, study.checkpoints)
-        for run in ours.agree(results.missing(selected)):
-            found = _run(study, run, folder, ours, options.progress)
-            if ours.writes:
-                results.add(run, found)
-        if not ours.writes:
-            return None
-        return {"runs": Results(results.path, results.settings).ordered(planned)}
+    ours = processes()
+    results = Results(options.out / f"{study.name}.json", settings(study, options.quick))
+    folder = checkpoint_folder(options, study.checkpoints)
+    for run in ours.agree(results.missing(selected)):
+        found = _run(study, run, folder, ours, options.progress)
+        if ours.writes:
+            results.add(run, found)
+    if not ours.writes:
+        return None
+    return {"runs": Results(results.path, results.settings).ordered(planned)}
 
 
 def _run(study: Study, run: Run, folder: Path, ours: Processes, progress: bool) -> dict[str, Any]:

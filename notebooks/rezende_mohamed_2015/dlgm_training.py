@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count, check_positive
 from pyroflow.inference.fit import Objective
+from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.inference.schedule import LearningRateSchedule
 from pyroflow.inference.trainer import MAX_SKIPPED, Trainer
 from pyroflow.seeds import between_draws, seeded
 from rezende_mohamed_2015.dlgm import DLGM
-from rezende_mohamed_2015.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -104,19 +104,19 @@ def train(
     Raises:
         ValueError: If there are fewer images than in a batch, the processes cannot share a batch
             evenly, or the checkpoint is damaged, of another schedule, seed, number of processes,
-            model or set of images, or not seen by all processes.
+            model or set of images.
         FloatingPointError: If 100 updates in a row have no finite gradient.
     """
     batches = _batches(images, schedule.batch_size, seed, processes)
     free_energy = torch.tensor(math.nan, dtype=torch.float64, device="cpu")
-    running = {}  # what the first update sets up, once it is known which that is
+    running: list[Iterator[Tensor]] = []  # from the first update on, once it is known which that is
 
     def loss(t: int) -> Tensor:
         if not running:
-            running.update(batches=batches(t), shared=processes.wrap(dlgm))
-        x = next(running["batches"]).to(dlgm.centre)
+            running.append(batches(t))
+        x = next(running[0]).to(dlgm.centre)
         with seeded(_noise_seed(seed, processes.rank, t)), between_draws():
-            terms = running["shared"](x)
+            terms = dlgm(x)
         found = terms.bound(schedule.beta(t)).mean()
         free_energy.fill_(_running_mean(free_energy.item(), terms.bound().mean().item()))
         return found
@@ -134,36 +134,34 @@ def train(
         buffers=[*dlgm.buffers(), free_energy],
         groups=_groups(dlgm, schedule),
         max_norm=schedule.max_norm,
+        processes=processes,
     )
-    trainer = SharedTrainer(
+    trainer = UnmarkedTrainer(
         objective,
         _Rates(schedule),
         lr=schedule.lr,
         settings=settings,
         label=name or "train",
         progress=progress and processes.writes,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint if processes.writes else None,
         save_every=every,
     )
-    trainer.processes, trainer.free_energy = processes, free_energy
+    trainer.free_energy = free_energy
     done = trainer.run()
     if trainer.state.stopped:
         raise FloatingPointError(
             f"{name or 'training'}: no finite gradient in {MAX_SKIPPED} updates up to "
             f"{done.steps - 1}; lower lr={schedule.lr} or flow_lr={schedule.flow_lr}"
         )
-    processes.agree(None)  # no process goes on before the checkpoint is there
     return Progress(done.steps, done.seconds, done.skipped, free_energy.item())
 
 
-class SharedTrainer(Trainer):
-    """A trainer in each of several processes, of which rank 0 writes the checkpoint.
+class UnmarkedTrainer(Trainer):
+    """A trainer of a model that is too large to note its state before every update.
 
-    The model is too large to note its state before every update: a run that is cut off goes back
-    to the last checkpoint.
+    A run that is cut off goes back to the last checkpoint.
     """
 
-    processes: Processes
     free_energy: Tensor
 
     def _resume(self) -> None:
@@ -171,18 +169,9 @@ class SharedTrainer(Trainer):
             super()._resume()
         except ValueError as error:
             raise ValueError(f"{error}. Remove it or name another --out to start anew") from error
-        if (step := self.state.step) != (first := self.processes.agree(step)):
-            raise ValueError(
-                f"{self.checkpoint.path} must be in a folder that all processes share: it is at "
-                f"update {step} for process {self.processes.rank}, and at {first} for process 0"
-            )
 
     def _note(self) -> None:
         pass
-
-    def _save(self) -> None:
-        if self.processes.writes:
-            super()._save()
 
     def _show(self, bar: tqdm) -> None:
         bar.mininterval = 5.0

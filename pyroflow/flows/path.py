@@ -65,10 +65,13 @@ def log_prob_at_fixed(q: TransformedDistribution, z: Tensor) -> Tensor | None:
         return None
 
 
-def draw_from(q: TransformedDistribution, shape: Sequence[int] = ()) -> Tensor:
-    """``q.rsample(shape)``, between draws but for those of the base."""
+def draw_from(
+    q: TransformedDistribution, shape: Sequence[int] = (), part: slice | None = None
+) -> Tensor:
+    """``q.rsample(shape)``, or part of it, between draws but for those of the base."""
     with drawing():
         x = q.base_dist.rsample(shape)
+    x = x if part is None else x[part]
     for t in q.transforms:
         x = t(x)
     return x

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyroflow.checks import check_count, check_data, check_fraction
 from pyroflow.flows import Flow
-from pyroflow.inference.fit import Fit, Objective, check_options, held, trainable
+from pyroflow.inference.fit import Fit, Objective, check_options, trainable
+from pyroflow.inference.processes import held, processes
 from pyroflow.inference.schedule import LearningRateSchedule
 from pyroflow.inference.trainer import Trainer
 from pyroflow.seeds import drawing, seeded
@@ -43,7 +44,7 @@ def fit_density(
     was fitted, trained by hand or loaded goes on from where it is. Adam takes ``steps`` on
     mini-batches; L-BFGS on the full likelihood then goes on for ``polish`` evaluations. The flow
     ends in the state with the lowest loss on held-out rows, and the fit stops early where that no
-    longer falls.
+    longer falls. Under torchrun the processes share each batch and come to one result.
 
     Args:
         flow: the flow, trained in place.
@@ -88,7 +89,9 @@ def fit_density(
     check_count("polish", polish, 0)
     check_options(steps=steps, batch_size=batch_size, lr=lr, seed=seed, checkpoint=checkpoint)
     check_fraction("holdout", holdout)
-    flow.to(device)
+    ours = processes()
+    seed, checkpoint, progress = ours.options(seed, checkpoint, progress)
+    ours.start_alike(flow.to(device))
     rows = _rows(flow, data, context)
     settings = {"kind": "density", "batch_size": batch_size, "holdout": holdout, "seed": seed}
     settings["data"] = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in rows]
@@ -100,15 +103,24 @@ def fit_density(
         def loss(step: int) -> Tensor:
             with drawing():
                 index = torch.randint(len(training[0]), (batch_size,), device="cpu")
-            return _negative_log_prob(flow, [t[index] for t in training]).mean()
+            return mean([t[index] for t in training])
+
+        def mean(rows: list[Tensor]) -> Tensor:
+            own = _negative_log_prob(flow, [t[ours.share(len(t))] for t in rows])
+            return ours.weighted(own.mean(), len(rows[0]))
+
+        def score() -> Tensor:
+            own = [t[ours.share(len(t))] for t in held_out]
+            return ours.joined(_negative_log_prob(flow, own))
 
         polished = [t[:POLISHED_ROWS] for t in training]
         objective = Objective(
             trainable(flow),
             loss,
-            lambda: _negative_log_prob(flow, held_out),
+            score,
             buffers=list(flow.buffers()),
-            exact_loss=lambda: _negative_log_prob(flow, polished).mean(),
+            exact_loss=lambda: mean(polished),
+            processes=ours,
         )
         return Trainer(
             objective,

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from pyroflow.flows import Flow, draw_from, log_prob_at_fixed
-from pyroflow.inference.fit import Fit, Objective, check_options, held, trainable
-from pyroflow.inference.objectives import bound_scores, cut_loss, fixed_draws
+from pyroflow.inference.fit import Fit, Objective, check_options, trainable
+from pyroflow.inference.objectives import bound_scores, cut_loss
+from pyroflow.inference.processes import held, processes
 from pyroflow.inference.schedule import LearningRateSchedule, described
 from pyroflow.inference.trainer import Trainer
-from pyroflow.seeds import seeded
+from pyroflow.seeds import fixed_draws, seeded
 
 STEPS_AT_FULL_WEIGHT = 5000  # the default number of steps after annealing has ended
 SCORED_DRAWS = 4096
@@ -39,7 +40,8 @@ def fit_energy(
     """Fit a flow q to p ∝ exp(−U) by minimising F = E_q[log q + U] = KL(q‖p) − ln Z.
 
     With annealing the loss is E_q[log q + β_t U] (equation 20 of Rezende & Mohamed 2015). The
-    flow ends in the state with the lowest F, at β = 1, on a fixed set of draws.
+    flow ends in the state with the lowest F, at β = 1, on a fixed set of draws. Under torchrun the
+    processes share each step's draws and come to one result.
 
     Args:
         flow: the flow, trained in place.
@@ -80,7 +82,9 @@ def fit_energy(
     if flow.conditional:
         raise ValueError("flow must be unconditional: an energy has no context")
     _check_proper(energy)
-    flow.to(device)
+    ours = processes()
+    seed, checkpoint, progress = ours.options(seed, checkpoint, progress)
+    ours.start_alike(flow.to(device))
     beta = (lambda step: 1.0) if annealing is None else annealing
     settings = {"kind": "energy", "num_particles": num_particles, "seed": seed}
     with held(checkpoint), seeded(seed):
@@ -93,21 +97,28 @@ def fit_energy(
 
         def loss(step: int) -> Tensor:
             q = flow()
-            z = draw_from(q, (num_particles,))
+            z = draw_from(q, (num_particles,), ours.share(num_particles))
             log_weights = -beta(step) * energy(z) - q.log_prob(z)
             if bool(log_weights.isfinite().all()):
-                return -log_weights.mean()
-            return cut_loss(log_weights, "elbo", 1, z, log_prob_at_fixed(q, z), path=False)
+                return ours.weighted(-log_weights.mean(), num_particles)
+            cut = cut_loss(log_weights, "elbo", 1, z, log_prob_at_fixed(q, z), path=False)
+            return ours.weighted(cut, num_particles)
 
         def log_weights() -> Tensor:
             q = flow()
-            z = draw_from(q, (SCORED_DRAWS,))
-            return -energy(z) - q.log_prob(z)
+            z = draw_from(q, (SCORED_DRAWS,), ours.share(SCORED_DRAWS))
+            return ours.joined(-energy(z) - q.log_prob(z))
 
         weigh_fixed = fixed_draws(scored, log_weights)
-        buffers = [*flow.buffers(), scored]
+        objective = Objective(
+            trainable(flow),
+            loss,
+            lambda: bound_scores(weigh_fixed()),
+            buffers=[*flow.buffers(), scored],
+            processes=ours,
+        )
         return Trainer(
-            Objective(trainable(flow), loss, lambda: bound_scores(weigh_fixed()), buffers=buffers),
+            objective,
             LearningRateSchedule(steps),
             lr=lr,
             settings=settings,

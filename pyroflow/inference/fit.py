@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflow.checks import check_count, check_positive
+from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.io import read_data, write_data
 from pyroflow.seeds import generator_states, restore_generators
 
@@ -87,6 +86,8 @@ class Objective:
             default one of all parameters.
         max_norm: a gradient of a larger norm is scaled down to it.
         enough: of the losses of the best state so far, why the fit may end there; empty if not.
+        processes: those that share it. Each has the same parameters, ``loss`` and ``exact_loss``
+            of its share, whose mean over the processes counts, and all of ``score``.
     """
 
     parameters: list[Tensor]
@@ -99,6 +100,7 @@ class Objective:
     groups: list[dict[str, Any]] | None = None
     max_norm: float = math.inf
     enough: Callable[[Tensor], str] | None = None
+    processes: Processes = ALONE
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -150,48 +152,21 @@ def copy_tensors(values: list[Tensor], targets: list[Tensor]) -> None:
         target.copy_(value)
 
 
-@contextmanager
-def held(path: str | Path | None) -> Iterator[None]:
-    """Keep a checkpoint for one fit at a time; of a process that is killed, the lock goes too.
-
-    Raises:
-        ValueError: If another fit, of this process or another, has it.
-    """
-    if path is None:
-        yield
-        return
-    from filelock import FileLock, Timeout  # here, to keep the import of pyroflow short
-
-    name = Path(f"{os.path.realpath(path)}.lock.partial")
-    lock = FileLock(name, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"checkpoint {path} is in use by another fit that is running: name another file, or "
-            "wait for it; where several processes do one fit, as under torchrun, pass checkpoint "
-            "in the one of rank 0 alone"
-        ) from error
-    except (OSError, NotImplementedError):  # no locks here: what is written is whole all the same
-        pass
-    try:
-        yield
-    finally:
-        if lock.is_locked:
-            name.unlink(missing_ok=True)
-        lock.release()
-
-
 class Checkpoint:
     """The file of one part of a fit.
 
     Args:
         path: of the file; None for none.
         settings: what a fit must agree on to go on from it.
+        processes: those that do the fit; rank 0 alone has a path.
     """
 
-    def __init__(self, path: str | Path | None, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path | None, settings: dict[str, Any], processes: Processes
+    ) -> None:
         self.path, self.settings = None if path is None else Path(path), settings
+        self.processes = processes
+        processes.check_same(settings)
         self._warned = False
 
     def write(self, **parts: Any) -> None:
@@ -215,10 +190,10 @@ class Checkpoint:
         Raises:
             ValueError: If it is no checkpoint, or of a fit with other settings.
         """
-        content = read_checkpoint(self.path)
+        content = self.processes.agree(read_checkpoint(self.path))
         if content:
             check_settings(self.path, content["settings"], self.settings)
-            restore_generators(content["rng"])
+            restore_generators(self.processes.on_own_device(content["rng"]))
         return content
 
 

@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
-from pyroflow.inference.fit import Fit, check_options, check_precision, held, missing
+from pyroflow.inference.fit import Fit, check_options, check_precision, missing
 from pyroflow.inference.gaussian_start import TICKS
 from pyroflow.inference.guide_fit import RATE, GuideFit, refuse_nonfinite
 from pyroflow.inference.objectives import DRAWS, OBJECTIVES, LogJointBound, has_path
+from pyroflow.inference.processes import held, processes
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, described
 from pyroflow.inference.trace_bound import TraceBound
 from pyroflow.model.bound import BoundModel, check_latents
@@ -61,6 +62,8 @@ def fit_guide(
 
     Any other guide or model is fitted by Pyro's ``Trace_ELBO``, vectorised where that is found to
     change nothing; a flow's affine layer is trained first, and parameters of the model too.
+
+    Under torchrun the processes share each step's draws and come to one result.
 
     References:
         Roeder, Wu and Duvenaud, Sticking the landing, 2017, https://arxiv.org/abs/1703.09194;
@@ -116,10 +119,12 @@ def fit_guide(
     options = {"lr": lr, "seed": seed, "checkpoint": checkpoint}
     check_options(steps=_or_one(steps), num_particles=_or_one(num_particles), **options)
     _check_objective(objective, group_size, num_particles)
+    ours, resumes = processes(), checkpoint is not None
+    seed, checkpoint, progress = ours.options(seed, checkpoint, progress)
+    settings = {"kind": "guide", "seed": seed}
     with held(checkpoint), seeded(seed):
         set_up = isinstance(guide, AutoFlow) and guide.prototype_trace is not None
-        settings = {"kind": "guide", "seed": seed}
-        if set_up or checkpoint is not None:
+        if set_up or resumes:
             start = BoundModel(model, args=args, kwargs=kwargs)
             settings["log joint of a draw"] = start.fingerprint
         if set_up:
@@ -127,7 +132,7 @@ def fit_guide(
         problem, valid = inspected(model, guide, args, kwargs)
         check_latents(problem)
         if isinstance(guide, nn.Module):
-            guide.to(device)
+            ours.start_alike(guide.to(device))
             check_precision(guide)
         settings["annealing"] = described(annealing, steps or STEPS)
         bar = None
@@ -140,7 +145,8 @@ def fit_guide(
             settings |= {"objective": objective, "group_size": group_size}
             # With much data it takes minutes until the first step.
             bar = tqdm(total=TICKS, desc="fit_guide, start", disable=not progress)
-            bound = LogJointBound(problem, objective, group_size, num_particles, seed=seed)
+            options = {"seed": seed, "processes": ours}
+            bound = LogJointBound(problem, objective, group_size, num_particles, **options)
         elif objective == "dreg" or isinstance(annealing, AdaptiveAnnealing):
             raise ValueError(
                 "objective='dreg' and AdaptiveAnnealing need a guide of the AutoFlow family, and a "
@@ -148,7 +154,7 @@ def fit_guide(
                 "and a function of the step as annealing"
             )
         else:
-            bound = TraceBound(problem, objective, num_particles)
+            bound = TraceBound(problem, objective, num_particles, ours)
         fit = GuideFit(
             bound,
             steps=steps or STEPS,

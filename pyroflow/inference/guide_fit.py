@@ -82,7 +82,7 @@ class GuideFit:
         self.steps, self.spent = steps, 0  # of the steps, on the affine layer alone
         own = {"num_particles": bound.num_particles, "early_stop": self.early_stop}
         self.settings = settings | own | {"steps in all": self.steps}
-        self.saved = read_checkpoint(checkpoint).get("settings", {})
+        self.saved = bound.processes.agree(read_checkpoint(checkpoint)).get("settings", {})
         self.part = self.saved.get("part")  # that was cut off
         self.shared = shared | {"checkpoint": checkpoint}
         used = isinstance(annealing, AdaptiveAnnealing) and annealing.steps > 0
@@ -181,7 +181,7 @@ class GuideFit:
             options["enough"] = nothing_left
         if self.structured:
             options["groups"] = _groups(self.guide, parameters, self.shared["lr"])
-        return Objective(parameters, loss, bound.score, **options)
+        return Objective(parameters, loss, bound.score, processes=bound.processes, **options)
 
     def _run(self, trainer: Trainer) -> Fit:
         if self.bar is not None:

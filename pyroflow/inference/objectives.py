@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
 
 import torch
 from pyro.distributions import TransformedDistribution
@@ -14,13 +14,12 @@ from torch import Tensor
 from pyroflow.flows import draw_from, log_prob_at_fixed
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.fit import trainable
+from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.inference.schedule import AdaptiveAnnealing
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
-from pyroflow.seeds import between_draws, quick, seeded
+from pyroflow.seeds import fixed_draws, seeded
 from pyroflow.transforms import Bijection
-
-T = TypeVar("T")
 
 OBJECTIVES = ("elbo", "iwae", "dreg")
 NEIGHBOURS = 8  # among the draws inside, that a lost one is likened to
@@ -179,17 +178,6 @@ def _log_share(grouped: Tensor) -> Tensor:
     return groups.log() + LOST * draws.log()
 
 
-def fixed_draws(seed: int | Tensor, function: Callable[[], T]) -> Callable[[], T]:
-    """The function with the same random numbers in every call."""
-    drawn = quick(function)
-
-    def call() -> T:
-        with seeded(int(seed)), between_draws():
-            return drawn()
-
-    return call
-
-
 def has_path(guide: Callable) -> bool:
     """Whether all transforms of a guide know the gradient along the path of a sample."""
     flow = isinstance(guide, AutoFlow)
@@ -226,16 +214,20 @@ class LogJointBound:
         num_particles: int | None,
         *,
         seed: int | None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.problem, self.guide = problem, problem.guide
+        self.problem, self.guide, self.processes = problem, problem.guide, processes
         self.objective, self.group_size = objective, group_size
+        self.together = 1 if objective == "elbo" else group_size  # draws that no share divides
         self.guide.find_coordinates(problem.args, problem.kwargs)
         few = problem.runs.few
         self.num_particles = num_particles or self._in_groups(few(DRAWS, DRAWS_DEAR))
-        self.log_joint = LogJoint(problem, self.guide, self.num_particles)
+        own = partial(processes.most, unit=self.together)
+        self.log_joint = LogJoint(problem, self.guide, own(self.num_particles))
         costly = self.log_joint.one_by_one
         if costly and num_particles is None:
-            self.log_joint.num = self.num_particles = self._in_groups(DRAWS_ONE_BY_ONE)
+            self.num_particles = self._in_groups(DRAWS_ONE_BY_ONE)
+            self.log_joint.num = own(self.num_particles)
         self.scored = self._in_groups(SCORED_ONE_BY_ONE if costly else few(SCORED, SCORED_DEAR))
         self.evaluations = few(10 if costly else 25, 8)
         self.path = objective != "iwae" and has_path(self.guide)
@@ -248,7 +240,7 @@ class LogJointBound:
 
     def _draw(self, num: int) -> tuple[TransformedDistribution, Tensor]:
         q = self.guide.over_coordinates()
-        return q, draw_from(q, (num,))
+        return q, draw_from(q, (num,), self.processes.share(num, self.together))
 
     def parameters(self) -> list[Tensor]:
         """All that is trained."""
@@ -259,24 +251,28 @@ class LogJointBound:
         return [*self.guide.buffers(), self.skipped]
 
     def loss(self, beta: float, annealing: AdaptiveAnnealing | None = None) -> Tensor:
-        """The loss of fresh draws, with weight β of the log joint."""
+        """The loss of fresh draws, or of this process's share, with weight β of the log joint."""
         q, z = self._draw(self.num_particles)
         log_p = self.log_joint(z)
         if annealing is not None:
-            annealing.update(log_p)
+            annealing.update(self.processes.joined(log_p))
         log_weights = beta * log_p - q.log_prob(z)
         lost = int((~log_weights.isfinite()).sum())
-        if not lost:
-            return bound_loss(log_weights, self.objective, self.group_size)
-        self.skipped += lost
-        log_q = log_prob_at_fixed(q, z)
-        return cut_loss(log_weights, self.objective, self.group_size, z, log_q, path=self.path)
+        self.skipped += self.processes.total(lost)
+        if lost:
+            log_q = log_prob_at_fixed(q, z)
+            cut = cut_loss(log_weights, self.objective, self.group_size, z, log_q, path=self.path)
+            return self._weighted(cut)
+        return self._weighted(bound_loss(log_weights, self.objective, self.group_size))
+
+    def _weighted(self, loss: Tensor) -> Tensor:
+        return self.processes.weighted(loss, self.num_particles, self.together)
 
     def score(self) -> Tensor:
         """The loss on fixed draws."""
         q, z = self._draw_fixed()
-        log_weights = self.log_joint.values(z) - q.log_prob(z)
-        return bound_scores(log_weights, 1 if self.objective == "elbo" else self.group_size)
+        log_weights = self.processes.joined(self.log_joint.values(z) - q.log_prob(z))
+        return bound_scores(log_weights, self.together)
 
     @torch.no_grad()
     def mixing(self) -> str | None:

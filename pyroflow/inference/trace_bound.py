@@ -23,25 +23,35 @@ from pyroflow.inference.objectives import (
     bound_loss,
     bound_scores,
     cut_loss,
-    fixed_draws,
     path_derivative,
 )
+from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.inference.trainer import EVALUATIONS
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 from pyroflow.model.records import is_random, log_joint
-from pyroflow.seeds import drawing
+from pyroflow.seeds import drawing, fixed_draws
 
 DRAWS_BY_TRACES, SCORED_BY_TRACES = 256, 1024  # of a step by default, and that are compared
 
 
 class TraceBound:
-    """The bound of any guide and model by Pyro's ``Trace_ELBO``; all draws are one IWAE group."""
+    """The bound of any guide and model by Pyro's ``Trace_ELBO``; all draws are one IWAE group.
+
+    Several processes draw apart. They share the draws of a step, or have a group each.
+    """
 
     evaluations = EVALUATIONS
 
-    def __init__(self, problem: BoundModel, objective: str, num_particles: int | None) -> None:
+    def __init__(
+        self,
+        problem: BoundModel,
+        objective: str,
+        num_particles: int | None,
+        processes: Processes = ALONE,
+    ) -> None:
         self.problem, self.guide, self.objective = problem, problem.guide, objective
+        self.processes = processes
         draws, scored, options = DRAWS_ONE_BY_ONE, SCORED_ONE_BY_ONE, {}
         if problem.max_plate_nesting is not None:
             draws, scored = DRAWS_BY_TRACES, SCORED_BY_TRACES
@@ -50,8 +60,10 @@ class TraceBound:
         self.keep_last, self.path = problem.subsampled, objective != "iwae"
         self.skipped = torch.zeros((), dtype=torch.long, device="cpu")
         self._seed = torch.randint(2**31, (), device="cpu")
-        weigh = _DrawingAtSites()(lambda: draw(problem, scored).log_weights)
-        self._weigh_fixed = fixed_draws(self._seed, weigh)
+        own = processes.most(scored)
+        weigh = _DrawingAtSites()(lambda: draw(problem, own).log_weights)
+        self._weigh_fixed = fixed_draws(lambda: int(self._seed) + processes.rank, weigh)
+        self._draw_apart = processes.apart(self._loss)
         sites = prune_subsample_sites(problem.guide_trace).iter_stochastic_nodes()
         self._has_rsample = all(site["fn"].has_rsample for _, site in sites)
         if objective == "iwae" and not self._has_rsample:
@@ -62,7 +74,10 @@ class TraceBound:
         # Bound, so that no name of the model's arguments meets one of Pyro's own.
         self._model = partial(problem.model, *problem.args, **problem.kwargs)
         self._guide = partial(problem.guide, *problem.args, **problem.kwargs)
-        self._elbo = Trace_ELBO(self.num_particles, **options)
+        whole = slice(self.num_particles)
+        part = whole if objective == "iwae" else processes.share(self.num_particles)
+        self._own = part.stop - (part.start or 0)  # draws of a step
+        self._elbo = Trace_ELBO(self._own, **options)
         self._parameters = self._met()
 
     def _met(self) -> list[Tensor]:
@@ -88,7 +103,12 @@ class TraceBound:
         return [*(self.guide.buffers() if module else ()), self._seed]
 
     def loss(self, beta: float, _: None = None) -> Tensor:
-        """The loss of fresh draws, with weight β of the log joint."""
+        """The loss of fresh draws, or of this process's share, with weight β of the log joint."""
+        loss = self._draw_apart(beta)
+        whole = self.objective == "iwae"
+        return loss if whole else self.processes.weighted(loss, self.num_particles)
+
+    def _loss(self, beta: float) -> Tensor:
         with _DrawingAtSites():
             if self.objective == "elbo":
                 scaled = poutine.scale(self._model, scale=beta)
@@ -99,7 +119,7 @@ class TraceBound:
 
     def _loss_of_weights(self, beta: float) -> Tensor:
         """The loss from log weights one by one: Pyro's is not finite where one of them is not."""
-        problem, num, guided = self.problem, self.num_particles, self.problem.guide_runs
+        problem, num, guided = self.problem, self._own, self.problem.guide_runs
         drawn = problem.guide_draws(num)  # which chooses how they run
         problem.runs.choose({name: drawn[name].values for name in problem.latents}, num)
         sites = guided.way({}, num)
@@ -117,7 +137,7 @@ class TraceBound:
 
     def score(self) -> Tensor:
         """The loss on fixed draws."""
-        return bound_scores(self._weigh_fixed())
+        return bound_scores(self.processes.joined(self._weigh_fixed()))
 
     def mixing(self) -> str | None:
         """Where draws that run side by side differ from runs alone, at the fitted guide's own."""

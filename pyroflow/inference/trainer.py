@@ -65,8 +65,8 @@ class Trainer:
         self.total, self.polishable = schedule.steps + polish, polish > 0
         shapes = [list(t.shape) for t in objective.tensors]
         own = {"steps": schedule.steps, "polish": polish, "lr": lr, "shapes": shapes}
-        self.checkpoint, self.resume = Checkpoint(checkpoint, settings | own), resume
-        self.label, self.progress = label, progress
+        self.checkpoint = Checkpoint(checkpoint, settings | own, objective.processes)
+        self.label, self.progress, self.resume = label, progress, resume
         self.every = max(1, schedule.steps // evaluations)
         self.save_every = save_every or max(1, schedule.steps // 10)
         self.stateful = [schedule, *objective.stateful]
@@ -79,8 +79,9 @@ class Trainer:
         """Take the steps that are left; the parameters end in their best state, come what may."""
         self._resume()
         shown = {"total": self.total, "initial": self.state.step, "desc": self.label}
+        averages = self.objective.processes.averaged(self.parameters)
         try:
-            with tqdm(**shown, disable=not self.progress) as bar:
+            with averages as self.averaged, tqdm(**shown, disable=not self.progress) as bar:
                 self._take_steps(bar)
             self._save()
         except BaseException:
@@ -127,8 +128,8 @@ class Trainer:
         state, current = self.state, [p.detach().clone() for p in self.parameters]
         candidate = state.average or current
         copy_tensors(candidate, self.parameters)
-        score = self.score().double().cpu()
-        score = torch.where(score.isnan(), torch.inf, score)
+        self.objective.processes.check_draws()
+        score = self.score().double().cpu().nan_to_num(torch.inf, torch.inf, -torch.inf)
         copy_tensors(current, self.parameters)
         state.scores.append((state.step, score.mean().item()))
         better = score.mean() < state.best_score.mean()
@@ -191,8 +192,7 @@ class Descent:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate * 0.5**state.rolled_back
         self.optimizer.zero_grad()
-        loss = trainer.loss(state.step)
-        loss.backward()
+        loss = trainer.averaged(trainer.loss, state.step)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, trainer.objective.max_norm)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
@@ -262,8 +262,7 @@ class Polish:
 
     def _closure(self) -> Tensor:
         self.optimizer.zero_grad()
-        loss = self.loss()
-        loss.backward()
+        loss = self.trainer.averaged(self.loss)
         self.trainer.state.losses.append(loss.item())
         self.trainer.state.step += 1
         return loss

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import pyroflow as pf
-from pyroflow.inference.fit import held
+from pyroflow.inference.processes import held
 from pyroflow.inference.trainer import Trainer
 from pyroflow.io import read_data
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_is_of_one_fit_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "link.pt").symlink_to(path)
     with held(path):
         for name in ("fit.pt", "link.pt"):
-            with pytest.raises(ValueError, match=rf"{name} is in use by another fit .*rank 0"):
+            with pytest.raises(ValueError, match=rf"{name} is in use by another fit .*group"):
                 fitted(checkpoint=tmp_path / name)
         fitted(checkpoint=tmp_path / "other.pt")
     fitted(checkpoint=path)
@@ -133,7 +133,7 @@ def test_a_checkpoint_is_of_one_fit_at_a_time(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from pyroflow.inference.fit import held
+from pyroflow.inference.processes import held
 with held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -14,12 +14,12 @@ from image_cases import write_mnist
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from pyroflow.inference.processes import Processes, processes
 from pyroflow.seeds import seeded
 from pyroflow.transforms import ConditionalPlanar
 from rezende_mohamed_2015 import dlgm_training
 from rezende_mohamed_2015.dlgm import DLGM
 from rezende_mohamed_2015.dlgm_training import Schedule
-from rezende_mohamed_2015.processes import Processes, processes
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
@@ -47,13 +47,13 @@ def parameters(dlgm: DLGM) -> Tensor:
 def worker(folder: Path) -> None:
     """What each of the processes does; they start from different parameters."""
     torch.set_num_threads(1)
-    with processes() as ours:
-        dlgm = small(seed=ours.rank)
-        start = ours.gather(parameters(dlgm))
-        checkpoint, quiet = folder / "run.pt", {"processes": ours, "progress": False}
-        dlgm_training.train(dlgm, images(), SCHEDULE, checkpoint=checkpoint, every=4, **quiet)
-        found = {"start": start, "end": ours.gather(parameters(dlgm)), "rank": ours.rank}
-        torch.save(found, folder / f"rank{ours.rank}.pt")
+    ours = processes()
+    dlgm = small(seed=ours.rank)
+    start = ours.gather(parameters(dlgm))
+    checkpoint, quiet = folder / "run.pt", {"processes": ours, "progress": False}
+    dlgm_training.train(dlgm, images(), SCHEDULE, checkpoint=checkpoint, every=4, **quiet)
+    found = {"start": start, "end": ours.gather(parameters(dlgm)), "rank": ours.rank}
+    torch.save(found, folder / f"rank{ours.rank}.pt")
 
 
 def torchrun(*command: str) -> None:
@@ -116,12 +116,10 @@ def test_the_command_runs_on_two_processes(tmp_path: Path) -> None:
 
 
 def test_alone_without_torchrun() -> None:
-    with processes() as ours:
-        assert (ours.rank, ours.count, ours.writes) == (0, 1, True)
-        dlgm = small(0)
-        assert ours.wrap(dlgm) is dlgm
-        assert ours.agree("value") == "value"
-        assert ours.gather(3) == [3]
+    ours = processes()
+    assert (ours.rank, ours.count, ours.writes) == (0, 1, True)
+    assert ours.agree("value") == "value"
+    assert ours.gather(3) == [3]
     assert not torch.distributed.is_initialized()
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from dlgm_cases import IMAGES, LENGTHS, SCHEDULE, parameters, small, trained
 
+from pyroflow.inference.processes import ALONE, Processes
 from rezende_mohamed_2015.dlgm import DLGM
 from rezende_mohamed_2015.dlgm_training import Schedule, digest, train
-from rezende_mohamed_2015.processes import ALONE, Processes
 
 
 @pytest.mark.parametrize("stopped", [4, 8])
@@ -47,6 +48,16 @@ def test_a_finished_run_is_read_and_not_repeated(tmp_path: Path) -> None:
     assert torch.equal(parameters(again), parameters(first))
 
 
+class First(Processes):
+    """Rank 0 of two, without the other."""
+
+    def agree(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * 2
+
+
 def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run.pt"
     trained(checkpoint=checkpoint)
@@ -54,23 +65,11 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     for schedule, seed in ((longer, 0), (SCHEDULE, 1)):
         with pytest.raises(ValueError, match=r"run\.pt is of a fit with .*Remove it or name"):
             trained(schedule, seed, checkpoint=checkpoint)
-    others = ((1 - IMAGES, ALONE), (IMAGES, Processes(0, 2)))
+    others = ((1 - IMAGES, ALONE), (IMAGES, First(0, 2)))
     for images, processes in others:
         options = {"checkpoint": checkpoint, "processes": processes, "progress": False}
         with pytest.raises(ValueError, match=r"run\.pt is of a fit with .*Remove it or name"):
             train(small(), images, SCHEDULE, **options)
-
-
-def test_a_checkpoint_that_another_process_does_not_see_is_refused(tmp_path: Path) -> None:
-    """Process 0 is at update 8 of a folder of its own, where process 1 has none."""
-
-    class Second(Processes):
-        def agree(self, value: int) -> int:
-            return 8
-
-    options = {"checkpoint": tmp_path / "run.pt", "processes": Second(1, 2), "progress": False}
-    with pytest.raises(ValueError, match=r"share: it is at update 0 for process 1, and at 8 for"):
-        train(small(), IMAGES, SCHEDULE, **options)
 
 
 def test_a_checkpoint_without_its_settings_is_refused(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyroflow.inference.processes import Processes
 from pyroflow.transforms import ConditionalPlanar
 from rezende_mohamed_2015 import dlgm_scores
 from rezende_mohamed_2015.dlgm import DLGM
 from rezende_mohamed_2015.dlgm_scores import log_weights, scores
-from rezende_mohamed_2015.processes import Processes
 
 H, X = 8, 6
 

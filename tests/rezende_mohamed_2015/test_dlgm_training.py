@@ -11,10 +11,10 @@ import torch
 from dlgm_cases import IMAGES, LENGTHS, SCHEDULE, parameters, small, trained
 from torch import Tensor
 
+from pyroflow.inference.processes import Processes
 from rezende_mohamed_2015 import dlgm_training
 from rezende_mohamed_2015.dlgm import Terms
 from rezende_mohamed_2015.dlgm_training import Schedule, train
-from rezende_mohamed_2015.processes import Processes
 
 # the schedule
 
