@@ -110,6 +110,8 @@ def fit_density(
             return ours.weighted(own.mean(), len(rows[0]))
 
         def score() -> Tensor:
+            if len(held_out[0]) < ours.count:
+                return _negative_log_prob(flow, held_out)
             own = [t[ours.share(len(t))] for t in held_out]
             return ours.joined(_negative_log_prob(flow, own))
 

@@ -51,8 +51,17 @@ class Processes:
         return (seed, checkpoint, progress) if self.writes else (seed, None, False)
 
     def share(self, num: int, unit: int = 1) -> slice:
-        """Which of so many this process takes, in their order; what is in a unit stays together."""
+        """Which of so many this process takes, in their order; what is in a unit stays together.
+
+        Raises:
+            ValueError: If there is not one unit for each process.
+        """
         units = num // unit
+        if units < self.count:
+            raise ValueError(
+                f"{self.count} processes cannot share {units} in a step: raise batch_size or "
+                "num_particles, or start fewer"
+            )
         first, last = (units * rank // self.count * unit for rank in (self.rank, self.rank + 1))
         return slice(first, last)
 
@@ -61,18 +70,9 @@ class Processes:
         return -(num // unit // -self.count) * unit
 
     def weighted(self, mean: Tensor, num: int, unit: int = 1) -> Tensor:
-        """A mean over this process's share, as it counts in the mean over the processes.
-
-        Raises:
-            ValueError: If a process has no share.
-        """
+        """A mean over this process's share, as it counts in the mean over the processes."""
         if self.count == 1:
             return mean
-        if num // unit < self.count:
-            raise ValueError(
-                f"{self.count} processes cannot share {num // unit} in a step: raise batch_size "
-                "or num_particles, or start fewer"
-            )
         part = self.share(num, unit)
         return mean * (self.count * (part.stop - part.start) / num)
 

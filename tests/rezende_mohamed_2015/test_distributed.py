@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from image_cases import write_mnist
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from two_processes import torchrun
 
 from pyroflow.inference.processes import Processes, processes
 from pyroflow.seeds import seeded
@@ -20,8 +19,6 @@ from pyroflow.transforms import ConditionalPlanar
 from rezende_mohamed_2015 import dlgm_training
 from rezende_mohamed_2015.dlgm import DLGM
 from rezende_mohamed_2015.dlgm_training import Schedule
-
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without torch.distributed"
@@ -54,21 +51,6 @@ def worker(folder: Path) -> None:
     dlgm_training.train(dlgm, images(), SCHEDULE, checkpoint=checkpoint, every=4, **quiet)
     found = {"start": start, "end": ours.gather(parameters(dlgm)), "rank": ours.rank}
     torch.save(found, folder / f"rank{ours.rank}.pt")
-
-
-def torchrun(*command: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*start, *command],
-        env=environment,
-        cwd=NOTEBOOKS,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def by_one_process() -> DLGM:
@@ -113,14 +95,6 @@ def test_the_command_runs_on_two_processes(tmp_path: Path) -> None:
     assert (run["processes"], run["updates"], run["images"]) == (2, 50, 100)
     assert run["nll"] <= run["free_energy"] < 600
     assert (out / "mnist.png").stat().st_size > 10_000
-
-
-def test_alone_without_torchrun() -> None:
-    ours = processes()
-    assert (ours.rank, ours.count, ours.writes) == (0, 1, True)
-    assert ours.agree("value") == "value"
-    assert ours.gather(3) == [3]
-    assert not torch.distributed.is_initialized()
 
 
 if __name__ == "__main__":
