@@ -119,12 +119,12 @@ def fit_guide(
     options = {"lr": lr, "seed": seed, "checkpoint": checkpoint}
     check_options(steps=_or_one(steps), num_particles=_or_one(num_particles), **options)
     _check_objective(objective, group_size, num_particles)
-    ours, resumes = processes(), checkpoint is not None
+    ours = processes()
     seed, checkpoint, progress = ours.options(seed, checkpoint, progress)
     settings = {"kind": "guide", "seed": seed}
     with held(checkpoint), seeded(seed):
         set_up = isinstance(guide, AutoFlow) and guide.prototype_trace is not None
-        if set_up or resumes:
+        if set_up or checkpoint is not None or ours.count > 1:
             start = BoundModel(model, args=args, kwargs=kwargs)
             settings["log joint of a draw"] = start.fingerprint
         if set_up:

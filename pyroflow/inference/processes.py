@@ -100,9 +100,10 @@ class Processes:
         """The sum over the ranks, on every rank, without a gradient."""
         if self.count == 1:
             return number
-        own = torch.as_tensor(number, device=self.device).detach().clone()
+        given = isinstance(number, Tensor)
+        own = number.detach().clone() if given else torch.tensor(number, device=self.device)
         distributed.all_reduce(own)
-        return own if isinstance(number, Tensor) else int(own)
+        return own if given else int(own)
 
     def on_own_device(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rank 0's generator states by device, with this process's GPU in the place of its own."""
@@ -116,7 +117,9 @@ class Processes:
         if self.count > 1:
             for tensor in module.state_dict(keep_vars=True).values():
                 if isinstance(tensor, Tensor):
-                    distributed.broadcast(tensor, 0)
+                    value = tensor.clone(memory_format=torch.contiguous_format)
+                    distributed.broadcast(value, 0)
+                    tensor.copy_(value)
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` on every rank if a fit has other settings on one of them."""
@@ -157,25 +160,29 @@ class Processes:
         with drawing():
             return int(torch.randint(2**31, (self.count,), device="cpu")[self.rank])
 
-    @contextmanager
-    def averaged(self, parameters: list[Tensor]) -> Iterator[Callable[..., Tensor]]:
-        """A function that runs a loss and then its gradient, and returns the loss.
 
-        Both are the mean over the processes; the parameters start from rank 0's.
-        """
-        call = _call if self.count == 1 else DistributedDataParallel(_Call(parameters))
+ALONE = Processes()
 
-        def run(loss: Callable[..., Tensor], *args: Any) -> Tensor:
-            found = call(loss, *args)
-            found.backward()
-            return found if self.count == 1 else self.total(found) / self.count
 
-        try:
-            yield run
-        finally:
-            if self.count > 1:  # it is in a cycle, and may abort if it outlives the group
-                call = _call
-                gc.collect()
+@contextmanager
+def averaged(parameters: list[Tensor], ours: Processes) -> Iterator[Callable[..., Tensor]]:
+    """A function that runs a loss and then its gradient, and returns the loss.
+
+    Both are the mean over the processes; the parameters start from rank 0's.
+    """
+    call = _call if ours.count == 1 else DistributedDataParallel(_Call(parameters))
+
+    def run(loss: Callable[..., Tensor], *args: Any) -> Tensor:
+        found = call(loss, *args)
+        found.backward()
+        return found if ours.count == 1 else ours.total(found) / ours.count
+
+    try:
+        yield run
+    finally:
+        if ours.count > 1:  # DistributedDataParallel is in a cycle, and may not outlive its group
+            call = _call
+            gc.collect()
 
 
 class _Call(nn.Module):
@@ -196,9 +203,6 @@ class _Call(nn.Module):
 
 def _call(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return function(*args)
-
-
-ALONE = Processes()
 
 
 def processes() -> Processes:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.inference.fit import Checkpoint, Fit, Objective, State, copy_tensors
+from pyroflow.inference.processes import averaged
 from pyroflow.inference.schedule import LearningRateSchedule
 from pyroflow.seeds import between_draws, generator_states, quick, restore_generators
 
@@ -79,7 +80,7 @@ class Trainer:
         """Take the steps that are left; the parameters end in their best state, come what may."""
         self._resume()
         shown = {"total": self.total, "initial": self.state.step, "desc": self.label}
-        averages = self.objective.processes.averaged(self.parameters)
+        averages = averaged(self.parameters, self.objective.processes)
         try:
             with averages as self.averaged, tqdm(**shown, disable=not self.progress) as bar:
                 self._take_steps(bar)

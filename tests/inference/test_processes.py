@@ -168,6 +168,9 @@ def worker(folder: Path) -> None:
         found[f"{name}, resumed"] = fitted(name, **files)
     found["other lr"] = refusal(lambda: fitted("density", lr=0.1 * (ours.rank + 1)))
     found["other data"] = refusal(lambda: pf.fit_density(pf.planar_flow(2), rows(50 + ours.rank)))
+    model, data = amortized_cases.effects_model, amortized_cases.Y[: 10 + ours.rank]
+    other = pf.AmortizedPlanarGuide(model, "rows", "y")
+    found["other arguments"] = refusal(lambda: pf.fit_guide(model, other, (data,), **QUIET))
     found["few"] = refusal(lambda: fitted("density", batch_size=1))
     found["dropout"] = refusal(dropout)
     torch.save(found, folder / f"rank{ours.rank}")
@@ -229,6 +232,7 @@ def test_what_both_refuse(folder: Path) -> None:
     for found in both(folder):
         assert "process 1 fits with lr=0.2 (0: 0.1)" in found["other lr"]
         assert "process 1 fits with data=" in found["other data"]
+        assert "process 1 fits with log joint of a draw=" in found["other arguments"]
         assert "2 processes cannot share 1 in a step: raise batch_size" in found["few"]
         assert "random numbers of process 1 are no longer those of process 0" in found["dropout"]
 
