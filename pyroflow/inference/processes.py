@@ -131,9 +131,9 @@ class Processes:
             if differing:
                 listed = ", ".join(f"{n}={other.get(n)!r} (0: {first[n]!r})" for n in differing)
                 raise ValueError(
-                    f"process {rank} fits with {listed}, other than process 0: several processes "
-                    "do one fit, so all must make the same call. Destroy the process group before "
-                    "each does a fit of its own"
+                    f"process {rank} fits with {listed}, other than process 0: processes of one "
+                    "group do one fit, so all must make the same call. For a fit of each one's "
+                    "own, start them without torchrun and without a process group"
                 )
 
     def check_draws(self) -> None:
@@ -162,6 +162,7 @@ class Processes:
 
 
 ALONE = Processes()
+_GROUPS: set[int] = set()  # that fits had; to make one anew on torchrun's store may hang
 
 
 @contextmanager
@@ -208,8 +209,8 @@ def _call(function: Callable[..., Tensor], *args: Any) -> Tensor:
 def processes() -> Processes:
     """The processes of torch's default group; under torchrun they are made one, if they are not.
 
-    They stay one until they end, as under Lightning. Tensors on a GPU are sent by nccl, others by
-    gloo.
+    They stay one until they end, as under Lightning; a group that a fit has had and that was then
+    destroyed is not made again. Tensors on a GPU are sent by nccl, others by gloo.
 
     Example:
         >>> processes().count
@@ -220,12 +221,13 @@ def processes() -> Processes:
     if not distributed.is_available():
         return Processes(device=device)
     if not distributed.is_initialized():
-        if not distributed.is_torchelastic_launched():
+        if _GROUPS or not distributed.is_torchelastic_launched():
             return Processes(device=device)
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         atexit.register(_leave)
+    _GROUPS.add(distributed.get_world_size())
     if gpu:
         device = torch.device("cuda", torch.cuda.current_device())
     return Processes(distributed.get_rank(), distributed.get_world_size(), device)

@@ -173,6 +173,8 @@ def worker(folder: Path) -> None:
     found["other arguments"] = refusal(lambda: pf.fit_guide(model, other, (data,), **QUIET))
     found["few"] = refusal(lambda: fitted("density", batch_size=1))
     found["dropout"] = refusal(dropout)
+    torch.distributed.destroy_process_group()
+    found["alone again"] = processes().count
     torch.save(found, folder / f"rank{ours.rank}")
 
 
@@ -235,6 +237,10 @@ def test_what_both_refuse(folder: Path) -> None:
         assert "process 1 fits with log joint of a draw=" in found["other arguments"]
         assert "2 processes cannot share 1 in a step: raise batch_size" in found["few"]
         assert "random numbers of process 1 are no longer those of process 0" in found["dropout"]
+
+
+def test_a_group_that_was_destroyed_is_not_made_again(folder: Path) -> None:
+    assert [found["alone again"] for found in both(folder)] == [1, 1]
 
 
 def failing(_: Path) -> None:
