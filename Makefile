@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 PAPER := ../$(BIN)/python -m rezende_mohamed_2015
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint slow notebooks bench posteriordb posteriors nuts trust scale paper tables clean
+.PHONY: demo test lint slow notebooks bench posteriordb posteriors nuts trust scale device paper tables clean
 
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	$(BIN)/pyroflow demo
@@ -42,6 +42,9 @@ trust: $(INSTALLED)  ## The verdicts of pf.posterior on 110 small posteriors wit
 
 scale: $(INSTALLED)  ## pf.posterior on regressions of 1,000 to 1,000,000 rows, with resume; half an hour.
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.scale run
+
+device: $(INSTALLED)  ## Values, fits, speed and memory on the GPU, or on the CPU where there is none; minutes.
+	cd tests && ../$(BIN)/python -m benchmarks.device run
 
 paper: export OMP_NUM_THREADS := 1
 paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MNIST is the folder of the four files.

@@ -13,8 +13,13 @@ from .problem import Problem, Shape
 SHAPES = (Shape(10_000, 40, 32), Shape(4096, 784, 32))
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes of torch's allocator that the function held at once, beyond those before it."""
+def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
+    """Most bytes of torch's allocator there that the function held at once, beyond those before."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     del result

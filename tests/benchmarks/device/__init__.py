@@ -1,0 +1,1 @@
+"""What a device gives: values, fits, steps, speed and memory."""
