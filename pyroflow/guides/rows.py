@@ -206,7 +206,7 @@ def _positions(model: Callable, names: Sequence[str]) -> dict[str, int | None]:
 
 def _with_rows(label: str, value: Any) -> Tensor:
     try:
-        value = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        value = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"context: {label} must be a tensor or array, got {type(value).__name__}"

@@ -42,7 +42,7 @@ def structure_of(
     rows: list[Tensor] = []
     with seeded(0):
         at, gradient = _differentiable(model, args, kwargs, latents, z)
-        for places in _candidates(latents) if gradient is not None else []:
+        for places in _candidates(latents, z.device) if gradient is not None else []:
             free = not any(bool(torch.isin(places, other).any()) for other in rows)
             if free and _independent(gradient, at, places, rows):
                 rows.append(places)
@@ -72,10 +72,10 @@ def _differentiable(
     return z, None
 
 
-def _candidates(latents: Latents) -> list[Tensor]:
+def _candidates(latents: Latents, device: torch.device) -> list[Tensor]:
     """Places (J, d) of the rows of each set of plates, the one with most numbers first."""
     named = {frozenset(_rows_of(site)) for site in latents} - {frozenset()}
-    tables = [_places(latents, names) for names in named]
+    tables = [_places(latents, names, device) for names in named]
     tables = [places for places in tables if len(places) > 1 and places.shape[1] <= WIDEST_ROW]
     return sorted(tables, key=lambda places: (-places.numel(), len(places)))
 
@@ -86,11 +86,12 @@ def _rows_of(site: LatentSite) -> dict[str, int]:
     return {f.name: f.dim for f in site.plates if -f.dim <= len(batch) and batch[f.dim] > 1}
 
 
-def _places(latents: Latents, names: Names) -> Tensor:
+def _places(latents: Latents, names: Names, device: torch.device) -> Tensor:
     """The places of all numbers inside the plates, shape (J, d), rows in order of the plates."""
     found, start = [], 0
     for site, size in zip(latents, latents.sizes, strict=True):
-        places = torch.arange(start, start + size).reshape(site.unconstrained_shape)
+        places = torch.arange(start, start + size, device=device)
+        places = places.reshape(site.unconstrained_shape)
         start += size
         dims = _rows_of(site)
         if not names <= dims.keys():

@@ -177,7 +177,7 @@ def _any(off: Tensor | None, dims: int) -> Tensor | None:
 
 def tensor_of(value: Any) -> Tensor:
     """A site's value, which may be a number; torch's ``as_tensor`` would also move a tensor."""
-    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
 def tensors_of(run: Run) -> tuple[Values, Values]:

@@ -193,7 +193,7 @@ def plot_losses(
         >>> from pyroflow.plots import plot_losses
         >>> figure = plot_losses([3.0, 2.0, 1.5], floor=1.0)
     """
-    values = torch.as_tensor(losses, dtype=torch.float64).detach().cpu().numpy()
+    values = torch.as_tensor(losses, dtype=torch.float64, device="cpu").detach().numpy()
     finite = np.isfinite(values)
     if values.ndim != 1 or not finite.any():
         raise ValueError(

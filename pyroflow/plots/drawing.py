@@ -87,8 +87,8 @@ def histogram(points: Tensor, limits: tuple[Pair, Pair], bins: int) -> Tensor:
 
 def on_grid(log_prob: LogProb, limits: tuple[Pair, Pair], like: Tensor | None = None) -> Tensor:
     """Log densities at the centres of 200 by 200 cells; row i is the i-th x2."""
-    like = torch.empty(0) if like is None else like
-    centres = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
+    like = torch.empty(0, device="cpu") if like is None else like
+    centres = (torch.arange(200, dtype=torch.float64, device="cpu") + 0.5) / 200
     x1, x2 = (low + (high - low) * centres for low, high in limits)
     points = torch.cartesian_prod(x2, x1).flip(-1).to(like)
     return log_prob(points).view(200, 200).double().cpu()
@@ -125,8 +125,8 @@ def transforms_of(subject: Transform | Flow) -> list[Transform]:
 def grid_images(steps: list[Transform], bounds: Pair) -> list[Tensor]:
     """Points of shape (lines, places, 2) along a grid, before and after each step."""
     parameters = (p for t in steps if isinstance(t, nn.Module) for p in t.parameters())
-    like = next(parameters, torch.empty(0))
-    across, along = torch.linspace(*bounds, 25), torch.linspace(*bounds, 145)
+    like = next(parameters, torch.empty(0, device="cpu"))
+    across, along = (torch.linspace(*bounds, num, device="cpu") for num in (25, 145))
     vertical = torch.cartesian_prod(across, along).view(25, 145, 2)
     images = [torch.cat([vertical, vertical.flip(-1)]).to(like)]
     with torch.no_grad():
