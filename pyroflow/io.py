@@ -138,7 +138,11 @@ class _Reader(pickle._Unpickler):
         """All the numbers of one part, as a vector."""
         _, dtype, key, _, _ = pid
         record = self.records[f"data/{key}"]
-        return torch.frombuffer(record, dtype=dtype) if record else torch.empty(0, dtype=dtype, device="cpu")
+        return (
+            torch.frombuffer(record, dtype=dtype)
+            if record
+            else torch.empty(0, dtype=dtype, device="cpu")
+        )
 
     def tensor(self, vector: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
         """A tensor of the numbers of one part."""

@@ -80,9 +80,21 @@ class Generators(TorchDispatchMode):
         """The state of the generator of each device."""
         return self._states | {name: g.get_state() for name, g in self._generators.items()}
 
+    def on(self, device: torch.device) -> list[torch.Generator]:
+        """Those of a device that were drawn from."""
+        return [g for g in self._generators.values() if g.device == device]
+
     def restore(self, states: dict[str, Tensor]) -> None:
         """Go on where the generators that gave these states were."""
         self._states, self._generators = dict(states), {}
+
+    def rewind(self, states: dict[str, Tensor]) -> None:
+        """The same, by the same generators, as a CUDA graph holds those that it draws from."""
+        for name, generator in self._generators.items():
+            if name in states:
+                generator.set_state(states[name])
+            else:
+                generator.manual_seed(self.seed)
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def fit_density(
 
         def loss(step: int) -> Tensor:
             with drawing():
-                index = torch.randint(len(training[0]), (batch_size,), device="cpu")
+                index = torch.randint(len(training[0]), (batch_size,), device=training[0].device)
             return mean([t[index] for t in training])
 
         def mean(rows: list[Tensor]) -> Tensor:
@@ -123,6 +123,7 @@ def fit_density(
             buffers=list(flow.buffers()),
             exact_loss=lambda: mean(polished),
             processes=ours,
+            steady=loss,
         )
         return Trainer(
             objective,

@@ -9,6 +9,7 @@ from numbers import Real
 from pathlib import Path
 
 import torch
+from pyro.distributions import TransformedDistribution
 from torch import Tensor
 
 from pyroflow.flows import Flow, draw_from, log_prob_at_fixed
@@ -95,27 +96,29 @@ def fit_energy(
         settings["flow"] = flow.get_extra_state()
         scored = torch.randint(2**31, (), device="cpu")
 
-        def loss(step: int) -> Tensor:
+        def weighed(
+            beta: float | Tensor, num: int
+        ) -> tuple[TransformedDistribution, Tensor, Tensor]:
             q = flow()
-            z = draw_from(q, (num_particles,), ours.share(num_particles))
-            log_weights = -beta(step) * energy(z) - q.log_prob(z)
+            z = draw_from(q, (num,), ours.share(num))
+            return q, z, -beta * energy(z) - q.log_prob(z)
+
+        def loss(step: int) -> Tensor:
+            q, z, log_weights = weighed(beta(step), num_particles)
             if bool(log_weights.isfinite().all()):
                 return ours.weighted(-log_weights.mean(), num_particles)
             cut = cut_loss(log_weights, "elbo", 1, z, log_prob_at_fixed(q, z), path=False)
             return ours.weighted(cut, num_particles)
 
-        def log_weights() -> Tensor:
-            q = flow()
-            z = draw_from(q, (SCORED_DRAWS,), ours.share(SCORED_DRAWS))
-            return ours.joined(-energy(z) - q.log_prob(z))
-
-        weigh_fixed = fixed_draws(scored, log_weights)
+        weigh_fixed = fixed_draws(scored, lambda: ours.joined(weighed(1.0, SCORED_DRAWS)[2]))
         objective = Objective(
             trainable(flow),
             loss,
             lambda: bound_scores(weigh_fixed()),
             buffers=[*flow.buffers(), scored],
             processes=ours,
+            steady=lambda beta: -weighed(beta, num_particles)[2].mean(),
+            weight=beta,
         )
         return Trainer(
             objective,

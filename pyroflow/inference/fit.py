@@ -1,4 +1,4 @@
-"""What a fit minimises, its state and checkpoint, its result, and the options that fits share."""
+"""What a fit minimises, its checkpoint, its result, and the options that fits share."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class Fit:
         skipped_particles: draws of all steps whose log weight was not finite.
         missed: modes that the guide does not draw, of those that the warm start's ascents led to.
         missed_share: the part of the posterior that is in them, about, and at least.
+        launches: how Adam's steps ran on a GPU: as one launch each, or why not; else empty.
     """
 
     losses: list[float] = field(repr=False)
@@ -55,6 +56,7 @@ class Fit:
     skipped_particles: int = 0
     missed: list[Missed] = field(default_factory=list, repr=False)
     missed_share: float = field(default=0.0, repr=False)
+    launches: str = field(default="", repr=False)
 
     def __str__(self) -> str:
         return f"{self!r}: {missing(self.missed, self.missed_share)}" if self.missed else repr(self)
@@ -88,6 +90,9 @@ class Objective:
         enough: of the losses of the best state so far, why the fit may end there; empty if not.
         processes: those that share it. Each has the same parameters, ``loss`` and ``exact_loss``
             of its share, whose mean over the processes counts, and all of ``score``.
+        steady: ``weight`` of a step as a tensor ↦ its loss, by the same operations of the device
+            in every step and without a look at their results; not finite where ``loss`` may differ.
+        weight: what ``steady`` takes in a step.
     """
 
     parameters: list[Tensor]
@@ -101,48 +106,13 @@ class Objective:
     max_norm: float = math.inf
     enough: Callable[[Tensor], str] | None = None
     processes: Processes = ALONE
+    steady: Callable[[Tensor], Tensor] | None = None
+    weight: Callable[[int], float] = lambda step: 1.0
 
     @property
     def tensors(self) -> list[Tensor]:
         """Parameters and buffers."""
         return [*self.parameters, *self.buffers]
-
-
-@dataclass
-class State:
-    """Where a fit stands between two steps, beside its tensors; a checkpoint holds its fields."""
-
-    before: dict[str, Any] | None = None  # the course of an earlier part
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    scores: list[tuple[int, float]] = field(default_factory=list)
-    average: list[Tensor] = field(default_factory=list)  # of the last iterates
-    averaged: int = 0  # so many
-    best: list[Tensor] = field(default_factory=list)  # the parameters with the best score
-    best_score: Tensor = field(default_factory=lambda: torch.tensor(math.inf, device="cpu"))
-    worse: int = 0  # evaluations in a row that were clearly above the best one
-    unimproved: int = 0  # evaluations of the exact loss since the best one
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    rolled_back: int = 0
-    polishing: bool = False
-    stopped: str = ""
-    seconds: float = 0.0
-
-    def fit(self, reason: str) -> Fit:
-        """The course of the fit, with that of the part before; why it stopped, if not early."""
-        before = Fit([], [], math.inf, 0, "", 0.0) if self.before is None else Fit(**self.before)
-        steps = before.steps + self.step
-        return Fit(
-            losses=before.losses + self.losses,
-            scores=before.scores + [(before.steps + t, score) for t, score in self.scores],
-            best_loss=self.best_score.mean().item(),
-            steps=steps,
-            stopped=self.stopped or reason or f"all {steps} steps done",
-            seconds=before.seconds + self.seconds,
-            skipped=before.skipped + self.skipped,
-            rolled_back=before.rolled_back + self.rolled_back,
-        )
 
 
 @torch.no_grad()

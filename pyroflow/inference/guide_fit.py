@@ -153,6 +153,8 @@ class GuideFit:
         else:
             beta = annealing or self._default_annealing(steps)
             objective = self._objective(bound.parameters(), lambda step: bound.loss(beta(step)))
+            if self.by_log_joint and bound.log_joint.traced:
+                objective.steady, objective.weight = bound.steady, beta
         depth = getattr(self.guide, "num_layers", None)
         trainer = Trainer(
             objective,

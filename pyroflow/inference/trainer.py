@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyroflow.inference.fit import Checkpoint, Fit, Objective, State, copy_tensors
+from pyroflow.inference.fit import Checkpoint, Fit, Objective, copy_tensors
+from pyroflow.inference.launches import READ, Launches
 from pyroflow.inference.processes import averaged
 from pyroflow.inference.schedule import LearningRateSchedule
-from pyroflow.seeds import between_draws, generator_states, quick, restore_generators
+from pyroflow.inference.state import Mark, State
+from pyroflow.seeds import between_draws, quick
 
 EVALUATIONS = 60  # scores taken in the course of Adam's steps
 CLEARLY_WORSE = 5  # evaluations in a row, each by three standard errors, that end a fit
@@ -185,13 +187,28 @@ class Descent:
         kinds = {(p.device.type, p.is_floating_point()) for p in self.parameters}
         fused = kinds <= {("cpu", True), ("cuda", True)}
         self.optimizer = torch.optim.Adam(groups, lr=trainer.lr, fused=fused)
+        launches = Launches.of(trainer.objective, self.optimizer, trainer.checkpoint.path)
+        self.launches = None if trainer.state.launches else launches  # once
 
     def step(self) -> None:
-        """One step, or none where loss or gradient is not finite."""
+        """One step, or none where loss or gradient is not finite; some where each is one launch."""
         trainer, state = self.trainer, self.trainer.state
-        rate = trainer.schedule.rate(state.step)
+        launched = self._launched()
+        for loss in launched or [self._taken()]:
+            finite = math.isfinite(loss)
+            state.skipped += not finite
+            state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+            state.losses.append(loss)
+            trainer.schedule.update(state.step, loss)
+            state.step += 1
+        self._watch(averages=not launched and trainer.schedule.averages(state.step))
+
+    def _taken(self) -> float:
+        """Take a step as it comes; its loss, NaN where it left no trace."""
+        trainer, state = self.trainer, self.trainer.state
+        rate = self._rate(state.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate * 0.5**state.rolled_back
+            group["lr"] = group["peak"] * rate
         self.optimizer.zero_grad()
         loss = trainer.averaged(trainer.loss, state.step)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, trainer.objective.max_norm)
@@ -200,21 +217,34 @@ class Descent:
             self.optimizer.step()
             for p in self.parameters:
                 torch.autograd.graph.increment_version(p)  # fused Adam does not
-        state.skipped += not finite
-        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-        state.losses.append(loss.item() if finite else math.nan)
-        trainer.schedule.update(state.step, state.losses[-1])
-        state.step += 1
-        self._watch()
+        return loss.item() if finite else math.nan
 
-    def _watch(self) -> None:
+    def _launched(self) -> list[float]:
+        """Take steps up to the next score, but no more than are looked at together, as launches."""
+        if self.launches is None or not self.launches.live:
+            return []
+        trainer, state = self.trainer, self.trainer.state
+        averages, to_score = trainer.schedule.averages, trainer.every - state.step % trainer.every
+        num = min(READ, to_score, trainer.schedule.end - state.step)
+        steps = range(state.step, state.step + num)
+        rates, weights = map(self._rate, steps), map(trainer.objective.weight, steps)
+        losses = self.launches.take(
+            list(rates), list(weights), lambda i: averages(steps[i] + 1) and self._average()
+        )
+        state.launches = self.launches.said
+        return losses
+
+    def _rate(self, step: int) -> float:
+        return self.trainer.schedule.rate(step) * 0.5**self.trainer.state.rolled_back
+
+    def _watch(self, *, averages: bool) -> None:
         trainer, state = self.trainer, self.trainer.state
         lost = state.skipped_in_a_row
         if state.best and lost and lost % ROLLED_BACK_AFTER == 0:
             copy_tensors(state.best, self.parameters)
             trainer.phase = Descent(trainer)  # with a fresh optimiser, at half the rate
             state.rolled_back += 1
-        if trainer.schedule.averages(state.step):
+        if averages:
             self._average()
         if state.step % trainer.every == 0 or state.step == trainer.schedule.end:
             trainer.evaluate()
@@ -267,34 +297,3 @@ class Polish:
         self.trainer.state.losses.append(loss.item())
         self.trainer.state.step += 1
         return loss
-
-
-class Mark:
-    """The state between two steps of Adam, to go back to where a step is cut off."""
-
-    @torch.no_grad()
-    def __init__(self, trainer: Trainer, last: Mark | None) -> None:
-        state = self.state = State(**vars(trainer.state))
-        self.lengths = len(state.losses), len(state.scores)  # they only grow
-        self.stateful = [part.state_dict() for part in trainer.stateful]
-        self.phase = trainer.phase
-        moments = [t for found in self.phase.optimizer.state.values() for t in found.values()]
-        self.started = bool(moments)
-        self.live = [*trainer.objective.tensors, *moments]
-        # In one call, as it is done before every step, and not over the last mark's copies.
-        spare = last.spare if last else []
-        self.copies = spare if len(spare) == len(self.live) else [t.clone() for t in self.live]
-        torch._foreach_copy_(self.copies, self.live)
-        self.spare: list[Tensor] = last.copies if last else []
-        self.rng = generator_states()
-
-    def restore(self, trainer: Trainer) -> None:
-        """Put the trainer back."""
-        trainer.state, trainer.phase = self.state, self.phase
-        del self.state.losses[self.lengths[0] :], self.state.scores[self.lengths[1] :]
-        for part, state in zip(trainer.stateful, self.stateful, strict=True):
-            part.load_state_dict(state)
-        if not self.started:
-            self.phase.optimizer.state.clear()
-        copy_tensors(self.copies, self.live)
-        restore_generators(self.rng)
