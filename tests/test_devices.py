@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import pyroflow as pf
+from pyroflow.inference import launches
 from pyroflow.seeds import seeded
 from pyroflow.targets import eight_schools_exact, energy
 
@@ -96,6 +97,12 @@ def cold_guide(y: Tensor) -> list[Tensor]:
     return list(guide.parameters())
 
 
+def structured_guide(y: Tensor) -> list[Tensor]:
+    guide = pf.AutoStructuredFlow(rows_model)
+    pf.fit_guide(rows_model, guide, (y,), steps=4, **QUICK)
+    return [*guide.parameters(), *copy.deepcopy(guide).quantiles([0.1, 0.9]).values()]
+
+
 def amortised_guide(y: Tensor) -> list[Tensor]:
     found = []
     for context in ("y", None):
@@ -143,6 +150,7 @@ TASKS = [
     energies,
     guides,
     cold_guide,
+    structured_guide,
     amortised_guide,
     reports,
     calibration,
@@ -218,3 +226,47 @@ def test_a_guide_of_pyro_is_fitted_under_a_default_device(default_device: Callab
     guide = AutoNormal(model)
     pf.fit_guide(model, guide, (y,), steps=4, **QUICK)
     assert guide.median()["loc"].device.type == "cuda"
+
+
+LAUNCHED = {
+    "density": lambda flow, **options: pf.fit_density(
+        flow, pf.datasets.sine(400, seed=1), polish=0, batch_size=64, **options
+    ),
+    "energy": lambda flow, **options: pf.fit_energy(
+        flow, energy(1), num_particles=64, annealing=lambda t: min(1.0, t / 50), **options
+    ),
+    "guide": lambda flow, **options: pf.fit_guide(
+        model, flow, (torch.tensor([0.3, -1.2, 0.8], device="cuda"),), early_stop=False, **options
+    ),
+}
+
+
+@CUDA
+@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize("kind", LAUNCHED)
+def test_launches_of_a_graph_are_the_steps_that_they_replace(
+    kind: str, seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for on in (False, True):
+        monkeypatch.setattr(launches, "_is_one_gpu", lambda devices, on=on: on)
+        pyro.set_rng_seed(0)
+        flow = pf.AutoPlanarFlow(model, 2) if kind == "guide" else pf.planar_flow(2, 3).cuda()
+        found.append(LAUNCHED[kind](flow, steps=100, seed=seed, progress=False))
+    plain, launched = found
+    assert (plain.launches, launched.launches) == ("", launches.ONE_LAUNCH)
+    if seed is not None:  # else the steps before the capture have drawn from the global generator
+        assert launched.losses == pytest.approx(plain.losses, rel=1e-4, abs=1e-4)
+    assert launched.best_loss == pytest.approx(plain.best_loss, abs=0.1)
+
+
+@CUDA
+def test_a_step_that_cannot_be_a_launch_harms_nothing() -> None:
+    def looking(z: Tensor) -> Tensor:
+        return z.square().sum(-1) / 2 * (1.0 if z.sum().item() > -1e9 else 2.0)
+
+    flow = pf.planar_flow(2, 3).cuda()
+    fit = pf.fit_energy(flow, looking, steps=40, num_particles=64, **QUICK)
+    assert "could not be one launch" in fit.launches
+    assert torch.isfinite(torch.tensor(fit.losses)).all()
+    assert torch.randn(3, device="cuda").isfinite().all()

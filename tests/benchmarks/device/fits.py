@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
 import pyroflow as pf
+from pyroflow.inference import launches
 from pyroflow.targets import eight_schools_noncentered as schools
 
 from .. import scale
@@ -18,7 +21,8 @@ from .models import groups, regression, schools_data
 from .parts import Cases, Record
 
 SCHOOLS = "eight_schools-centred_10"  # whose evidence is that of the other form too
-DRAWS, LAYERS, STEPS = 128, 16, 1000
+DRAWS, LAYERS, STEPS = 128, 16, 600
+EARLY = 20  # steps, over which rounding has not grown
 QUIET = {"progress": False, "seed": 0}
 GUIDES = {
     "planar": partial(pf.AutoPlanarFlow, num_layers=LAYERS),
@@ -86,16 +90,25 @@ def course(fit: pf.Fit) -> Record:
 def steps(device: str, quick: bool) -> Cases:
     """Steps a second of each kind of fit, 128 draws or rows each."""
     num = 20 if quick else STEPS
-    yield "density", partial(of_steps, density_steps, device, num)
-    yield "energy", partial(of_steps, energy_steps, device, num)
-    for name in GUIDES:
-        yield f"eight schools, {name}", partial(of_steps, partial(guide_steps, name), device, num)
+    kinds = {"density": density_steps, "energy": energy_steps}
+    kinds |= {f"eight schools, {name}": partial(guide_steps, name) for name in GUIDES}
+    kinds |= {"1,000 groups": group_steps, "seed None": partial(guide_steps, "planar", seed=None)}
+    for name, fit in kinds.items():
+        yield name, partial(of_steps, fit, device, num)
 
 
 def of_steps(fit: Callable[[str, int], pf.Fit], device: str, num: int) -> Record:
-    """Steps a second, after a fit to warm up."""
+    """Steps a second one by one and by launches of a graph, and how far their losses are apart."""
     fit(device, 5)
-    return {"steps a second": num / fit(device, num).seconds}
+    with patch.object(launches, "_is_one_gpu", lambda devices: False):
+        plain = fit(device, num)
+    launched = fit(device, num)
+    found = {"steps a second": num / plain.seconds, "by launches": num / launched.seconds}
+    pairs = list(zip(plain.losses, launched.losses, strict=True))
+    for name, some in (("first", pairs[:EARLY]), ("all", pairs)):
+        found[f"losses apart, {name}"] = max(abs(a - b) / (1 + abs(a)) for a, b in some)
+    found["scores apart"] = abs(plain.best_loss - launched.best_loss)
+    return found | {"launches": launched.launches, "skipped": launched.skipped}
 
 
 def density_steps(device: str, num: int) -> pf.Fit:
@@ -111,11 +124,25 @@ def energy_steps(device: str, num: int) -> pf.Fit:
     return pf.fit_energy(flow, pf.targets.energy(1), device=device, **options, **QUIET)
 
 
-def guide_steps(name: str, device: str, num: int) -> pf.Fit:
+def guide_steps(name: str, device: str, num: int, **options: Any) -> pf.Fit:
     """The bound of a guide."""
+    options = QUIET | {"steps": num, "num_particles": DRAWS, "early_stop": False} | options
+    return pf.fit_guide(schools, GUIDES[name](schools), schools_data(device=device), **options)
+
+
+def group_steps(device: str, num: int) -> pf.Fit:
+    """The bound of a guide for many groups."""
     options = {"steps": num, "num_particles": DRAWS, "early_stop": False}
-    args = schools_data(device=device)
-    return pf.fit_guide(schools, GUIDES[name](schools), args, **options, **QUIET)
+    args = tuple(t[: max(30, num)].to(device) for t in TARGETS[THOUSAND].build()[1])
+    return pf.fit_guide(groups, pf.AutoStructuredFlow(groups), args, **options, **QUIET)
+
+
+def chains(device: str) -> Record:
+    """Chains over a guide."""
+    guide, args = pf.AutoPlanarFlow(schools, 2), schools_data(device=device)
+    pf.fit_guide(schools, guide, args, steps=50, **QUIET)
+    made = pf.mcmc(schools, guide, args, num_samples=200, num_chains=32, **QUIET)
+    return {"level": made.level, "acceptance": float(made.acceptance)}
 
 
 def by_default(device: str, quick: bool) -> Cases:
@@ -126,4 +153,5 @@ def by_default(device: str, quick: bool) -> Cases:
         yield name, lambda fit=fit: course(fit(device, num))
     for name in GUIDES:
         yield f"eight schools, {name}", lambda name=name: course(guide_steps(name, device, num))
+    yield "chains", partial(chains, device)
     yield "logistic regression", partial(of_posterior, device, 500)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 
 from ..posteriordb.models import ROOT
 from .parts import Cases, Record
@@ -21,6 +22,7 @@ def suite(device: str, quick: bool) -> Cases:
 def of_tests(file: str, chosen: list[str]) -> Record:
     """The last line, and the lines that name what failed."""
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-W", "ignore"]
+    command += ["-n", "6"] if find_spec("xdist") and not chosen else []
     command += ["-p", "no:cacheprovider", *chosen, file]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = (done.stdout + done.stderr).splitlines()
