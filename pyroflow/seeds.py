@@ -34,6 +34,7 @@ class Generators(TorchDispatchMode):
         super().__init__()
         self.seed = seed
         self.strays = 0  # draws outside of :func:`drawing`
+        self.lent = 0  # draws for which a generator stood in for the global one
         self._generators: dict[str, torch.Generator] = {}
         self._states: dict[str, Tensor] = {}  # of those to come, where there is one
 
@@ -57,6 +58,7 @@ class Generators(TorchDispatchMode):
         self.strays += 1
         generator, seeded_func = self._generator(device), _with_generator(func)
         if seeded_func is None:
+            self.lent += 1
             return _lent(generator, func, args, kwargs)
         return seeded_func(*args, **kwargs, generator=generator)
 

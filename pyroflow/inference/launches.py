@@ -6,6 +6,7 @@ so nothing in it may be read by the host, and what changes from step to step is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -78,8 +79,7 @@ class Launches:
             self._replay()
             after(step)
         losses = self.losses[: len(rates)].tolist()
-        for p in self.parameters:
-            torch.autograd.graph.increment_version(p)  # no launch does
+        self._outdate()  # no launch does
         if not bool(self.losses[: len(rates)].isfinite().all()):
             self._end("one launch a step, until a loss or gradient was not finite")
         return losses
@@ -90,7 +90,9 @@ class Launches:
             group["lr"], group["capturable"] = rate, True
         self.optimizer.found_inf = self.lost
         try:
-            with pyro.validation_enabled(False), _kept_generators():
+            with pyro.validation_enabled(False), _kept_generators(), warnings.catch_warnings():
+                # Adam's of steps outside of a graph, and that not all looks of the host are seen.
+                warnings.simplefilter("ignore", UserWarning)
                 self._replay = capture(self._step, self.idle)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
@@ -102,6 +104,7 @@ class Launches:
     def _step(self) -> None:
         """One step, in which the host reads nothing."""
         self.optimizer.zero_grad()  # so that the graph's gradients are its own
+        self._outdate()
         loss = self.loss(self.weights.index_select(0, self.at).squeeze(0))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.objective.max_norm)
@@ -115,9 +118,16 @@ class Launches:
         self.losses.index_copy_(0, self.at, seen.unsqueeze(0))
         self.at.copy_((self.at + 1) % READ)
 
+    def _outdate(self) -> None:
+        """Let nothing be reused that was computed from the parameters before."""
+        for p in self.parameters:
+            torch.autograd.graph.increment_version(p)
+
     def _end(self, said: str) -> None:
         self.live, self.said, self._replay = False, said, None
         self.optimizer.found_inf = None
+        for group in self.optimizer.param_groups:
+            group["capturable"] = False
         self.optimizer.zero_grad()
 
 
@@ -141,8 +151,10 @@ def capture(step: Callable[[], None], idle: Tensor) -> Callable[[], None]:
         finally:
             torch.cuda.set_sync_debug_mode(before)
     torch.cuda.current_stream(idle.device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    for generator in _generators(idle.device):
+    graph, own = torch.cuda.CUDAGraph(), own_generators()
+    if own is not None and own.lent:
+        raise RuntimeError("it draws by an operation that takes no generator, such as dropout")
+    for generator in [] if own is None else own.on(idle.device):
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph, stream=stream):
         step()
@@ -152,11 +164,6 @@ def capture(step: Callable[[], None], idle: Tensor) -> Callable[[], None]:
 
 def _is_one_gpu(devices: set[torch.device]) -> bool:
     return len(devices) == 1 and next(iter(devices)).type == "cuda"
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    own = own_generators()
-    return [] if own is None else own.on(device)
 
 
 @contextmanager

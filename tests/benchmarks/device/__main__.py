@@ -35,7 +35,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 # Each with the seconds that it may take, a start included.
 PARTS: dict[str, tuple[Part, float]] = {
     "values": (values, 45.0),
-    "steps": (steps, 80.0),
+    "steps": (steps, 95.0),
     "speed": (speed, 50.0),
     "by default": (by_default, 60.0),
     "tests": (suite, 90.0),

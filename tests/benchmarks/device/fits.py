@@ -78,7 +78,8 @@ def of_posterior(device: str, rows: int) -> Record:
     seconds, draws = time.perf_counter() - start, post.report.draws
     own = {name: value.cpu() for name, value in draws.sites.items()}
     there = SimpleNamespace(draws=SimpleNamespace(sites=own, log_q=draws.log_q.cpu()))
-    judged = scale.judge("logistic", x, y, there)
+    with torch.device("cpu"):
+        judged = scale.judge("logistic", x.cpu(), y.cpu(), there)
     return {"gap": judged["KL"], "level": post.level, "seconds in all": seconds}
 
 
@@ -93,13 +94,13 @@ def steps(device: str, quick: bool) -> Cases:
     kinds = {"density": density_steps, "energy": energy_steps}
     kinds |= {f"eight schools, {name}": partial(guide_steps, name) for name in GUIDES}
     kinds |= {"1,000 groups": group_steps, "seed None": partial(guide_steps, "planar", seed=None)}
+    density_steps(device, 5)  # after which the device is awake
     for name, fit in kinds.items():
         yield name, partial(of_steps, fit, device, num)
 
 
 def of_steps(fit: Callable[[str, int], pf.Fit], device: str, num: int) -> Record:
     """Steps a second one by one and by launches of a graph, and how far their losses are apart."""
-    fit(device, 5)
     with patch.object(launches, "_is_one_gpu", lambda devices: False):
         plain = fit(device, num)
     launched = fit(device, num)
