@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyroflow.model.comparison import FAILURES
@@ -110,7 +111,8 @@ def _gradient(
     with torch.enable_grad(), quietly(), poutine.block():
         values, log_det = latents.constrain(z)
         trace = poutine.trace(Given(values)(model)).get_trace(*args, **kwargs)
-        value = trace.log_prob_sum() + log_det
+        # The index of a plate, which has no density, is on the default device.
+        value = prune_subsample_sites(trace).log_prob_sum() + log_det
         return torch.autograd.grad(value, z, create_graph=True)[0]
 
 
