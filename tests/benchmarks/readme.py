@@ -21,6 +21,7 @@ from rezende_mohamed_2015 import tables as paper
 from rezende_mohamed_2015.__main__ import EXPERIMENTS
 
 from . import family, posteriors, scale, trust
+from .device import __main__ as device
 from .posteriordb import table as posteriordb
 from .runs import POSTERIOR, RIGHT, within
 from .speed import table as speed
@@ -216,6 +217,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "posteriors": lambda: posteriors.markdown(stored("posteriors")),
     "trust": lambda: trust.markdown(stored("trust")),
     "scale": lambda: scale.markdown(stored("scale")),
+    "device": lambda: device.markdown(stored("device")),
     "speed": lambda: speed.markdown(stored("benchmarks")),
     "family": lambda: markdown(family.frame(stored("family"))),
     **{name: partial(experiment, name) for name in paper.TABLES},

@@ -85,7 +85,8 @@ def of_posterior(device: str, rows: int) -> Record:
 
 def course(fit: pf.Fit) -> Record:
     """How long a fit took, and how it ended."""
-    return {"seconds": fit.seconds, "steps a second": fit.steps / fit.seconds, "end": fit.stopped}
+    rate = {"steps a second": fit.steps / fit.seconds} if fit.steps else {}
+    return {"seconds": fit.seconds, **rate, "end": fit.stopped}
 
 
 def steps(device: str, quick: bool) -> Cases:
