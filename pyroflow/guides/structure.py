@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from torch.distributions import Transform
 
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.latents import Latents
 from pyroflow.model.records import Given, quietly
 from pyroflow.model.sites import LatentSite
 from pyroflow.seeds import seeded
+from pyroflow.transforms import SinhArcsinh
 
 WIDEST_ROW = 30  # numbers of a row, whose factor is a full triangle
 SPREADS = (0.1, 0.5, 1.0, 2.0, 0.1)  # of the points that are tried
@@ -131,3 +133,48 @@ def _independent(gradient: Tensor, z: Tensor, places: Tensor, others: list[Tenso
         found.append(product[places] * signs)
     size = torch.stack(found).abs().amax(0)
     return bool(((found[0] - found[1]).abs() <= ALIKE * size.clamp(min=1e-6)).all())
+
+
+class GivenGlobals:
+    """The rows of a structured guide's flow, given its globals: x_j from base numbers ε_j.
+
+    Args:
+        transforms: of the flow; the last one is an :class:`~pyroflow.transforms.Arrowhead`, and
+            those before it take each number of a row by itself.
+
+    Attributes:
+        size: G, how many of the base numbers, the first ones, belong to the globals.
+        leading: the places in x of the globals.
+    """
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        *before, self.affine = transforms
+        self.tails = [t for t in before if isinstance(t, SinhArcsinh)]
+        self.leading = self.affine.leading()
+        self.size = len(self.leading)
+
+    def base(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The base numbers ε of the rows of x (S, D), with zeros for the globals.
+
+        Also what the affine layer takes for x, for :meth:`at`.
+        """
+        inner = self.affine.inv(x)
+        eps = inner
+        for t in reversed(self.tails):
+            eps = t.inv(eps)
+        return torch.cat([torch.zeros_like(eps[:, : self.size]), eps[:, self.size :]], 1), inner
+
+    def at(self, x: Tensor, inner: Tensor, eps: Tensor) -> Tensor:
+        """The x with other base numbers of the rows."""
+        for t in self.tails:
+            eps = t(eps)
+        found = self.affine(torch.cat([inner[:, : self.size], eps[:, self.size :]], 1))
+        found[:, self.leading] = x[:, self.leading]
+        return found
+
+    def log_q(self, eps: Tensor) -> Tensor:
+        """The density of each row given the globals, at base numbers (S, D), shape (S, R)."""
+        found = -eps.double().square() / 2 - math.log(2 * math.pi) / 2
+        for t in self.tails:
+            found = found - t.log_slopes(eps)
+        return self.affine.by_rows(found) - self.affine.row_log_dets()

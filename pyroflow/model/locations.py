@@ -114,7 +114,7 @@ class Filled(Messenger):
         number: of a site's name and prior, its unconstrained numbers.
 
     Attributes:
-        log_dets: log |det ∂values/∂numbers| of each site so far.
+        log_dets: of each site so far, the parts of log |det ∂values/∂numbers|.
     """
 
     def __init__(self, latents: Latents, number: Callable[[str, Prior | None], Tensor]) -> None:
@@ -129,7 +129,7 @@ class Filled(Messenger):
         hidden = msg["mask"] is not None and msg["mask"] is not True
         prior = None if hidden else prior_of(msg["fn"])
         msg["value"], log_det = site.constrain(self.number(site.name, prior))
-        self.log_dets.append(log_det.sum())
+        self.log_dets.append(log_det)
 
 
 class Moves:
@@ -162,12 +162,13 @@ class Moves:
             parts = [self.z[site.name].reshape(-1) for site in first if not is_wide(site)]
             u = torch.cat([z.new_zeros(0), *parts])
             z, log_det, lost = prior.forth(z, u, self.c[name], *self.tensors[name])
-            self.log_dets.append(log_det.sum())
-            self.lost.append(lost.amax())
+            self.log_dets.append(log_det)
+            self.lost.append(lost)
         self.z[name] = z
         return z
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """All z (D,), log |det ∂z/∂x|, and how far z is rounded, in sds of a prior."""
-        lost = torch.stack(self.lost).amax()
-        return self.latents.pack(self.z), torch.stack(self.log_dets).sum(), lost
+        lost = torch.stack([t.amax() for t in self.lost]).amax()
+        log_det = torch.stack([t.sum() for t in self.log_dets]).sum()
+        return self.latents.pack(self.z), log_det, lost

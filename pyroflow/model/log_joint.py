@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any
 
 import pyro
@@ -17,7 +18,7 @@ from pyroflow.model.bound import BoundModel
 from pyroflow.model.by_rows import POINTS, ByRows
 from pyroflow.model.comparison import FAILURES, PROBES, Outcome, Way, agree, differs, moves
 from pyroflow.model.locations import Filled, Moves
-from pyroflow.model.records import log_joint, tensors_of
+from pyroflow.model.records import Record, log_joint
 from pyroflow.model.runs import Runs
 from pyroflow.seeds import quick, seeded
 
@@ -232,14 +233,36 @@ def _filled(
     """
 
     def alone(x: Tensor) -> tuple[Tensor, Tensor]:
-        moves = Moves(guide.latents, guide.coordinates.counts, x, *moved_by)
-        fill = Filled(guide.latents, moves)
-        run = runs.filled(fill, inside=set(guide.latents.sites))
-        _, moved, lost = moves.result()
-        parts = [log_prob.sum() for log_prob in tensors_of(run)[1].values()]
-        return torch.stack([*parts, *fill.log_dets, moved]).sum(), lost
+        terms, moves = terms_at(runs, guide, x, moved_by)
+        return torch.stack([term.sum() for term in terms.values()]).sum(), moves.result()[2]
 
     return torch.func.vmap(alone)(x)
+
+
+def terms_at(
+    runs: Runs,
+    guide: AutoContinuous,
+    x: Tensor,
+    moved_by: tuple[Tensor, ...],
+    density: Callable[[Record], Tensor] = itemgetter("log_prob"),
+) -> tuple[dict[tuple[str, str], Tensor], Moves]:
+    """What the log joint at x (D,) is the sum of, by site and kind, and the moves of the latents.
+
+    Each is of the shape that it has in the site: log densities as read from Pyro's records,
+    log-determinants of supports and of coordinates.
+    """
+    counts = {} if guide.coordinates is None else guide.coordinates.counts
+    moves = Moves(guide.latents, counts, x, *(moved_by or (x,)))
+    fill = Filled(guide.latents, moves)
+    run = runs.filled(fill, inside=set(guide.latents.sites))
+    filled = [name for name in run if name in guide.latents.sites]
+    moved = [name for name in filled if name in counts]
+    kinds = {
+        "density": {n: density(record) for n, record in run.items() if "log_prob" in record},
+        "support": dict(zip(filled, fill.log_dets, strict=True)),
+        "coordinates": dict(zip(moved, moves.log_dets, strict=True)),
+    }
+    return {(n, kind): t for kind, found in kinds.items() for n, t in found.items()}, moves
 
 
 def _padded(x: Tensor, num: int) -> Tensor:

@@ -84,10 +84,18 @@ class SinhArcsinh(Bijection, TransformModule):
         inner = (outer - skew) / delta
         return inner.sinh(), _Intermediates(inner, outer, delta)
 
+    def log_slopes(self, x: Tensor) -> Tensor:
+        """The logarithm of dy/dx of each number, of the shape of x; its sum is the log-det."""
+        return _log_slopes(self._forward(x, self._map_parameters())[1])
+
     def _log_det(self, intermediates: _Intermediates) -> Tensor:
-        """Σ log δ + log cosh(δ asinh x + ε) − ½ log(1 + x²), and √(1 + x²) = cosh(asinh x)."""
-        inner, outer, delta = intermediates
-        return (delta.log() + _log_cosh(outer) - _log_cosh(inner)).sum(-1)
+        return _log_slopes(intermediates).sum(-1)
+
+
+def _log_slopes(intermediates: _Intermediates) -> Tensor:
+    """Of each number, log δ + log cosh(δ asinh x + ε) − ½ log(1 + x²), and √(1 + x²) = cosh(asinh x)."""
+    inner, outer, delta = intermediates
+    return delta.log() + _log_cosh(outer) - _log_cosh(inner)
 
 
 def _constrained(parameters: Parameters) -> tuple[Tensor, Tensor]:
