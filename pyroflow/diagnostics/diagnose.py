@@ -15,6 +15,7 @@ from pyroflow.diagnostics.causes import find_funnels, find_symmetries
 from pyroflow.diagnostics.marginals import Columns, Marginals, columns_of, effect, marginals
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
 from pyroflow.diagnostics.report import Report
+from pyroflow.diagnostics.rows import RowWeights, Weighed
 from pyroflow.diagnostics.verdict import advice_on_fit, is_undecided, judge
 from pyroflow.diagnostics.wider import WideReport, wide_draws
 from pyroflow.guides import AutoStructuredFlow
@@ -93,19 +94,19 @@ def diagnose(
     check_count("max_sets", max_sets, 1)
     with seeded(seed):
         bound = BoundModel.for_weights(model, guide, args, kwargs)
-        size = bound.runs.few(num_samples, LEAST_DEAR)
-        sets = _Sets(bound, size)
+        sets = _Sets(bound, bound.runs.few(num_samples, LEAST_DEAR))
         report = sets.report()
         with pyro.validation_enabled(False):
-            far = _FarChecks(bound, size)
+            far = _FarChecks(bound, sets)
             far.widen(report)
             while is_undecided(report) and sets.number < max_sets and not bound.sequential:
                 sets.take()
                 report = sets.report(report.wide)
             far.count(report)
             judge(report)
-        if size < num_samples:
-            report.fewer = f"{size:,} a set and not {num_samples:,}, as the data are many"
+        if sets.size < num_samples:
+            many = "data" if bound.runs.dear else "latents"
+            report.fewer = f"{sets.size:,} a set and not {num_samples:,}, as the {many} are many"
     if report.level != "good":
         known = report.missed and bound.guide.latent_dim <= WIDEST  # their covariances
         symmetries = find_symmetries(guide, report.modes) if known else []
@@ -121,6 +122,11 @@ class _Sets:
         self.bound, self.size = bound, size
         self.draws: list[Draws] = []
         self.columns: list[Columns] = []
+        self.weighed: list[Weighed] = []
+        self.rows: RowWeights | None = None
+        self.why_joint = ""
+        if isinstance(bound.guide, AutoStructuredFlow) and not bound.learns:
+            self._by_rows(self._find_rows)
         self.take()
         first = self.draws[0]
         if point := first.point:
@@ -138,21 +144,43 @@ class _Sets:
         """One more set."""
         self.draws.append(draw(self.bound, self.size))
         self.columns.append(columns_of(self.draws[-1].sites, self.bound.runs.records))
+        if self.rows is not None:
+            self._by_rows(self._weigh)
+
+    def _by_rows(self, step: Callable[[], None]) -> None:
+        """A step of the weights by rows, without which they are joint."""
+        try:
+            with between_draws(), pyro.validation_enabled(False):
+                step()
+        except FAILURES as error:
+            self.rows, self.why_joint = None, f"weighed together, as {error}"
+
+    def _find_rows(self) -> None:
+        self.rows = RowWeights(self.bound, POINTS)
+        self.size = min(self.size, self.rows.most)
+
+    def _weigh(self) -> None:
+        self.weighed.append(self.rows.weigh(self.draws[-1], self.columns[-1]))
 
     def report(self, wide: WideReport | None = None) -> Report:
         """Without a verdict."""
-        log_weights = [part.log_weights for part in self.draws]
-        found = marginals(self.columns, log_weights)
+        weighed, columns = self.draws, self.columns
+        if self.rows is not None:
+            weighed, columns, *_ = zip(*self.weighed, strict=True)
+        found = marginals(columns, [part.log_weights for part in weighed])
         if wide is not None:
-            wide = WideReport.of(wide.columns, wide.log_weights, found)
-        return _report(self.draws, found, wide)
+            wide = WideReport.of(wide.columns, wide.log_weights, found, wide.unseen)
+        report = _report(self.draws, weighed, found, wide)
+        report.rows = None if self.rows is None else self.rows.report(self.weighed)
+        report.by_rows = str(report.rows or self.why_joint)
+        return report
 
 
 class _FarChecks:
     """The checks that see further than the guide's own draws, as far as they can be made."""
 
-    def __init__(self, bound: BoundModel, size: int) -> None:
-        self.bound, self.size = bound, max(LEAST_WIDE, size)
+    def __init__(self, bound: BoundModel, sets: _Sets) -> None:
+        self.bound, self.size, self.rows = bound, max(LEAST_WIDE, sets.size), sets.rows
         self.log_joint: LogJoint | None = None
         self.why = self._why_not()
 
@@ -174,12 +202,14 @@ class _FarChecks:
             return
         try:
             with between_draws():
-                self.log_joint = LogJoint(self.bound, self.bound.guide, POINTS)
-                found = wide_draws(self.bound, self.log_joint, self.size)
+                bound, rows, size = self.bound, self.rows, self.size
+                self.log_joint = rows.log_joint if rows else LogJoint(bound, bound.guide, POINTS)
+                found = rows.wide(size) if rows else wide_draws(bound, self.log_joint, size)
         except FAILURES as error:  # such as a matrix that is singular far from the guide
             self.why = f"the model fails far from the guide's draws ({error})"
             return
-        report.wide = WideReport.of(*found, report.marginals)
+        columns, log_weights, *unseen = found
+        report.wide = WideReport.of(columns, log_weights, report.marginals, *unseen)
 
     def count(self, report: Report) -> None:
         """Add the census of modes."""
@@ -192,6 +222,8 @@ class _FarChecks:
                 with between_draws():
                     starts = starts_around(self.bound, guide, log_joint)
                     modes, missed = _counted(log_joint, guide, starts, report)
+                    if self.rows is not None:
+                        missed = [part for part in missed if self.rows.misses(part.mode.loc)]
             except FAILURES as error:
                 self.why = f"the model fails far from the guide's draws ({error})"
         if self.why is not None:
@@ -224,13 +256,15 @@ def _counted(
     return modes, missed_by(modes, log_joint, guide.flow(), evidence, drawn)
 
 
-def _report(sets: list[Draws], found: Marginals, wide: WideReport | None) -> Report:
-    draws = join(sets)
+def _report(
+    sets: list[Draws], weighed: list[Draws], found: Marginals, wide: WideReport | None
+) -> Report:
+    draws, chosen = join(sets), join(weighed)
     raw, num = draws.log_weights, len(draws)
     finite = raw[raw.isfinite()]
-    khats = [pareto_smooth(part.log_weights)[2] for part in sets]
+    khats = [pareto_smooth(part.log_weights)[2] for part in weighed]
     khat = sum(khats) / len(khats)
-    smoothed, log_sum, _ = pareto_smooth(raw)
+    smoothed, log_sum, _ = pareto_smooth(chosen.log_weights)
     ess = 1 / (2 * smoothed).exp().sum().item()
     outside = int((draws.log_p.isneginf() & draws.log_q.isfinite()).sum())
     weighted = max(1, len(finite) // len(sets))
@@ -250,7 +284,7 @@ def _report(sets: list[Draws], found: Marginals, wide: WideReport | None) -> Rep
         num_nonfinite=num - len(finite),
         nonfinite_sites=draws.nonfinite,
         rounded_sites=draws.rounded,
-        draws=draws,
+        draws=chosen,
         log_weights=smoothed,
         marginals=found,
         wide=wide,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyroflow.diagnostics.psis import pareto_smooth, tail_shapes
+from pyroflow.diagnostics.psis import COLUMNS, pareto_smooth, shapes_of, tail_shapes
 from pyroflow.model.records import Record, Values
 from pyroflow.model.supports import bijection, preimage
 
@@ -21,7 +21,7 @@ MARGIN = 0.1
 HEAVY = 0.7  # k-hat of the squares, from which plain draws do not give a standard deviation
 EXCESS = 0.1  # of a k-hat over that of the draws without weights
 LOOKED_AT = 1000  # draws, for the middle of them
-COLUMNS = 64  # latents at a time, to bound the memory
+UNSMOOTHED = 0.5  # k-hat up to which the weights of a single latent are left as they are
 
 
 class Moments(NamedTuple):
@@ -36,18 +36,26 @@ class Moments(NamedTuple):
 class Columns(NamedTuple):
     """The unconstrained latents of S draws as columns.
 
+    ``own`` are log weights of each latent, shape (S, D), where rows are weighed by themselves, and
+    None where all latents of a draw have one weight.
+
     A latent whose squares have such a tail that no number of draws gives its standard deviation
     is taken as asinh((z − centre) / spread).
     """
 
     z: Tensor  # shape (S, D), float64
     names: list[str]
+    own: Tensor | None = None
 
     def bent(self, which: Tensor, centre: Tensor, spread: Tensor) -> Columns:
         """With some of the columns (D,) in terms of the asinh."""
         if not bool(which.any()):
             return self
-        return Columns(torch.where(which, ((self.z - centre) / spread).asinh(), self.z), self.names)
+        return self._replace(z=torch.where(which, ((self.z - centre) / spread).asinh(), self.z))
+
+    def some(self, which: Tensor) -> Columns:
+        """Some of the columns (D,), without their names."""
+        return Columns(self.z[:, which], [], None if self.own is None else self.own[:, which])
 
 
 @dataclass
@@ -110,14 +118,20 @@ def columns_of(values: Values, records: dict[str, Record]) -> Columns:
         edge = latent.where(latent.isfinite(), 0.0).abs().amax(0)  # rounded to an edge
         latent = latent.nan_to_num(0.0).clamp(-edge, edge)
         found.append(latent)
-        size = latent.shape[1]
-        names += [name] if size == 1 else [f"{name}[{i}]" for i in range(size)]
+        names += numbered(name, latent.shape[1])
     return Columns(torch.cat(found, 1), names)
+
+
+def numbered(name: str, size: int) -> list[str]:
+    """Names of the numbers of a site."""
+    return [name] if size == 1 else [f"{name}[{i}]" for i in range(size)]
 
 
 def join_columns(parts: list[Columns]) -> Columns:
     """Those of several sets of draws."""
-    return Columns(torch.cat([part.z for part in parts]), parts[0].names)
+    own = [part.own for part in parts if part.own is not None]
+    z = torch.cat([part.z for part in parts])
+    return Columns(z, parts[0].names, torch.cat(own) if own else None)
 
 
 @torch.no_grad()
@@ -125,8 +139,8 @@ def marginals(
     sets: list[Columns], log_weights: list[Tensor], like: Marginals | None = None
 ) -> Marginals:
     """What sets of draws with log weights (S,) say of each latent; in the terms of others."""
-    smoothed = pareto_smooth(torch.cat(log_weights))[0].exp()
     whole = join_columns(sets)
+    smoothed = _weights(whole, torch.cat(log_weights))
     if like is None:
         centre, spread = _middle(whole.z)
         khat = _khats(sets, log_weights, centre)
@@ -135,13 +149,15 @@ def marginals(
         if bool(suspect.any()):
             plain = [torch.zeros_like(w) for w in log_weights]
             bare = torch.full_like(khat, -torch.inf)
-            bare[suspect] = _khats(_some(sets, suspect), plain, centre[suspect])
+            alone = [part.some(suspect)._replace(own=None) for part in sets]
+            bare[suspect] = _khats(alone, plain, centre[suspect])
             heavy = bare >= HEAVY
             # Exact draws have the tail of the latent itself, which no weight has caused.
             khat = khat.where(khat > bare + EXCESS, khat.new_tensor(-torch.inf))
         bent = [part.bent(heavy, centre, spread) for part in sets]
         if bool(heavy.any()):
-            khat[heavy] = _khats(_some(bent, heavy), log_weights, torch.zeros_like(centre[heavy]))
+            some = [part.some(heavy) for part in bent]
+            khat[heavy] = _khats(some, log_weights, torch.zeros_like(centre[heavy]))
     else:
         heavy, centre, spread = like.heavy, like.centre, like.spread
         bent = [like.of(part) for part in sets]
@@ -180,8 +196,15 @@ def effect(found: Marginals, there: Columns, shares: list[float]) -> float:
     return torch.maximum(mean.abs(), sd.log().abs()).max().item() / LIMIT
 
 
-def _some(sets: list[Columns], which: Tensor) -> list[Columns]:
-    return [Columns(part.z[:, which], []) for part in sets]
+def _weights(columns: Columns, log_weights: Tensor) -> Tensor:
+    """Weights that sum to one, shape (S, 1) or (S, D), smoothed where they have a heavy tail."""
+    if columns.own is None:
+        return pareto_smooth(log_weights)[0].exp().unsqueeze(1)
+    found = columns.own.double().softmax(0).nan_to_num(0.0)
+    khat = shapes_of(columns.own)
+    for index in (khat > UNSMOOTHED).nonzero().flatten().tolist():
+        found[:, index] = pareto_smooth(columns.own[:, index])[0].exp()
+    return found
 
 
 def _middle(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,25 +222,26 @@ def _khats(sets: list[Columns], log_weights: list[Tensor], centre: Tensor) -> Te
         columns, sums = slice(part, part + COLUMNS), 0.0
         for one, weights in zip(sets, log_weights, strict=True):
             size = (one.z[:, columns] - centre[columns]).abs().log().mT
-            rows = torch.cat([weights.double().cpu() + size, weights.double().cpu() + 2 * size])
+            own = (weights if one.own is None else one.own[:, columns].mT).double().cpu()
+            rows = torch.cat([own + size, own + 2 * size])
             sums = sums + tail_shapes(rows)
         found.append((sums / len(sets)).reshape(2, -1).amax(0))
     return torch.cat(found)
 
 
 def _moments(z: Tensor, weights: Tensor) -> Moments:
-    seen = weights > 0
-    z, weights = z[seen], weights[seen] / weights[seen].sum()
-    mean = weights @ z
-    sd = (weights @ (z - mean).square()).sqrt().clamp(min=torch.finfo(z.dtype).tiny)
+    """Under weights (S, 1) or (S, D)."""
+    z, weights = torch.where(weights > 0, z, 0.0), weights / weights.sum(0)
+    mean = (weights * z).sum(0)
+    sd = (weights * (z - mean).square()).sum(0).sqrt().clamp(min=torch.finfo(z.dtype).tiny)
     return Moments(mean, sd, *_errors(z, weights, mean, sd))
 
 
 def _errors(z: Tensor, weights: Tensor, mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
     """Standard errors by the delta method, of the mean in units of sd and of log sd."""
     unit = (z - mean) / sd
-    mean_error = (weights.square() @ unit.square()).sqrt()
-    return mean_error, (weights.square() @ (unit.square() - 1).square()).sqrt() / 2
+    mean_error = (weights * unit).square().sum(0).sqrt()
+    return mean_error, (weights * (unit.square() - 1)).square().sum(0).sqrt() / 2
 
 
 def combined(*errors: Tensor) -> Tensor:

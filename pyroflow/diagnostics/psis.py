@@ -13,6 +13,7 @@ from torch import Tensor
 LEAST_DRAWS = 25  # with fewer there is no tail to smooth
 CONFIDENCE = 1.645  # standard deviations of a 90 % interval
 PRIOR_DRAWS = 10  # exceedances that a prior on k-hat counts as
+COLUMNS = 64  # at a time
 ROUNDING = 1e-9  # spread of log weights, relative, that is no more than rounding
 
 
@@ -64,6 +65,11 @@ def tail_shapes(log_values: Tensor) -> Tensor:
     exceedances = (tail[:, :-1] - tail[:, -1:]).flip(1).clamp(min=torch.finfo(tail.dtype).tiny)
     found = _pareto_shapes(exceedances).nan_to_num(torch.inf)
     return found.masked_fill(even, -torch.inf).masked_fill(few, torch.inf)
+
+
+def shapes_of(columns: Tensor) -> Tensor:
+    """The k-hat of each column of log values (S, C), some at a time, to bound the memory."""
+    return torch.cat([tail_shapes(part) for part in columns.mT.split(COLUMNS)])
 
 
 def _pareto_shapes(x: Tensor) -> Tensor:

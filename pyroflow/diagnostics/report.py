@@ -5,18 +5,78 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.marginals import Marginals
-from pyroflow.diagnostics.psis import systematic
+from pyroflow.diagnostics.psis import shapes_of, systematic
 from pyroflow.diagnostics.wider import WideReport
 from pyroflow.inference.census import Mode
 from pyroflow.inference.missed import Missed
 from pyroflow.model.draws import Draws
 from pyroflow.seeds import seeded
 
+WORST = 3  # rows that are named
+FEWEST = 10  # draws for each number that is fitted to them
+
 Level = Literal["good", "resample", "bad"]
+
+
+@dataclass
+class RowReport:
+    """What the weights of single rows say, given the globals.
+
+    Attributes:
+        names: of the rows, by their first numbers, as "theta[3]".
+        khat: shape (R,), of the weights of each row.
+        ess_fraction: shape (R,), part of a row's draws that are effective.
+        num_candidates: draws of each row behind a marginal weight of the globals.
+        noise: variance that they leave in its logarithm.
+    """
+
+    names: list[str]
+    khat: Tensor
+    ess_fraction: Tensor
+    num_candidates: int
+    noise: float
+
+    @classmethod
+    def of(
+        cls, names: list[str], given: Tensor, leading: Tensor, num_candidates: int, noise: float
+    ) -> RowReport:
+        """From log weights of rows (S, R) given the globals (S, G)."""
+        found = _less_globals(given, leading)
+        ess = (2 * found.logsumexp(0) - (2 * found).logsumexp(0)).exp() / len(found)
+        return cls(names, shapes_of(found).cpu(), ess.cpu(), num_candidates, noise)
+
+    @property
+    def worst(self) -> list[int]:
+        """The rows with the fewest effective draws, the worst first."""
+        return self.ess_fraction.argsort()[:WORST].tolist()
+
+    def __str__(self) -> str:
+        found = [
+            f"{self.names[j]} (ESS {self.ess_fraction[j]:.1%}, k-hat {self.khat[j]:.2f})"
+            for j in self.worst
+        ]
+        return f"{len(self.names)}, {self.num_candidates} candidates each; worst {', '.join(found)}"
+
+
+def _less_globals(log_weights: Tensor, leading: Tensor) -> Tensor:
+    """Log weights (S, R) without what a square function of the globals (S, G) explains of them.
+
+    That is how likely a row's data are at other globals, which is no fault of the row's draws.
+    """
+    finite = log_weights.isfinite()
+    known = log_weights.where(finite, 0.0)
+    mean = known.sum(0) / finite.sum(0)
+    off = (known - mean).where(finite, 0.0)
+    unit = (leading - leading.mean(0)) / leading.std(0).clamp(min=1e-300)
+    design = torch.cat([torch.ones_like(unit[:, :1]), unit, unit.square()], 1)
+    if not 1 < design.shape[1] <= len(design) // FEWEST:
+        return log_weights - mean
+    return log_weights - mean - design @ torch.linalg.lstsq(design, off).solution
 
 
 @dataclass(repr=False)
@@ -47,6 +107,13 @@ class Report:
         nonfinite_sites: By site, the draws where its log density is not finite.
         rounded_sites: By site, the draws so near an edge of its support that the value is
             rounded, where the rest of the model would say something else of the draw.
+        rows: Of an :class:`~pyroflow.AutoStructuredFlow`, what the weights of single rows of its
+            plates say. The log evidence, ``ess``, ``khat`` and ``log_weights`` are then those of
+            the marginal weights of its globals, with rows drawn anew, which do not collapse where
+            the rows are many; ``draws`` have of each row one of several candidates, by its weight;
+            the ELBO is of the guide's own draws. None for other guides, and where a term of the
+            model depends on several rows.
+        by_rows: The same in words, or why the weights are not by rows.
         marginals: Mean, standard deviation and k-hat of each unconstrained latent, as the draws
             and as their weights have it.
         wide: The same by draws of a mixture wider than the guide; None where they were not taken.
@@ -85,6 +152,8 @@ class Report:
     log_weights: Tensor
     marginals: Marginals
     fewer: str = ""
+    rows: RowReport | None = None
+    by_rows: str = ""
     wide: WideReport | None = None
     modes: list[Mode] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
@@ -135,9 +204,12 @@ class Report:
             "latents": "k-hat of weight times latent and its square up to {:.2f}, at {}".format(
                 *self.marginals.worst
             ),
+            "rows": self.by_rows,
             "wider draws": str(self.wide) if self.wide else "not taken",
             "census": self.census,
         }
+        if not self.by_rows:
+            del rows["rows"]
         if self.fewer:
             rows["draws"] = self.fewer
         if self.num_nonfinite:

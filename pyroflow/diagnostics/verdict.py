@@ -8,7 +8,7 @@ from pyroflow.diagnostics.causes import Funnel
 from pyroflow.diagnostics.marginals import LIMIT, MARGIN, SURE, combined, disagreement
 from pyroflow.diagnostics.psis import khat_interval
 from pyroflow.diagnostics.report import Report
-from pyroflow.diagnostics.wider import WideReport
+from pyroflow.diagnostics.wider import UNSEEN, WideReport
 from pyroflow.inference.fit import missing
 
 EVEN_ESS = 0.95  # part of the draws, for weights so even that the draws may do as they are
@@ -17,13 +17,14 @@ EVEN_GAP, EVEN_GAP_ESS = 0.03, 0.8  # the same by the bound, which is less noisy
 LOST = 0.01
 FEW_EFFECTIVE = 100  # an error of the means of a tenth of a standard deviation
 MISSED = 0.02  # part of the posterior in modes that a guide may miss
-UNSEEN = 0.05  # nats of evidence that only wider draws find
 
 
 def has_even_weights(report: Report) -> bool:
     """Whether the weights are so nearly equal that the draws may do as they are."""
     close = report.gap <= EVEN_GAP and report.ess_fraction >= EVEN_GAP_ESS
-    return report.ess_fraction >= EVEN_ESS or close
+    # With several candidates of each row the weights are those of globals, and not of the draws.
+    joint = report.rows is None or report.rows.num_candidates == 1
+    return (joint and report.ess_fraction >= EVEN_ESS) or close
 
 
 def is_undecided(report: Report) -> bool:
@@ -115,6 +116,8 @@ def _unseen(report: Report, wide: WideReport) -> str | None:
     errors say too little, and are not allowed for.
     """
     worst, name = wide.marginals.worst
+    if wide.unseen:
+        return wide.unseen
     low, _ = khat_interval(worst, len(wide.log_weights))
     tail = low > wide.khat_threshold + MARGIN
     sure = 0.0 if tail or wide.khat_interval[0] > wide.khat_threshold else 1.0

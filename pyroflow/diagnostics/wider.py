@@ -11,13 +11,22 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, StudentT
 
 from pyroflow.diagnostics.marginals import (
+    MARGIN,
+    SURE,
     Columns,
     Marginals,
     columns_of,
     is_sound,
     marginals,
 )
-from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
+from pyroflow.diagnostics.psis import (
+    CONFIDENCE,
+    khat_interval,
+    khat_threshold,
+    pareto_smooth,
+    shapes_of,
+    tail_length,
+)
 from pyroflow.guides.coordinates import Coordinates
 from pyroflow.guides.flow_guide import FlowGuide
 from pyroflow.guides.mixture import FlowMixture
@@ -28,6 +37,8 @@ from pyroflow.seeds import drawing
 OWN, ALONG, AROUND = 0.4, 0.45, 0.15  # parts: the base's own, one direction wider, all wider
 FREEDOM, SCALE = 2.0, 1.5  # of the Student-t along a direction
 SCALES = (1.25, 1.6, 2.5, 5.0, 10.0, 20.0)  # of the whole base
+UNSEEN = 0.05  # nats of evidence that only wider draws find
+FALSE_ALARMS = 0.0027  # of all rows together
 LEARNT_FROM = 2000  # draws, the directions of the latents
 
 
@@ -41,6 +52,7 @@ class WideReport:
         marginals: of the latents; ``smoothed`` is what counts.
         log_evidence, log_evidence_se: as in the report.
         khat, khat_interval, khat_threshold: likewise.
+        unseen: of a structured guide, a row that has more mass than the guide draws, in words.
     """
 
     columns: Columns
@@ -51,9 +63,12 @@ class WideReport:
     khat: float
     khat_interval: tuple[float, float]
     khat_threshold: float
+    unseen: str = ""
 
     @classmethod
-    def of(cls, columns: Columns, log_weights: Tensor, own: Marginals) -> WideReport:
+    def of(
+        cls, columns: Columns, log_weights: Tensor, own: Marginals, unseen: str = ""
+    ) -> WideReport:
         """The report of draws, whose latents are taken as those of the guide's own are."""
         smoothed, log_sum, khat = pareto_smooth(log_weights)
         num, found = len(log_weights), int(log_weights.isfinite().sum())
@@ -67,6 +82,7 @@ class WideReport:
             khat,
             khat_interval(khat, found),
             khat_threshold(found),
+            unseen,
         )
 
     @property
@@ -226,6 +242,38 @@ def _log_ratio(base: Distribution, directions: Directions, u: Tensor) -> Tensor:
     around = around.logsumexp(0) - math.log(len(SCALES))
     parts = [own.new_full(own.shape, math.log(OWN)), math.log(ALONG) + along]
     return torch.stack([*parts, math.log(AROUND) + around]).logsumexp(0)
+
+
+def wide_rows(base: Distribution, num: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Base numbers (S, J d) of J rows wider than their base, and log m − log b of each, (S, J)."""
+    axes = torch.eye(base.event_shape[-1]).to(base.mean)
+    u = _draw(base, ways := Directions(axes, torch.full_like(axes[0], 1 / len(axes))), num * rows)
+    return u.reshape(num, -1), _log_ratio(base, ways, u).double().reshape(num, rows)
+
+
+def unseen_rows(names: list[str], each: Tensor, log_weights: Tensor) -> str:
+    """Which row has more mass in wider draws than the guide's own find, in words, if one has.
+
+    Args:
+        names: of the R rows.
+        each: log weights of wider draws of the rows, shape (S, R).
+        log_weights: of the globals, where rows are the guide's own, shape (S,).
+    """
+    weights = log_weights.softmax(0).unsqueeze(1)
+    ratio = (each - log_weights.unsqueeze(1)).exp().nan_to_num(0.0)
+    mean = (weights * ratio).sum(0)
+    error = (weights * (ratio - mean)).square().sum(0).sqrt() / mean
+    khat, num = shapes_of(each), len(each)
+    low = khat - CONFIDENCE * (1 + khat).clamp(min=0) / math.sqrt(tail_length(num))
+    level = torch.tensor(1 - FALSE_ALARMS / (2 * len(mean)), dtype=torch.float64)
+    bar = torch.special.ndtri(level).clamp(min=SURE).item()
+    # A heavy tail mostly lacks its largest weights, and its error is not allowed for.
+    over = mean.log() - (bar * error).where(low <= khat_threshold(num) + MARGIN, 0.0)
+    worst, index = over.max(0)
+    if not worst > UNSEEN:
+        return ""
+    more = mean[index].item() - 1
+    return f"wider draws of {names[int(index)]} find {more:.0%} more mass than its own"
 
 
 def _normal_log(t: Tensor) -> Tensor:

@@ -93,7 +93,10 @@ class SinhArcsinh(Bijection, TransformModule):
 
 
 def _log_slopes(intermediates: _Intermediates) -> Tensor:
-    """Of each number, log δ + log cosh(δ asinh x + ε) − ½ log(1 + x²), and √(1 + x²) = cosh(asinh x)."""
+    """Of each number: log δ + log cosh(δ asinh x + ε) − ½ log(1 + x²).
+
+    √(1 + x²) = cosh(asinh x).
+    """
     inner, outer, delta = intermediates
     return delta.log() + _log_cosh(outer) - _log_cosh(inner)
 

@@ -1,0 +1,262 @@
+"""Weights by rows of structured guides, against exact evidence and moments, right and wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+import pyroflow as pf
+from pyroflow.diagnostics import Report
+from pyroflow.transforms.affine import inverse_softplus
+
+F64 = torch.float64
+
+
+class Exact(NamedTuple):
+    """A model of one global and J rows, with what quadrature says of it."""
+
+    model: Callable
+    evidence: float
+    mu: tuple[float, float]  # mean and sd
+    theta: tuple[Tensor, Tensor]
+
+
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=F64)
+
+
+def rows_on_grids(
+    likelihood: Callable[[Tensor], Tensor], num: int, tau: float, model: Callable, width: float
+) -> Exact:
+    """Quadrature: of θ_j ~ N(mu, tau) given each mu, and then of mu ~ N(0, 1).
+
+    ``likelihood`` takes θ (K, 1) to the log likelihood of each row (K, J).
+    """
+    mu, theta = (
+        torch.linspace(-width, width, 401, dtype=F64),
+        torch.linspace(-6, 6, 1201, dtype=F64),
+    )
+    step = (theta[1] - theta[0]).log()
+    inside = likelihood(theta.unsqueeze(1))  # (K, J)
+    found, first, second = [], [], []
+    for m in mu:
+        log_p = dist.Normal(m, tau).log_prob(theta).unsqueeze(1) + inside
+        total = log_p.logsumexp(0)
+        weight = (log_p - total).exp()
+        found.append(total + step)
+        first.append(theta @ weight)
+        second.append(theta.square() @ weight)
+    log_post = torch.stack(found).sum(1) + dist.Normal(number(0.0), 1.0).log_prob(mu)
+    weight = log_post.softmax(0)
+    mean = weight @ mu
+    sd = (weight @ (mu - mean).square()).sqrt()
+    rows = weight @ torch.stack(first)
+    spread = (weight @ torch.stack(second) - rows.square()).sqrt()
+    evidence = log_post.logsumexp(0).item() + math.log(mu[1] - mu[0])
+    return Exact(model, evidence, (mean.item(), sd.item()), (rows, spread))
+
+
+def normal_rows(num: int) -> Exact:
+    draw = torch.Generator().manual_seed(num)
+    sd = torch.logspace(-0.5, 0.5, num, dtype=F64)
+    y = 0.3 + 0.7 * torch.randn(num, generator=draw, dtype=F64)
+    y = y + sd * torch.randn(num, generator=draw, dtype=F64)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(number(0.0), number(1.0)))
+        with pyro.plate("groups", num):
+            theta = pyro.sample("theta", dist.Normal(mu, number(0.7)))
+            pyro.sample("y", dist.Normal(theta, sd), obs=y)
+
+    def likelihood(theta: Tensor) -> Tensor:
+        return dist.Normal(theta, sd).log_prob(y)
+
+    width = 1.5 if num > 100 else 3.0
+    return rows_on_grids(likelihood, num, 0.7, model, width)
+
+
+def poisson_rows(num: int, indexed: bool = False) -> Exact:
+    """Counts of a few each, whose rows are skewed; attached by an index, or in the rows' plate."""
+    draw = torch.Generator().manual_seed(num)
+    rate = (0.3 + 0.7 * torch.randn(num, 3, generator=draw, dtype=F64)).exp()
+    y = torch.poisson(rate, generator=draw)
+    index = torch.arange(3 * num) % num
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(number(0.0), number(1.0)))
+        with pyro.plate("groups", num):
+            theta = pyro.sample("theta", dist.Normal(mu, number(0.7)))
+            if not indexed:
+                pyro.sample("y", dist.Poisson(theta.exp().unsqueeze(-1)).to_event(1), obs=y)
+        if indexed:
+            with pyro.plate("data", 3 * num):
+                pyro.sample("y", dist.Poisson(theta[index].exp()), obs=y.mT.flatten())
+
+    def likelihood(theta: Tensor) -> Tensor:
+        return dist.Poisson(theta.exp().unsqueeze(-1)).log_prob(y).sum(-1)
+
+    return rows_on_grids(likelihood, num, 0.7, model, 1.5)
+
+
+def fitted(model: Callable, steps: int = 40, **options: object) -> pf.AutoStructuredFlow:
+    guide = pf.AutoStructuredFlow(model, num_layers=2, **options)
+    pf.fit_guide(model, guide, steps=steps, seed=0, progress=False)
+    return guide
+
+
+@torch.no_grad()
+def spoil(guide: pf.AutoStructuredFlow, kind: str) -> None:
+    """Make a guide wrong, in one row, in all, or in the globals."""
+    affine, G = guide.affine, len(guide.affine.leading())
+    width = softplus(affine.raw_scale)
+    if kind == "a row off":
+        affine.offset[affine.rows()[0][3, 0]] += 0.3 * width[G + 3]
+    if kind == "rows narrow":
+        width[G:] *= 0.9
+    if kind == "rows a little off":
+        affine.offset[affine.rows()[0][:, 0]] += 0.03 * width[G:]
+    if kind == "globals narrow":
+        width[:G] *= 0.5
+    affine.raw_scale.copy_(inverse_softplus(width))
+
+
+def check_moments(report: Report, exact: Exact) -> None:
+    """Resampled draws have the exact means and sds, within their Monte Carlo errors."""
+    draws = report.resample(4000, seed=1)
+    error = 1 / math.sqrt(report.ess)
+    mean, sd = exact.mu
+    assert draws["mu"].mean().item() == pytest.approx(mean, abs=4.5 * error * sd)
+    assert draws["mu"].std().item() == pytest.approx(sd, rel=4.5 * error)
+    rows, spread = exact.theta
+    assert ((draws["theta"].mean(0) - rows).abs() < 5.5 * error * spread).all()
+    assert ((draws["theta"].std(0) / spread).log().abs() < 5.5 * error).all()
+
+
+@pytest.mark.parametrize("num", [8, 200])
+@pytest.mark.parametrize("family", [normal_rows, poisson_rows])
+def test_right_guides_have_exact_evidence(family: Callable, num: int) -> None:
+    exact = family(num)
+    skewed = family is poisson_rows
+    guide = fitted(exact.model, steps=150 if skewed else 40, tails=skewed)
+    report = pf.diagnose(exact.model, guide, num_samples=2000)
+    assert report.rows is not None, report.by_rows
+    assert report.level in ("good", "resample"), report
+    assert report.log_evidence == pytest.approx(exact.evidence, abs=4 * report.log_evidence_se)
+    check_moments(report, exact)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", ["a row off", "rows narrow", "rows a little off"])
+def test_what_reweighting_repairs_is_not_good(kind: str, seed: int) -> None:
+    exact = normal_rows(200)
+    guide = fitted(exact.model)
+    spoil(guide, kind)
+    report = pf.diagnose(exact.model, guide, num_samples=2000, seed=seed)
+    assert report.level == "resample", report.verdict
+    assert report.log_evidence == pytest.approx(exact.evidence, abs=4 * report.log_evidence_se)
+    check_moments(report, exact)
+    if kind == "a row off":
+        assert report.rows.names[report.rows.worst[0]] == "theta[3]"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("num", [8, 200])
+def test_narrow_globals_are_not_good(num: int, seed: int) -> None:
+    exact = normal_rows(num)
+    guide = fitted(exact.model)
+    spoil(guide, "globals narrow")
+    report = pf.diagnose(exact.model, guide, num_samples=2000, seed=seed)
+    assert report.level != "good"
+    assert report.khat > 0.4
+
+
+def test_a_row_with_two_modes_is_not_good() -> None:
+    """The data of row 5 say θ² only, and the guide is at one of the roots."""
+    num = 40
+    sign = torch.ones(num, dtype=F64)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(number(0.0), number(1.0)))
+        with pyro.plate("groups", num):
+            theta = pyro.sample("theta", dist.Normal(mu, number(1.0)))
+            seen = torch.where(torch.arange(num) == 5, theta.square(), theta)
+            pyro.sample("y", dist.Normal(seen, 0.3), obs=sign)
+
+    guide = pf.AutoStructuredFlow(model, num_layers=0, init_loc_fn=lambda site: site["fn"].mean + 1)
+    pf.fit_guide(model, guide, steps=20, seed=0, progress=False)
+    report = pf.diagnose(model, guide, num_samples=2000)
+    assert report.rows is not None, report.by_rows
+    assert report.level == "bad", report.verdict
+    # What wider draws of single rows say of it, without the search for modes.
+    assert report.wide.unseen.startswith("wider draws of theta[5] find")
+
+
+@pytest.mark.parametrize("kind", ["indexed", "nested", "beside"])
+def test_other_shapes(kind: str) -> None:
+    """Rows by an index have their exact evidence; nested and double plates that of joint weights."""
+    if kind == "indexed":
+        exact = poisson_rows(30, indexed=True)
+        guide, evidence = fitted(exact.model), exact.evidence
+        model = exact.model
+    else:
+        model = nested if kind == "nested" else beside
+        guide = fitted(model, 100)
+        joint = pf.diagnose(model, guide, num_samples=20_000)
+        evidence = joint.log_evidence
+        with torch.no_grad():
+            for p in guide.affine.rows():
+                guide.affine.offset[p] += 0.05
+    report = pf.diagnose(model, guide, num_samples=2000)
+    assert report.rows is not None, report.by_rows
+    assert report.rows.num_candidates > 1 or kind == "indexed"
+    error = math.hypot(report.log_evidence_se, 0.003)
+    assert report.log_evidence == pytest.approx(evidence, abs=4 * error)
+    assert report.level in ("good", "resample")
+
+
+def nested() -> None:
+    top = pyro.sample("top", dist.Normal(number(0.0), number(1.0)))
+    with pyro.plate("districts", 20, dim=-2):
+        a = pyro.sample("a", dist.Normal(top, 0.5))
+        with pyro.plate("schools", 3, dim=-1):
+            b = pyro.sample("b", dist.Normal(a, 0.5))
+            data = torch.linspace(-1, 1, 60, dtype=F64).reshape(20, 3)
+            pyro.sample("y", dist.Normal(b, 0.5), obs=data)
+
+
+def beside() -> None:
+    scale = pyro.sample("scale", dist.LogNormal(number(0.0), number(0.5)))
+    with pyro.plate("cats", 30):
+        a = pyro.sample("a", dist.Normal(number(0.0), scale))
+        pyro.sample("x", dist.Normal(a, 0.5), obs=torch.linspace(-1, 1, 30, dtype=F64))
+    with pyro.plate("dogs", 20):
+        b = pyro.sample("b", dist.Normal(number(0.0), scale))
+        pyro.sample("y", dist.Normal(b, 0.5), obs=torch.linspace(-2, 1, 20, dtype=F64))
+
+
+def test_joint_weights_where_rows_are_not_apart() -> None:
+    site, year = torch.arange(40) % 8, torch.arange(40) // 8
+
+    def model() -> None:
+        with pyro.plate("sites", 8):
+            a = pyro.sample("a", dist.Normal(number(0.0), number(1.0)))
+        with pyro.plate("years", 5):
+            b = pyro.sample("b", dist.Normal(number(0.0), number(1.0)))
+        both = torch.cat([a[site] + b[year], a])
+        pyro.factor("y", -both.square().sum())
+
+    guide = fitted(model, 20)
+    assert guide.affine.rows()
+    report = pf.diagnose(model, guide, num_samples=1000)
+    assert report.rows is None
+    assert "site 'y' has a term of several rows" in report.by_rows
+    assert "several rows" in str(report)
+    assert report.level == "good"
