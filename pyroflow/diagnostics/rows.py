@@ -137,8 +137,7 @@ class Candidates:
             other = torch.special.ndtri(((start + shift) % 1).clamp(TINY, 1 - EDGE)).to(eps)
             there = self.rows.at(x, inner, other)
             again, terms = self.terms(there)
-            if not agree(again.to(x), first.to(x)):
-                raise ValueError("a term of no row changes with them")
+            self.terms.check_rest(again, first)
             log_weight = _number(terms - self.rows.log_q(other))
             total = torch.logaddexp(total, log_weight)
             with drawing():

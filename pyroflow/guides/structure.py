@@ -172,9 +172,14 @@ class GivenGlobals:
         found[:, self.leading] = x[:, self.leading]
         return found
 
-    def log_q(self, eps: Tensor) -> Tensor:
-        """The density of each row given the globals, at base numbers (S, D), shape (S, R)."""
-        found = -eps.double().square() / 2 - math.log(2 * math.pi) / 2
+    def log_det(self, eps: Tensor) -> Tensor:
+        """The log |det ∂x_j/∂ε_j| of each row at base numbers (S, D), shape (S, R)."""
+        slopes = torch.zeros_like(eps)
         for t in self.tails:
-            found = found - t.log_slopes(eps)
-        return self.affine.by_rows(found) - self.affine.row_log_dets()
+            slopes = slopes + t.log_slopes(eps)
+        return self.affine.by_rows(slopes.double()) + self.affine.row_log_dets()
+
+    def log_q(self, eps: Tensor) -> Tensor:
+        """The log density of each row given the globals, at base numbers (S, D), shape (S, R)."""
+        normal = -eps.double().square() / 2 - math.log(2 * math.pi) / 2
+        return self.affine.by_rows(normal) - self.log_det(eps)

@@ -55,9 +55,10 @@ class Chains:
             line, half-lines and intervals it is that of the unconstrained latents too.
         ess: The smallest of their bulk and tail effective sample sizes.
         acceptance: Part of the proposals that were accepted, of all kinds.
-        acceptances: The same by kind, "independence" and "HMC".
-        longest_rejection: The longest run of steps that a chain stayed where it was.
-        method: "independence", "independence and HMC" or "HMC".
+        acceptances: The same by kind, "independence" and "HMC", or "globals" and "rows".
+        longest_rejection: The longest run of steps that a chain stayed where it was; of "rows",
+            that its globals or one of its rows did.
+        method: "independence", "independence and HMC", "HMC", or "globals and rows".
         num_chains: C.
         num_samples: Draws of each chain, after the warm-up.
         seconds: Wall-clock time.

@@ -13,29 +13,31 @@ from tqdm.auto import tqdm
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
-from pyroflow.mcmc.chains import Chains, Recorded, is_short, result, times_as_long
+from pyroflow.mcmc.chains import Chains, Recorded, is_short, judge, result, times_as_long
 from pyroflow.mcmc.convergence import LEAST_DRAWS
 from pyroflow.mcmc.hmc import HMC
 from pyroflow.mcmc.independence import Independence, Proposal
 from pyroflow.mcmc.pilot import Pilot, take_pilot
+from pyroflow.mcmc.row_wise import RowWise, row_wise
 from pyroflow.mcmc.target import Points, Target
 from pyroflow.model.bound import BoundModel, check_latents, check_sites
 from pyroflow.seeds import between_draws, one_at_a_time, seeded
 
-METHODS = ("independence", "independence and HMC", "HMC")
+METHODS = ("independence", "independence and HMC", "HMC", "rows")
 MOSTLY, IN_TURNS = 0.5, 0.05  # acceptances above which independence does most, or is of use
 STAY = 0.02  # of a chain, the longest expected stay without HMC; the longest of all is longer
 PERIOD = 8  # steps to one of HMC, where independence does most
 
-CHAINS, CHAINS_ONE_BY_ONE = 128, 8
+CHAINS, CHAINS_ONE_BY_ONE, CHAINS_WIDE = 128, 8, 16  # the last, of more than 256 latents
 PILOT, PILOT_ONE_BY_ONE = 10_000, 200  # draws
+WIDE, NUMBERS, LEAST_PILOT = 256, 1e7, 1000  # latents, and numbers of a pilot set, for fewer draws
 WARMUP, WARMUP_HMC = 100, 400
 
 LONGER_RUNS = 2  # after a first one whose chains disagree
 NEAR_RHAT = 1.1  # above which HMC in each step is not tried
 MOST_THIN, MARGIN = 4, 1.2  # steps to a draw, and by how much they exceed what R-hat asks for
 
-Kernel = Independence | HMC
+Kernel = Independence | HMC | RowWise
 
 
 @one_at_a_time
@@ -63,10 +65,14 @@ def mcmc(
     - ``"HMC"``: Hamiltonian trajectories over the guide, with the step size, the length and a unit
       of each number found in the warm-up.
     - ``"independence and HMC"``: in turns.
+    - ``"rows"``: of an :class:`~pyroflow.AutoStructuredFlow`, steps of the globals, with which the
+      rows move, and steps in which each row accepts or rejects by itself. Its acceptance does not
+      fall with the number of rows.
 
     A pilot set of the guide's draws says which by default. Where over half of the proposals will
     be accepted, it is the first, or, if a chain would stay for long where its weight is large,
-    eight of its steps to one of HMC; where over 5 %, it is the last; and else HMC alone. The
+    eight of its steps to one of HMC; where over 5 %, it is both in turns; and else HMC alone. Where
+    the first does not do for a structured guide, it is the last, if rows can be told apart. The
     result's ``method`` says which it was. Energies are in float64, whatever the model's dtype.
     Chains start from draws by their importance weights, a quarter of them from the guide's draws
     as they are.
@@ -90,12 +96,13 @@ def mcmc(
         args: Positional arguments of model and guide.
         kwargs: Keyword arguments of model and guide.
         num_samples: Draws of each chain, at least 4.
-        num_chains: C; by default 128, and 8 where each point takes a run of the model.
+        num_chains: C; by default 128, 16 of more than 256 latents, and 8 where each point takes a
+            run of the model.
         seed: Makes the draws reproducible, without touching the global generator; None for others
             each time.
         warmup: Steps before those, which are left out; by default 100, and 400 where HMC does
             half of them or all.
-        method: One of the three above, or "auto".
+        method: One of the four above, or "auto".
         wide: Part of the proposals that come from the wider distribution, from 0 to below 1.
         progress: Show a progress bar.
 
@@ -103,7 +110,7 @@ def mcmc(
         The draws, with R-hat, effective sample sizes and a verdict.
 
     Raises:
-        TypeError: If the guide is of another family.
+        TypeError: If the guide is of another family, or has no rows for the method "rows".
         ValueError: If the guide was never fitted or set up, or for other latents; if a latent site
             is discrete, or a plate subsamples; if the log density is finite nowhere (each names
             the site); if an option is out of range.
@@ -157,22 +164,31 @@ class Sampler:
         self.began, self.model = time.perf_counter(), model
         self.bound = _bound(model, guide, args, kwargs)
         with between_draws():
-            self.target = target = Target(self.bound, guide, num_chains or CHAINS)
+            dim = guide.latent_dim
+            chains = CHAINS if dim <= WIDE else CHAINS_WIDE
+            self.target = target = Target(self.bound, guide, num_chains or chains)
             self.slow = slow = target.log_joint.one_by_one
-            self.num_chains = num_chains or (CHAINS_ONE_BY_ONE if slow else CHAINS)
+            self.num_chains = num_chains or (CHAINS_ONE_BY_ONE if slow else chains)
             if slow:
                 target.log_joint.num = self.num_chains
             self.proposal = Proposal(target.base, float(wide))
-            num = PILOT_ONE_BY_ONE if slow else PILOT
+            most = max(LEAST_PILOT, int(NUMBERS / dim))
+            num = PILOT_ONE_BY_ONE if slow else min(PILOT, most)
             self.pilot = pilot = take_pilot(self.bound, target, self.proposal, num)
             self.points = pilot.starts(self.num_chains, target if spread else None)
-        if method == "auto":
+        auto, self.rows = method == "auto", None
+        if auto:
             method = _method(pilot, self.num_chains, num_samples)
+        if method == "rows" or (auto and method != "independence"):
+            given = pilot.points, self.num_chains, float(wide)
+            self.rows = row_wise(target, guide, *given, needed=not auto)
+            method = "rows" if self.rows else method
         mostly = method != "HMC" and pilot.acceptance > MOSTLY
         if warmup is None:
-            warmup = WARMUP if mostly or method == "independence" else WARMUP_HMC
-        self.independent = method != "HMC"
-        self.hmc = None if method == "independence" else HMC(target, warmup)
+            short = mostly or method in ("independence", "rows")
+            warmup = WARMUP if short else WARMUP_HMC
+        self.independent = method in ("independence", "independence and HMC")
+        self.hmc = HMC(target, warmup) if "HMC" in method else None
         self.warmup, self.period = warmup, PERIOD if mostly else 1
 
     def run(self, num_samples: int, *, thin: int = 1, progress: bool = False) -> Chains:
@@ -181,13 +197,16 @@ class Sampler:
         with between_draws():
             if self.independent:
                 kernels.append(Independence(self.target, self.proposal, self.num_chains, steps))
-            if self.hmc is not None:
-                kernels.append(self.hmc)
+            kernels += [kernel for kernel in (self.rows, self.hmc) if kernel is not None]
             options = {"warmup": self.warmup, "period": self.period, "thin": thin}
             recorded = run(kernels, self.points, num_samples, **options, progress=progress)
         self.points, self.warmup = recorded.last, 0
-        rates = {kernel.name: sum(kernel.rates) / len(kernel.rates) for kernel in kernels}
+        parts = self.rows.parts if self.rows else kernels
+        rates = {part.name: sum(part.rates) / len(part.rates) for part in parts}
         chains = result(self.model, self.bound, self.pilot, rates, recorded, self.slow)
+        if self.rows is not None:  # a chain moves where only one of its rows does
+            chains.longest_rejection = math.ceil(self.rows.longest / thin)
+            judge(chains)
         chains.seconds = time.perf_counter() - self.began
         return chains
 

@@ -35,6 +35,7 @@ class RowTerms:
         rows: of each plate the places of its rows' numbers, (J, d).
         points: an even number of draws of the guide, shape (P, D), of which one is moved to the
             next.
+        num: points at which the terms are asked for at once, as far as the memory has room.
 
     Attributes:
         num: how many rows there are in all plates together, R.
@@ -46,13 +47,16 @@ class RowTerms:
             sum is not the log joint; the message names the site.
     """
 
-    def __init__(self, log_joint: LogJoint, rows: Sequence[Tensor], points: Tensor) -> None:
+    def __init__(
+        self, log_joint: LogJoint, rows: Sequence[Tensor], points: Tensor, num: int = NUMBERS
+    ) -> None:
         self.log_joint, self.num = log_joint, sum(map(len, rows))
         runs = log_joint.runs
         if not self.num:
             raise ValueError("there are no rows")
         if runs.way != runs.by_vmap:
             raise ValueError("draws cannot run side by side")
+        self.like = points[:0]
         self.row = torch.full_like(points[0], GLOBAL, dtype=torch.long)
         start = 0
         for places in rows:
@@ -60,8 +64,9 @@ class RowTerms:
             self.row[places] = own.unsqueeze(1).expand_as(places)
             start += len(places)
         self.owners = self._owners(points)
+        self._starts = {key: _start(owner) for key, owner in self.owners.items()}
         numbers = sum(map(len, self.owners.values())) + len(points[0])
-        self.at_once = max(1, NUMBERS // (4 * numbers))
+        self.at_once = max(1, min(num, NUMBERS // (4 * numbers)))
         self._evaluate = self._recorded(points)
         found, rest = self(points)
         if not agree((found + rest.sum(1)).to(points), log_joint.values(points)):
@@ -74,6 +79,11 @@ class RowTerms:
         parts = [self._evaluate(_padded(part, num), *moved_by) for part in x.split(num)]
         first, rest = (torch.cat(found)[: len(x)] for found in zip(*parts, strict=True))
         return first, rest
+
+    def check_rest(self, found: Tensor, before: Tensor) -> None:
+        """Raise ``ValueError`` if f₀ is another one where only rows have moved."""
+        if not agree(found.to(self.like), before.to(self.like)):
+            raise ValueError("a term of no row changes with them")
 
     def _terms(self, x: Tensor, *moved_by: Tensor) -> dict[Key, Tensor]:
         """All terms at x (D,), flat; NaN where the coordinates say more than z has digits for."""
@@ -135,17 +145,24 @@ class RowTerms:
         first = x.new_zeros(len(x), dtype=torch.float64)
         rest = x.new_zeros(len(x), self.num, dtype=torch.float64)
         for key, term in terms.items():
-            term, owner = term.double(), self.owners[key]
-            own, start = owner != GLOBAL, int(owner[:1].sum())
-            if not bool(own.any()):
-                first = first + term.sum(1)
-            elif torch.equal(owner, start + torch.arange(len(owner), device=owner.device)):
-                rest = rest + pad(term, (start, self.num - start - len(owner)))
+            start, own = self._starts[key], self.owners[key]
+            if start is None:
+                of_rows = term.where(own != GLOBAL, 0.0).double()
+                first = first + term.where(own == GLOBAL, 0.0).double().sum(1)
+                rest = rest.scatter_add(1, own.clamp(min=0).expand_as(term), of_rows)
+            elif start == GLOBAL:
+                first = first + term.double().sum(1)
             else:
-                first = first + term.where(~own, 0.0).sum(1)
-                index = owner.clamp(min=0).expand_as(term)
-                rest = rest.scatter_add(1, index, term.where(own, 0.0))
+                rest = rest + pad(term.double(), (start, self.num - start - len(own)))
         return first, rest
+
+
+def _start(owner: Tensor) -> int | None:
+    """The first of the rows, where terms are one of each in turn, −1 where all are of none."""
+    if bool((owner == GLOBAL).all()):
+        return GLOBAL
+    in_turn = owner[0] + torch.arange(len(owner), device=owner.device)
+    return int(owner[0]) if owner[0] != GLOBAL and torch.equal(owner, in_turn) else None
 
 
 def _densities(record: Record) -> Tensor:
