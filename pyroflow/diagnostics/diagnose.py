@@ -50,7 +50,8 @@ def diagnose(
        unconstrained latent and its square, so that a wrong standard deviation shows; the means
        and standard deviations of the draws, with and without weights. One k-hat is noise: at
        10,000 draws it strays by 0.1. As long as its interval holds the threshold, another set of
-       draws is taken and the k-hats are averaged. The other numbers are of all draws together.
+       draws is taken and the k-hats are averaged. The other numbers are of all draws together. Of
+       an :class:`~pyroflow.AutoStructuredFlow` globals have marginal weights, and rows their own.
     2. For guides of the :class:`~pyroflow.AutoFlow` family, draws of a mixture wider than the
        guide, which see heavier tails than its own. Where they are sound, they decide.
     3. For the same, with up to 256 latents, a census of the modes of the posterior: what the

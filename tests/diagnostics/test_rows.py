@@ -167,3 +167,17 @@ def test_joint_weights_where_rows_are_not_apart() -> None:
     assert "site 'y' has a term of several rows" in report.by_rows
     assert "several rows" in str(report)
     assert report.level == "good"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["right", "a row off", "rows narrow", "globals narrow"])
+def test_two_thousand_rows(kind: str) -> None:
+    exact = normal_rows(2000)
+    guide = fitted(exact.model)
+    spoil(guide, kind)
+    report = pf.diagnose(exact.model, guide, num_samples=2000)
+    levels = {"right": ("good",), "globals narrow": ("bad", "resample")}
+    assert report.level in levels.get(kind, ("resample",)), report
+    if kind != "globals narrow":
+        assert report.log_evidence == pytest.approx(exact.evidence, abs=4 * report.log_evidence_se)
+        check_moments(report, exact)
