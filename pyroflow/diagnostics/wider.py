@@ -246,7 +246,8 @@ def _log_ratio(base: Distribution, directions: Directions, u: Tensor) -> Tensor:
 
 def wide_rows(base: Distribution, num: int, rows: int) -> tuple[Tensor, Tensor]:
     """Base numbers (S, J d) of J rows wider than their base, and log m − log b of each, (S, J)."""
-    axes = torch.eye(base.event_shape[-1]).to(base.mean)
+    mean = base.mean
+    axes = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
     u = _draw(base, ways := Directions(axes, torch.full_like(axes[0], 1 / len(axes))), num * rows)
     return u.reshape(num, -1), _log_ratio(base, ways, u).double().reshape(num, rows)
 
@@ -265,7 +266,7 @@ def unseen_rows(names: list[str], each: Tensor, log_weights: Tensor) -> str:
     error = (weights * (ratio - mean)).square().sum(0).sqrt() / mean
     khat, num = shapes_of(each), len(each)
     low = khat - CONFIDENCE * (1 + khat).clamp(min=0) / math.sqrt(tail_length(num))
-    level = torch.tensor(1 - FALSE_ALARMS / (2 * len(mean)), dtype=torch.float64)
+    level = mean.new_tensor(1 - FALSE_ALARMS / (2 * len(mean)))
     bar = torch.special.ndtri(level).clamp(min=SURE).item()
     # A heavy tail mostly lacks its largest weights, and its error is not allowed for.
     over = mean.log() - (bar * error).where(low <= khat_threshold(num) + MARGIN, 0.0)

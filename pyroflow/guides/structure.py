@@ -18,6 +18,7 @@ from pyroflow.model.records import Given, quietly
 from pyroflow.model.sites import LatentSite
 from pyroflow.seeds import seeded
 from pyroflow.transforms import SinhArcsinh
+from pyroflow.transforms.kernels.units import softplus
 
 WIDEST_ROW = 30  # numbers of a row, whose factor is a full triangle
 SPREADS = (0.1, 0.5, 1.0, 2.0, 0.1)  # of the points that are tried
@@ -177,9 +178,16 @@ class GivenGlobals:
         slopes = torch.zeros_like(eps)
         for t in self.tails:
             slopes = slopes + t.log_slopes(eps)
-        return self.affine.by_rows(slopes.double()) + self.affine.row_log_dets()
+        widths = softplus(self.affine.raw_scale).log()
+        units = [getattr(self.affine, f"unit_{p}") for p in range(len(self.affine.shapes))]
+        units = [unit.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1) for unit in units]
+        return self._by_rows((slopes + widths).double()) + torch.cat(units)
 
     def log_q(self, eps: Tensor) -> Tensor:
         """The log density of each row given the globals, at base numbers (S, D), shape (S, R)."""
         normal = -eps.double().square() / 2 - math.log(2 * math.pi) / 2
-        return self.affine.by_rows(normal) - self.log_det(eps)
+        return self._by_rows(normal) - self.log_det(eps)
+
+    def _by_rows(self, numbers: Tensor) -> Tensor:
+        """The sums over each row of numbers (S, D) in the order of the base, (S, R)."""
+        return torch.cat([part.sum(-1) for part in self.affine._split(numbers)[1:]], -1)

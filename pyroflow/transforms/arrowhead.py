@@ -173,17 +173,6 @@ class Arrowhead(Bijection, TransformModule):
         parts = self.order.split(sizes)[1:]
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-    def by_rows(self, numbers: Tensor) -> Tensor:
-        """The sums over each row of numbers (*B, D) in the order of the base, (*B, rows)."""
-        return torch.cat([part.sum(-1) for part in self._split(numbers)[1:]], -1)
-
-    def row_log_dets(self) -> Tensor:
-        """Of each row, log |det ∂y_j/∂ε_j|, in the order of the plates."""
-        widths = self._split(softplus(self.raw_scale).log())[1:]
-        units = [getattr(self, f"unit_{p}") for p in range(len(widths))]
-        found = [C.diagonal(dim1=-2, dim2=-1).abs().log() for C in units]
-        return torch.cat([(s + c).sum(-1) for s, c in zip(widths, found, strict=True)])
-
     def _split(self, x: Tensor) -> list[Tensor]:
         """The global numbers (*B, G), and (*B, J, d) of each plate."""
         first, *rest = x.split([len(self.lower), *(J * d for J, d in self.shapes)], -1)
