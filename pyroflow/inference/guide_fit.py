@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ from pyroflow.seeds import between_draws, drawing, seeded
 
 GAUSSIAN_PART = 0.2  # of the steps, on the affine layer alone
 ANNEALED_PART = 0.5  # of the rest, where a guide is fitted by traces
-WINDOW = 800  # steps that the loss must have been flat; the noise of a bound hides slow gains
+WINDOW, LEAST_WINDOW = 800, 200  # steps of a flat loss, whose noise hides slow gains; if dear
 WIDEST_WARM_START = 256  # latents, beyond which the Hessians cost more than they save
+ROUNDED = 1e-5  # part of the largest number, by which those of a start may differ
 RATE = 0.03  # the highest learning rate
 MANY = 32  # latents, above which that of an arrowhead falls as the root of their number
 LEAST_GAIN = 0.02  # nats, that more layers must have brought
@@ -156,9 +158,10 @@ class GuideFit:
             if self.by_log_joint and bound.log_joint.traced:
                 objective.steady, objective.weight = bound.steady, beta
         depth = getattr(self.guide, "num_layers", None)
+        window = bound.problem.runs.few(WINDOW, LEAST_WINDOW, rows=self.structured)
         trainer = Trainer(
             objective,
-            LearningRateSchedule(steps, StopRule(window=WINDOW) if self.early_stop else None),
+            LearningRateSchedule(steps, StopRule(window=window) if self.early_stop else None),
             label="fit_guide",
             settings=self.settings | {"num_layers": depth, "part": part},
             resume=resume,
@@ -180,7 +183,8 @@ class GuideFit:
         bound = self.bound
         options = {"buffers": bound.buffers() + self.ends, "keep_last": bound.keep_last}
         if self.early_stop and bound.objective == "elbo":
-            options["enough"] = nothing_left
+            dim = self.guide.latent_dim if self.structured else 1
+            options["enough"] = partial(nothing_left, dim=dim)
         if self.structured:
             options["groups"] = _groups(self.guide, parameters, self.shared["lr"])
         return Objective(parameters, loss, bound.score, processes=bound.processes, **options)
@@ -242,8 +246,8 @@ def _started(log_joint: LogJoint, guide: AutoFlow, ends: list[Tensor], bar: tqdm
 
 
 def _groups(guide: AutoStructuredFlow, parameters: list[Tensor], lr: float) -> list[dict]:
-    """Torch's parameter groups: slower steps of the affine layer, as the errors of rows add up."""
-    own = {id(p) for p in guide.affine.parameters()}
+    """Torch's parameter groups: slower steps of what rows have, as their errors add up."""
+    own = {id(p) for part in guide.flow.parts[-1 - guide.tails :] for p in part.parameters()}
     slow = lr * min(1.0, math.sqrt(MANY / guide.latent_dim))
     groups = [
         {"params": [p for p in parameters if (id(p) in own) == mine], "peak": rate}
@@ -279,7 +283,9 @@ def _untouched(guide: AutoFlow) -> bool:
         return True
     offset, _, *lower = guide.affine.trained()
     moved = bool(guide.affine.centre.any())
-    at_start = torch.allclose(offset, guide.start())  # the coordinates may round it
+    start = guide.start()
+    rounded = ROUNDED * start.abs().max().item()  # by the coordinates, numbers near 0 too
+    at_start = torch.allclose(offset, start, atol=rounded)
     return not moved and at_start and not any(t.any() for t in lower)
 
 
