@@ -225,7 +225,8 @@ def draw(stored: dict[str, Any], path: Path) -> None:
                 axis.plot(part[along], part[value].clip(lower=1e-3), "o-", label=name)
             label = "KL(q ‖ p), nats, normal rows" if value == "KL" else f"{value}, {OURS}"
             axis.set(xscale="log", yscale="log", xlabel=along, ylabel=label)
-            axis.legend(fontsize=7)
+            if len(lines):
+                axis.legend(fontsize=7)
     drawing.save_figure(figure, path)
 
 
