@@ -37,7 +37,7 @@ GAUSSIAN_PART = 0.2  # of the steps, on the affine layer alone
 ANNEALED_PART = 0.5  # of the rest, where a guide is fitted by traces
 WINDOW, LEAST_WINDOW = 800, 200  # steps of a flat loss, whose noise hides slow gains; if dear
 WIDEST_WARM_START = 256  # latents, beyond which the Hessians cost more than they save
-ROUNDED = 1e-5  # part of the largest number, by which those of a start may differ
+ROUNDED = 1e-5  # part of the largest number, by which coordinates may round those of a start
 RATE = 0.03  # the highest learning rate
 MANY = 32  # latents, above which that of an arrowhead falls as the root of their number
 LEAST_GAIN = 0.02  # nats, that more layers must have brought
@@ -183,8 +183,7 @@ class GuideFit:
         bound = self.bound
         options = {"buffers": bound.buffers() + self.ends, "keep_last": bound.keep_last}
         if self.early_stop and bound.objective == "elbo":
-            dim = self.guide.latent_dim if self.structured else 1
-            options["enough"] = partial(nothing_left, dim=dim)
+            options["enough"] = partial(nothing_left, dim=self.guide.latent_dim * self.structured)
         if self.structured:
             options["groups"] = _groups(self.guide, parameters, self.shared["lr"])
         return Objective(parameters, loss, bound.score, processes=bound.processes, **options)
@@ -284,8 +283,7 @@ def _untouched(guide: AutoFlow) -> bool:
     offset, _, *lower = guide.affine.trained()
     moved = bool(guide.affine.centre.any())
     start = guide.start()
-    rounded = ROUNDED * start.abs().max().item()  # by the coordinates, numbers near 0 too
-    at_start = torch.allclose(offset, start, atol=rounded)
+    at_start = torch.allclose(offset, start, atol=ROUNDED * start.abs().max().item())
     return not moved and at_start and not any(t.any() for t in lower)
 
 
