@@ -37,7 +37,6 @@ GAUSSIAN_PART = 0.2  # of the steps, on the affine layer alone
 ANNEALED_PART = 0.5  # of the rest, where a guide is fitted by traces
 WINDOW, LEAST_WINDOW = 800, 200  # steps of a flat loss, whose noise hides slow gains; if dear
 WIDEST_WARM_START = 256  # latents, beyond which the Hessians cost more than they save
-ROUNDED = 1e-5  # part of the largest number, by which coordinates may round those of a start
 RATE = 0.03  # the highest learning rate
 MANY = 32  # latents, above which that of an arrowhead falls as the root of their number
 LEAST_GAIN = 0.02  # nats, that more layers must have brought
@@ -153,7 +152,7 @@ class GuideFit:
             )
             objective.stateful = [annealing]
         else:
-            beta = annealing or self._default_annealing(steps)
+            beta = annealing or _default_annealing(steps, not self.by_log_joint and self.spent > 0)
             objective = self._objective(bound.parameters(), lambda step: bound.loss(beta(step)))
             if self.by_log_joint and bound.log_joint.traced:
                 objective.steady, objective.weight = bound.steady, beta
@@ -173,11 +172,6 @@ class GuideFit:
         if trainer.state.stopped:  # with nothing left to gain, or for good
             return fit, 0.0
         return fit, before["best_loss"] - fit.best_loss if before else math.inf
-
-    def _default_annealing(self, steps: int) -> Callable[[int], float]:
-        if self.by_log_joint or not self.spent:
-            return lambda step: 1.0
-        return lambda step: min(1.0, 0.1 + 0.9 * step / (ANNEALED_PART * steps))
 
     def _objective(self, parameters: list[Tensor], loss: Callable[[int], Tensor]) -> Objective:
         bound = self.bound
@@ -201,6 +195,12 @@ class GuideFit:
         if num > 0:
             with drawing():
                 self.guide.grow(num)
+
+
+def _default_annealing(steps: int, rises: bool) -> Callable[[int], float]:
+    if not rises:
+        return lambda step: 1.0
+    return lambda step: min(1.0, 0.1 + 0.9 * step / (ANNEALED_PART * steps))
 
 
 @torch.no_grad()
@@ -282,8 +282,8 @@ def _untouched(guide: AutoFlow) -> bool:
         return True
     offset, _, *lower = guide.affine.trained()
     moved = bool(guide.affine.centre.any())
-    start = guide.start()
-    at_start = torch.allclose(offset, start, atol=ROUNDED * start.abs().max().item())
+    start = guide.start()  # the coordinates may round it
+    at_start = torch.allclose(offset, start, atol=1e-5 * start.abs().max().item())
     return not moved and at_start and not any(t.any() for t in lower)
 
 

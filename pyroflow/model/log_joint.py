@@ -85,8 +85,7 @@ class LogJoint:
         if self.runs.dear:
             return self.values_and_gradients(x)[0]
         with pyro.validation_enabled(False):
-            parts = x.split(self.runs.at_once(len(x)))
-            return torch.cat([self._evaluated(part) for part in parts])
+            return torch.cat([self._evaluated(x) for x in x.split(self.runs.at_once(len(x)))])
 
     def values_and_gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The log joint at x (S, D) and its gradient, shapes (S,) and (S, D)."""
