@@ -40,8 +40,9 @@ nuts: $(INSTALLED) $(JAX_VENV)/installed  ## Pyro's and numpyro's NUTS on the sa
 trust: $(INSTALLED)  ## The verdicts of pf.posterior on 110 small posteriors with exact answers, three seeds, with resume.
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.trust run
 
-scale: $(INSTALLED)  ## pf.posterior on regressions of 1,000 to 1,000,000 rows, with resume; half an hour.
+scale: $(INSTALLED)  ## Regressions of 1,000 to 1,000,000 rows, and 100 to 100,000 groups, with resume; two hours.
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.scale run
+	cd tests && ../$(BIN)/python -m benchmarks.group_scale run --threads 2
 
 device: $(INSTALLED)  ## Values, fits, speed and memory on the GPU, or on the CPU where there is none; minutes.
 	cd tests && ../$(BIN)/python -m benchmarks.device run

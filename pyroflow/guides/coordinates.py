@@ -22,7 +22,7 @@ from pyroflow.transforms.bijection import Pair, Parameters
 
 Description = dict[str, Any]
 
-CHUNK = 500  # points side by side, as each may take a matrix
+CHUNK, NUMBERS = 500, 2**22  # points side by side, as each may take a matrix; and their numbers
 # Tensors of a site: of Pyro's form, of numbers, and of vectors whose coordinates were found.
 POWERS, NUMBERS, VECTORS = 1, 5, 6
 
@@ -105,7 +105,7 @@ class Coordinates(Bijection, TransformModule):
 
     def read(self, z: Tensor) -> list[Prior]:
         """The priors of the sites at z (*B, D), each part with the shape (*B, *shape of site)."""
-        found = torch.func.vmap(self.priors, chunk_size=CHUNK)(z.reshape(-1, z.shape[-1]))
+        found = torch.func.vmap(self.priors, chunk_size=_chunk(z))(z.reshape(-1, z.shape[-1]))
         found = [t.reshape((*z.shape[:-1], *t.shape[1:])) for t in found]
         parts = zip(found[0::3], found[1::3], found[2::3], self.sites, strict=True)
         return [Prior(*three, site["matrix"]) for *three, site in parts]
@@ -152,7 +152,7 @@ class Coordinates(Bijection, TransformModule):
         """The z at x (*B, D), log |det ∂z/∂x|, and how far z is rounded, in sds of a prior."""
         if not x.numel():
             return x, x.sum(-1), x.sum(-1)
-        run = torch.func.vmap(self.to_z, (0, *(None for _ in tensors)), chunk_size=CHUNK)
+        run = torch.func.vmap(self.to_z, (0, *(None for _ in tensors)), chunk_size=_chunk(x))
         z, log_det, lost = run(x.reshape(-1, x.shape[-1]), *tensors)
         batch = x.shape[:-1]
         return z.reshape(x.shape), log_det.reshape(batch), lost.reshape(batch)
@@ -181,6 +181,10 @@ class Coordinates(Bijection, TransformModule):
 def _before(z: Tensor, site: Description) -> Tensor:
     """The numbers of the sites before one that are not wide."""
     return torch.cat([z[..., :0], *(z[..., start:stop] for start, stop in site["before"])], -1)
+
+
+def _chunk(points: Tensor) -> int:
+    return max(1, min(CHUNK, NUMBERS // max(1, points.shape[-1])))
 
 
 def _slice(site: Description) -> slice:

@@ -238,7 +238,8 @@ class AutoStructuredFlow(AutoSylvesterFlow):
         num_layers: L, of the globals' flow; "auto" as in :class:`AutoPlanarFlow`.
         num_units: M, at most G.
         init_loc_fn: as in :class:`AutoFlow`, like init_scale and centring.
-        tails: as in :class:`AutoPlanarFlow`.
+        tails: as in :class:`AutoPlanarFlow`, but on: rows that are a little skewed move the globals
+            where they are many.
 
     Raises:
         ValueError: As :class:`AutoSylvesterFlow`; at the first call if more than 256 numbers are
@@ -265,7 +266,7 @@ class AutoStructuredFlow(AutoSylvesterFlow):
         init_scale: float = 0.1,
         *,
         centring: Centring = "auto",
-        tails: bool = False,
+        tails: bool = True,
     ) -> None:
         options = {"init_loc_fn": init_loc_fn, "init_scale": init_scale, "centring": centring}
         super().__init__(model, num_units, num_layers, tails=tails, **options)

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 from pyroflow.guides.layered import AutoStructuredFlow
+from pyroflow.inference.centring import GAIN
 from pyroflow.inference.gaussian_start import LENGTHS, normal_pairs
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.transforms import Arrowhead
 
+DRAWS, FEWEST = 128, 8  # behind mean gradients and curvatures, as antithetic pairs
 STEPS = 30  # of Newton's method, from the guide's start
 FLAT = 1e-3  # nats, that a step must gain
+PATIENCE = 4  # steps without a better Gaussian
 ROUNDS = 20  # of moves towards the optimum among Gaussians
 TRIES = 3  # of shorter ones, where the bound falls
-LONGEST = 3.0  # standard deviations that a row moves in one step
+LONGEST = 3.0  # standard deviations that a row moves in one step, and globals of few rows
+FEW_ROWS = 100  # above which globals may move by more of their own, which are so much smaller
 FLATTEST = 1e-8  # part of the largest curvature
 
 Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -73,7 +77,7 @@ class Arrow:
     ) -> None:
         self.log_joint, self.guide, self.affine = log_joint, guide, affine or guide.affine
         self.leading, self.rows = self.affine.leading(), self.affine.rows()
-        self.noise = normal_pairs(max(2, log_joint.num), guide.start())
+        self.noise = normal_pairs(log_joint.runs.few(DRAWS, FEWEST, rows=True), guide.start())
 
     def curvature(
         self, gradients: Gradients, x: Tensor, size: Tensor
@@ -124,7 +128,8 @@ class Arrow:
         first = unit.mT @ gradient[self.leading]
         for places, K in zip(self.rows, slopes, strict=True):
             first = first + torch.einsum("jkg,jk->g", K, gradient[places])
-        first = _short(first)
+        longest = LONGEST * max(1.0, max(map(len, self.rows), default=0) / FEW_ROWS) ** 0.5
+        first = _short(first, longest)
         found = torch.zeros_like(gradient)
         found[self.leading] = unit @ first
         for places, C, K in zip(self.rows, units, slopes, strict=True):
@@ -146,6 +151,8 @@ class Arrow:
             size = self.sizes(factors)
             self.affine.start_from(x, *factors)
             found.append((self.bound(), len(found), x, blocks))
+            if len(found) - max(found)[1] > PATIENCE:
+                break
             trials = x + lengths.unsqueeze(1) * self.step(factors, gradient)
             best, index = gradients(trials)[0].nan_to_num(-torch.inf).max(0)
             if not best > value[0] + FLAT:
@@ -163,15 +170,17 @@ class Arrow:
             found[places] = torch.linalg.vector_norm(C, dim=-1)
         return found
 
-    def move(self, x: Tensor, precision: Blocks) -> tuple[Tensor, float]:
+    def move(self, x: Tensor, precision: Blocks, rounds: int = ROUNDS) -> tuple[Tensor, float]:
         """Move N(x, P⁻¹) to the optimum among such Gaussians; its location, and its bound."""
         gradients, rate, best = self.log_joint.values_and_gradients, 1.0, -math.inf
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             factors = Factors.of(precision)
             self.affine.start_from(x, *factors)
             bound = self.bound()
             if bound > best:
-                best, kept, failed = bound, (x, precision), 0
+                gained, best, kept, failed = bound - best, bound, (x, precision), 0
+                if gained < GAIN:
+                    break
                 draws = self.affine(normal_pairs(len(self.noise), x))
                 sizes = self.sizes(factors)
                 _, gradient, blocks = self.curvature(gradients, draws, sizes)
@@ -191,7 +200,7 @@ class Arrow:
         x, log_det = self.affine.forward_and_log_det(self.noise)
         log_q = -self.noise.square().sum(-1) / 2 - log_det
         log_q = log_q - len(self.noise[0]) / 2 * math.log(2 * math.pi)
-        found = (self.log_joint.values_and_gradients(x)[0] - log_q).mean().item()
+        found = (self.log_joint.values_and_gradients(x)[0].double() - log_q).mean().item()
         return found if math.isfinite(found) else -math.inf
 
 
@@ -205,7 +214,7 @@ def _inverse(matrix: Tensor) -> Tensor:
     return vectors / values.unsqueeze(-2) @ vectors.mT
 
 
-def _short(x: Tensor) -> Tensor:
+def _short(x: Tensor, longest: float = LONGEST) -> Tensor:
     """A step (*, n) of at most some standard deviations."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (LONGEST / length.clamp(min=LONGEST))
+    return x * (longest / length.clamp(min=longest))

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from pyroflow.seeds import between_draws, drawing, seeded
 
 GAUSSIAN_PART = 0.2  # of the steps, on the affine layer alone
 ANNEALED_PART = 0.5  # of the rest, where a guide is fitted by traces
-WINDOW = 800  # steps that the loss must have been flat; the noise of a bound hides slow gains
+WINDOW, LEAST_WINDOW = 800, 200  # steps of a flat loss, whose noise hides slow gains; if dear
 WIDEST_WARM_START = 256  # latents, beyond which the Hessians cost more than they save
 RATE = 0.03  # the highest learning rate
 MANY = 32  # latents, above which that of an arrowhead falls as the root of their number
@@ -151,14 +152,15 @@ class GuideFit:
             )
             objective.stateful = [annealing]
         else:
-            beta = annealing or self._default_annealing(steps)
+            beta = annealing or _default_annealing(steps, not self.by_log_joint and self.spent > 0)
             objective = self._objective(bound.parameters(), lambda step: bound.loss(beta(step)))
             if self.by_log_joint and bound.log_joint.traced:
                 objective.steady, objective.weight = bound.steady, beta
         depth = getattr(self.guide, "num_layers", None)
+        window = bound.problem.runs.few(WINDOW, LEAST_WINDOW, rows=self.structured)
         trainer = Trainer(
             objective,
-            LearningRateSchedule(steps, StopRule(window=WINDOW) if self.early_stop else None),
+            LearningRateSchedule(steps, StopRule(window=window) if self.early_stop else None),
             label="fit_guide",
             settings=self.settings | {"num_layers": depth, "part": part},
             resume=resume,
@@ -171,16 +173,11 @@ class GuideFit:
             return fit, 0.0
         return fit, before["best_loss"] - fit.best_loss if before else math.inf
 
-    def _default_annealing(self, steps: int) -> Callable[[int], float]:
-        if self.by_log_joint or not self.spent:
-            return lambda step: 1.0
-        return lambda step: min(1.0, 0.1 + 0.9 * step / (ANNEALED_PART * steps))
-
     def _objective(self, parameters: list[Tensor], loss: Callable[[int], Tensor]) -> Objective:
         bound = self.bound
         options = {"buffers": bound.buffers() + self.ends, "keep_last": bound.keep_last}
         if self.early_stop and bound.objective == "elbo":
-            options["enough"] = nothing_left
+            options["enough"] = partial(nothing_left, dim=self.guide.latent_dim * self.structured)
         if self.structured:
             options["groups"] = _groups(self.guide, parameters, self.shared["lr"])
         return Objective(parameters, loss, bound.score, processes=bound.processes, **options)
@@ -198,6 +195,12 @@ class GuideFit:
         if num > 0:
             with drawing():
                 self.guide.grow(num)
+
+
+def _default_annealing(steps: int, rises: bool) -> Callable[[int], float]:
+    if not rises:
+        return lambda step: 1.0
+    return lambda step: min(1.0, 0.1 + 0.9 * step / (ANNEALED_PART * steps))
 
 
 @torch.no_grad()
@@ -242,8 +245,8 @@ def _started(log_joint: LogJoint, guide: AutoFlow, ends: list[Tensor], bar: tqdm
 
 
 def _groups(guide: AutoStructuredFlow, parameters: list[Tensor], lr: float) -> list[dict]:
-    """Torch's parameter groups: slower steps of the affine layer, as the errors of rows add up."""
-    own = {id(p) for p in guide.affine.parameters()}
+    """Torch's parameter groups: slower steps of what rows have, as their errors add up."""
+    own = {id(p) for part in guide.flow.parts[-1 - guide.tails :] for p in part.parameters()}
     slow = lr * min(1.0, math.sqrt(MANY / guide.latent_dim))
     groups = [
         {"params": [p for p in parameters if (id(p) in own) == mine], "peak": rate}
@@ -279,7 +282,8 @@ def _untouched(guide: AutoFlow) -> bool:
         return True
     offset, _, *lower = guide.affine.trained()
     moved = bool(guide.affine.centre.any())
-    at_start = torch.allclose(offset, guide.start())  # the coordinates may round it
+    start = guide.start()  # the coordinates may round it
+    at_start = torch.allclose(offset, start, atol=1e-5 * start.abs().max().item())
     return not moved and at_start and not any(t.any() for t in lower)
 
 

@@ -12,7 +12,7 @@ from pyro.distributions import TransformedDistribution
 from torch import Tensor
 
 from pyroflow.flows import draw_from, log_prob_at_fixed
-from pyroflow.guides import AutoFlow
+from pyroflow.guides import AutoFlow, AutoStructuredFlow
 from pyroflow.inference.fit import trainable
 from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.inference.schedule import AdaptiveAnnealing
@@ -25,8 +25,9 @@ OBJECTIVES = ("elbo", "iwae", "dreg")
 NEIGHBOURS = 8  # among the draws inside, that a lost one is likened to
 LOST = 1.0  # what log q(A) counts beyond its part in the bound, see cut_loss
 
-# Nats that a fit may leave, and by which the log weight of a draw may then be off the mean.
-LEFT, FARTHEST = 0.002, 1.0
+# Nats that a fit may leave, of each of many numbers and of them together, and by which the log
+# weight of a draw may then be off the mean.
+LEFT, LEFT_EACH, LEFT_AT_MOST, FARTHEST = 0.002, 1e-5, 0.01, 1.0
 
 # Draws of a step by default, and fixed draws on which states are compared.
 DRAWS, SCORED = 128, 2048
@@ -157,16 +158,17 @@ def bound_scores(log_weights: Tensor, group_size: int = 1) -> Tensor:
     return torch.where(alive, scores, scores[alive].mean()) - _log_share(grouped)
 
 
-def nothing_left(scores: Tensor) -> str:
+def nothing_left(scores: Tensor, dim: int = 1) -> str:
     """Why a fit may end with these negative log weights, shape (S,); empty while it may not.
 
     The mean of log weights falls short of the log of their mean by KL(q ‖ p), and no draw has a
-    weight that is far from the others'.
+    weight that is far from the others'. Among ``dim`` numbers of rows errors add up.
     """
+    left = max(LEFT, min(LEFT_EACH * dim, LEFT_AT_MOST))
     log_weights = -scores
     mean = log_weights.mean()
     gap = log_weights.logsumexp(0) - math.log(len(scores)) - mean
-    if not (gap <= LEFT and (log_weights - mean).abs().max() <= FARTHEST):
+    if not (gap <= left and (log_weights - mean).abs().max() <= FARTHEST):
         return ""
     return f"nothing is left to gain: the weights are equal but for {max(gap.item(), 0.0):.1g} nats"
 
@@ -220,7 +222,7 @@ class LogJointBound:
         self.objective, self.group_size = objective, group_size
         self.together = 1 if objective == "elbo" else group_size  # draws that no share divides
         self.guide.find_coordinates(problem.args, problem.kwargs)
-        few = problem.runs.few
+        few = partial(problem.runs.few, rows=isinstance(self.guide, AutoStructuredFlow))
         self.num_particles = num_particles or self._in_groups(few(DRAWS, DRAWS_DEAR))
         own = partial(processes.most, unit=self.together)
         self.log_joint = LogJoint(problem, self.guide, own(self.num_particles))
@@ -229,7 +231,7 @@ class LogJointBound:
             self.num_particles = self._in_groups(DRAWS_ONE_BY_ONE)
             self.log_joint.num = own(self.num_particles)
         self.scored = self._in_groups(SCORED_ONE_BY_ONE if costly else few(SCORED, SCORED_DEAR))
-        self.evaluations = few(10 if costly else 25, 8)
+        self.evaluations = problem.runs.few(10 if costly else 25, 8)
         self.path = objective != "iwae" and has_path(self.guide)
         self.skipped = torch.zeros((), dtype=torch.long, device="cpu")
         drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed

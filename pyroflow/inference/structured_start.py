@@ -1,4 +1,4 @@
-"""The start of a structured guide: its coordinates, and the best Gaussian in them."""
+"""The start of a structured guide: its coordinates, the best Gaussian in them, and its rows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from torch import Tensor
 
 from pyroflow.guides import AutoStructuredFlow
 from pyroflow.guides.recording import spread
-from pyroflow.inference.arrowhead import Arrow, Blocks
+from pyroflow.inference.arrowhead import ROUNDS, Arrow, Blocks
 from pyroflow.inference.centring import GAIN, Place, for_matrix, pull_of
+from pyroflow.inference.row_shapes import shape_rows
 from pyroflow.model.centring import Downstream, nothing_downstream
 from pyroflow.model.log_joint import LogJoint
 
+HASTY = 5  # moves of the first Gaussian, where better coordinates follow
 PLACES = 3  # coordinates that are tried one after the other
 
 
@@ -24,7 +26,7 @@ def structured_start(log_joint: LogJoint, guide: AutoStructuredFlow) -> bool:
     From the non-centred coordinates Newton's steps lead to a mode, and moves to where the expected
     gradient vanishes and the precision is the expected Hessian, the optimum among Gaussians with a
     precision of this form. Then coordinates follow from what the data say of each number, and so
-    on, as long as the bound grows.
+    on, as long as the bound grows. If the guide has skews and tails, they come last.
     """
     coordinates, z = guide.coordinates, guide._init_loc()
     auto = coordinates is not None and guide.centring_given == "auto"
@@ -33,7 +35,7 @@ def structured_start(log_joint: LogJoint, guide: AutoStructuredFlow) -> bool:
         place = Place(free, z, {})
         coordinates.set(*place)
     arrow = Arrow(log_joint, guide)
-    x, bound = arrow.move(*arrow.ascend(guide.start()))
+    x, bound = arrow.move(*arrow.ascend(guide.start()), rounds=HASTY if auto else ROUNDS)
     kept = {n: t.clone() for n, t in guide.affine.state_dict().items()}
     for _ in range(PLACES if auto and math.isfinite(bound) else 0):
         before, (x, tried) = place, _placed(arrow, x)
@@ -44,6 +46,8 @@ def structured_start(log_joint: LogJoint, guide: AutoStructuredFlow) -> bool:
                 guide.affine.load_state_dict(kept)
             break
         bound, kept = better, {n: t.clone() for n, t in guide.affine.state_dict().items()}
+    if guide.tails and math.isfinite(bound):
+        shape_rows(log_joint, guide)
     return math.isfinite(bound)
 
 
@@ -99,9 +103,10 @@ def _of_site(arrow: Arrow, blocks: Blocks, own: Tensor, site: dict) -> tuple[Ten
         row[places] = torch.arange(len(places), device=own.device).unsqueeze(-1)
         column[places] = torch.arange(places.shape[1], device=own.device)
         matrices = jj if bool(torch.isin(own, places).all()) else matrices
-    full = across.new_zeros(len(own), dim)
-    full[:, leading] = across[own]
-    coupling = torch.cat([full[:, :0], *(full[:, a:b] for a, b in site["before"])], 1)
+    place = torch.full((dim,), -1, device=own.device)
+    place[leading] = torch.arange(len(leading), device=own.device)
+    at = torch.cat([place[:0], *(place[a:b] for a, b in site["before"])])
+    coupling = torch.nn.functional.pad(across[own], (0, 1))[:, at]  # 0 for what is not global
     if not site["matrix"]:
         return diagonal[own], coupling
     vectors = own.reshape(-1, site["shape"][-1])

@@ -40,8 +40,7 @@ class Trainer:
         label: the progress bar's.
         resume: whether to go on from a checkpoint that exists; else it is written over.
         before: the course of an earlier part, which the result begins with.
-        polish: evaluations of the exact loss for L-BFGS, which gains what thousands of noisy
-            steps do not where that loss is a function of few parameters.
+        polish: evaluations of the exact loss for L-BFGS, where that is one of few parameters.
         evaluations: scores taken in the course of Adam's steps.
         save_every: Adam's steps between two checkpoints; by default a tenth of all.
     """
@@ -135,10 +134,11 @@ class Trainer:
         score = self.score().double().cpu().nan_to_num(torch.inf, torch.inf, -torch.inf)
         copy_tensors(current, self.parameters)
         state.scores.append((state.step, score.mean().item()))
-        better = score.mean() < state.best_score.mean()
-        if not state.best or self.objective.keep_last or better:
+        enough = self.objective.enough(score) if self.objective.enough else ""
+        better = self.objective.keep_last or score.mean() < state.best_score.mean()
+        if not state.best or better or enough:
             state.best_score, state.best, state.worse = score, [t.clone() for t in candidate], 0
-            state.stopped = self.objective.enough(score) if self.objective.enough else ""
+            state.stopped = enough
         elif self.objective.exact_loss is not None and len(score) > 1:
             excess = score - state.best_score
             clear = excess.mean() > 3 * excess.std() / len(excess) ** 0.5

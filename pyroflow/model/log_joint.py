@@ -50,7 +50,8 @@ class LogJoint:
     """
 
     def __init__(self, bound: BoundModel, guide: AutoContinuous, num: int) -> None:
-        self.runs, self.guide, self.num = bound.runs, guide, num
+        self.runs, self.guide = bound.runs, guide
+        self.num = num if self.runs.dear else self.runs.at_once(num)
         self._graph = None
         if not self.runs.chosen and self.runs.way == self.runs.by_vmap:
             self._graph = self._recorded(self._alone)
@@ -85,7 +86,7 @@ class LogJoint:
         if self.runs.dear:
             return self.values_and_gradients(x)[0]
         with pyro.validation_enabled(False):
-            return self._evaluated(x)
+            return torch.cat([self._evaluated(x) for x in x.split(self.runs.at_once(len(x)))])
 
     def values_and_gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The log joint at x (S, D) and its gradient, shapes (S,) and (S, D)."""

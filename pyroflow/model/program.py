@@ -79,8 +79,10 @@ class Program:
         data, latents = self.numbers(observed=True), self.numbers(observed=False)
         return latents <= LATENTS and data > max(CHEAP, EACH * latents)
 
-    def few(self, num: int, least: int) -> int:
-        """So many draws, or fewer where each is dear."""
+    def few(self, num: int, least: int, *, rows: bool = False) -> int:
+        """So many draws, or fewer where each is dear, or of many ``rows`` that it averages over."""
+        if rows and (latents := self.numbers(observed=False)) > LATENTS:
+            return max(min(num, least), num * LATENTS // latents)
         if not self.dear:
             return num
         return max(min(num, least), num * CHEAP // self.numbers(observed=True))
