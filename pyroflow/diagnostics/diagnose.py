@@ -31,7 +31,7 @@ from pyroflow.seeds import between_draws, one_at_a_time, seeded
 LEAST_WIDE = 1000  # draws wider than the guide
 LEAST_DEAR = 1000  # draws of the guide, where each is dear
 LEAST_ESS = 0.05  # part of the guide's draws that are effective, for wider ones to be of use
-POINTS = 128  # at which the log joint is evaluated at a time
+POINTS, FEW_POINTS = 128, 16  # at which the log joint is evaluated at a time, and of many rows
 
 
 @one_at_a_time
@@ -157,7 +157,8 @@ class _Sets:
             self.rows, self.why_joint = None, f"weighed together, as {error}"
 
     def _find_rows(self) -> None:
-        self.rows = RowWeights(self.bound, POINTS)
+        few = self.bound.runs.few(POINTS, FEW_POINTS, rows=True)
+        self.rows = RowWeights(self.bound, few)
         self.size = min(self.size, self.rows.most)
 
     def _weigh(self) -> None:

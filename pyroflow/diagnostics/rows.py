@@ -35,7 +35,7 @@ NOISE = 0.1  # variance of a log weight of globals, that the choice of candidate
 PROBED, PILOT = 8, 32  # draws by which terms are found, and candidates are counted
 ABOVE = 3.0  # nats above all weights of draws, at a mode that they miss
 TINY, EDGE = 1e-300, 1e-16  # of a number between 0 and 1
-MOST, LEAST = 2e7, 2000  # numbers in a set of draws, and draws
+MOST, LEAST = 4e6, 1000  # numbers in a set of draws, and draws
 
 
 class Weighed(NamedTuple):

@@ -22,7 +22,7 @@ from pyroflow.transforms.bijection import Pair, Parameters
 
 Description = dict[str, Any]
 
-CHUNK, NUMBERS = 500, 2**22  # points side by side, as each may take a matrix; and their numbers
+CHUNK, MOST = 500, 2**22  # points side by side, as each may take a matrix; and their numbers
 # Tensors of a site: of Pyro's form, of numbers, and of vectors whose coordinates were found.
 POWERS, NUMBERS, VECTORS = 1, 5, 6
 
@@ -184,7 +184,7 @@ def _before(z: Tensor, site: Description) -> Tensor:
 
 
 def _chunk(points: Tensor) -> int:
-    return max(1, min(CHUNK, NUMBERS // max(1, points.shape[-1])))
+    return max(1, min(CHUNK, MOST // max(1, points.shape[-1])))
 
 
 def _slice(site: Description) -> slice:

@@ -415,3 +415,25 @@ def test_a_process_beside_an_intercept_that_the_data_tell_from_it_in_part() -> N
     log_p = log_p + dist.Normal(number(0.0), number(0.5)).log_prob(t)
     evidence = log_p.logsumexp(0).item() + math.log(t[1] - t[0])
     assert fit.best_loss + evidence < 0.05
+
+
+def test_points_of_many_latents_are_moved_side_by_side() -> None:
+    def model() -> None:
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("rows", 1000):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(1000))
+
+    guide = pf.AutoStructuredFlow(model).setup()
+    guide.find_coordinates((), {})
+    runs = 0
+
+    def counted(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal runs
+        runs += 1
+        return moved(*args)
+
+    coordinates = guide.coordinates
+    moved, coordinates.to_z = coordinates.to_z, counted
+    coordinates.move(torch.zeros(600, 1001), *coordinates.tensors())
+    assert runs == 2
