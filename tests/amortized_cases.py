@@ -68,6 +68,6 @@ def exact_effects(y: Tensor) -> tuple[pf.AmortizedPlanarGuide, float]:
     flow = guide.local_flow
     flow.affine.raw_scale.fill_(raw(0.2**0.5))
     flow.affine.offset.copy_((4 * guide.context.loc + loc) / 5)
-    weights = torch.stack([4 * guide.context.scale[0] / 5, torch.tensor(sd / 5)])
-    flow.linear.nn.weight.copy_(2 * weights)  # which the layer divides by their number
+    flow.linear.nn.weight.copy_(4 * guide.context.scale / 5)
+    flow.shift.fill_(sd / 5)
     return guide, marginal.log_prob(y).item()

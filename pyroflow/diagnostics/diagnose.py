@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -26,11 +27,13 @@ from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.draws import Draws, draw, join
 from pyroflow.model.log_joint import LogJoint
+from pyroflow.model.log_joint_at_hand import LogJointInFull
 from pyroflow.seeds import between_draws, one_at_a_time, seeded
 
 LEAST_WIDE = 1000  # draws wider than the guide
 LEAST_DEAR = 1000  # draws of the guide, where each is dear
 LEAST_ESS = 0.05  # part of the guide's draws that are effective, for wider ones to be of use
+NUMBERS = 2**25  # in a set of draws of all rows
 POINTS, FEW_POINTS = 128, 16  # at which the log joint is evaluated at a time, and of many rows
 
 
@@ -77,8 +80,8 @@ def diagnose(
     Raises:
         ValueError: If the model has no latents, or discrete ones that the guide does not sample;
             if the guide samples other sites than the model, or a point only; if a plate
-            subsamples, or a log density is NaN or −inf for every draw (each names the site); if
-            num_samples is below 100, or max_sets below 1.
+            subsamples, of whose rows the guide does not know all; if a log density is NaN or −inf
+            for every draw (each names the site); if num_samples is below 100, or max_sets below 1.
 
     References:
         Yao, Vehtari, Simpson and Gelman, Yes, but Did It Work?: Evaluating Variational Inference,
@@ -94,13 +97,14 @@ def diagnose(
     check_count("num_samples", num_samples, 100)
     check_count("max_sets", max_sets, 1)
     with seeded(seed):
-        bound = BoundModel.for_weights(model, guide, args, kwargs)
-        sets = _Sets(bound, bound.runs.few(num_samples, LEAST_DEAR))
+        bound = BoundModel.for_weights(model, guide, args, kwargs, in_full=True)
+        in_full = LogJointInFull.of(bound, POINTS)
+        sets = _Sets(bound, bound.runs.few(num_samples, LEAST_DEAR), in_full)
         report = sets.report()
         with pyro.validation_enabled(False):
             far = _FarChecks(bound, sets)
             far.widen(report)
-            while is_undecided(report) and sets.number < max_sets and not bound.sequential:
+            while is_undecided(report) and len(sets.draws) < max_sets and not bound.sequential:
                 sets.take()
                 report = sets.report(report.wide)
             far.count(report)
@@ -111,7 +115,7 @@ def diagnose(
     if report.level != "good":
         known = report.missed and bound.guide.latent_dim <= WIDEST  # their covariances
         symmetries = find_symmetries(guide, report.modes) if known else []
-        funnels = find_funnels(bound, report.draws)
+        funnels = {} if bound.subsampled else find_funnels(bound, report.draws)
         report.advice += symmetries + advice_on_fit(report, funnels)
     return report
 
@@ -119,14 +123,17 @@ def diagnose(
 class _Sets:
     """The sets of a guide's own draws, and what they say."""
 
-    def __init__(self, bound: BoundModel, size: int) -> None:
-        self.bound, self.size = bound, size
+    def __init__(self, bound: BoundModel, size: int, in_full: LogJointInFull | None) -> None:
+        self.bound, self.size, self.in_full = bound, size, in_full
         self.draws: list[Draws] = []
         self.columns: list[Columns] = []
         self.weighed: list[Weighed] = []
         self.rows: RowWeights | None = None
         self.why_joint = ""
-        if isinstance(bound.guide, AutoStructuredFlow) and not bound.learns:
+        if in_full is not None:
+            self.size = min(size, max(LEAST_DEAR, NUMBERS // bound.guide.latent_dim))
+            self.why_joint = f"weighed together, of {in_full.part.subsampling}"
+        elif isinstance(bound.guide, AutoStructuredFlow) and not bound.learns:
             self._by_rows(self._find_rows)
         self.take()
         first = self.draws[0]
@@ -137,13 +144,10 @@ class _Sets:
             )
         first.check_weighted()
 
-    @property
-    def number(self) -> int:
-        return len(self.draws)
-
     def take(self) -> None:
         """One more set."""
-        self.draws.append(draw(self.bound, self.size))
+        draws = self.in_full.draw if self.in_full else partial(draw, self.bound)
+        self.draws.append(draws(self.size))
         self.columns.append(columns_of(self.draws[-1].sites, self.bound.runs.records))
         if self.rows is not None:
             self._by_rows(self._weigh)
@@ -183,7 +187,7 @@ class _FarChecks:
 
     def __init__(self, bound: BoundModel, sets: _Sets) -> None:
         self.bound, self.size, self.rows = bound, max(LEAST_WIDE, sets.size), sets.rows
-        self.log_joint: LogJoint | None = None
+        self.log_joint: LogJoint | None = sets.in_full
         self.why = self._why_not()
 
     def _why_not(self) -> str | None:
@@ -205,7 +209,8 @@ class _FarChecks:
         try:
             with between_draws():
                 bound, rows, size = self.bound, self.rows, self.size
-                self.log_joint = rows.log_joint if rows else LogJoint(bound, bound.guide, POINTS)
+                known = rows.log_joint if rows else self.log_joint
+                self.log_joint = known or LogJoint(bound, bound.guide, POINTS)
                 found = rows.wide(size) if rows else wide_draws(bound, self.log_joint, size)
         except FAILURES as error:  # such as a matrix that is singular far from the guide
             self.why = f"the model fails far from the guide's draws ({error})"

@@ -113,7 +113,8 @@ class Report:
             the rows are many; ``draws`` have of each row one of several candidates, by its weight;
             the ELBO is of the guide's own draws. None for other guides, and where a term of the
             model depends on several rows.
-        by_rows: The same in words, or why the weights are not by rows.
+        by_rows: The same in words, or why the weights are not by rows; where plates subsample,
+            which rows they are of.
         marginals: Mean, standard deviation and k-hat of each unconstrained latent, as the draws
             and as their weights have it.
         wide: The same by draws of a mixture wider than the guide; None where they were not taken.

@@ -2,10 +2,11 @@
 
 from pyroflow.flows.families import planar_flow, radial_flow, sylvester_flow
 from pyroflow.flows.flow import Direction, Flow, FlowDistribution, StandardNormal
-from pyroflow.flows.path import AlongPath, draw_from, log_prob_at_fixed
+from pyroflow.flows.path import AlongPath, CountedNormal, draw_from, log_prob_at_fixed
 
 __all__ = [
     "AlongPath",
+    "CountedNormal",
     "Direction",
     "Flow",
     "FlowDistribution",

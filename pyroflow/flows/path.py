@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
 from pyroflow.flows.flow import FlowDistribution
 from pyroflow.seeds import drawing
 from pyroflow.transforms import Bijection
+
+
+class CountedNormal(dist.Normal):
+    """Standard normal numbers, of each of which the log density counts several times."""
+
+    def __init__(self, counts: Tensor) -> None:
+        super().__init__(torch.zeros_like(counts), torch.ones_like(counts))
+        self.counts = counts
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Of each number, as often as it counts."""
+        return self.counts * super().log_prob(value)
 
 
 class AlongPath(dist.TransformedDistribution):

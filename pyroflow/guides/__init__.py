@@ -2,7 +2,8 @@
 
 from pyroflow.guides.amortized import AmortizedPlanarGuide
 from pyroflow.guides.autoflow import AutoFlow
-from pyroflow.guides.layered import AutoPlanarFlow, AutoStructuredFlow, AutoSylvesterFlow
+from pyroflow.guides.layered import AutoPlanarFlow, AutoSylvesterFlow
+from pyroflow.guides.structured import AutoStructuredFlow
 
 __all__ = [
     "AmortizedPlanarGuide",

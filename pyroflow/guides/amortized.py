@@ -13,121 +13,118 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor, nn
 
 from pyroflow.checks import check_choice, check_count, check_positive
-from pyroflow.flows import StandardNormal
+from pyroflow.flows import AlongPath, CountedNormal
+from pyroflow.flows.flow import FlowDistribution
 from pyroflow.guides.base import MARGINAL_DRAWS, ModuleGuide, Values, marginal_quantiles
 from pyroflow.guides.layered import AutoPlanarFlow
-from pyroflow.guides.rows import Context, RowContext, Rows, draw_of
+from pyroflow.guides.local_flow import LocalFlow
+from pyroflow.guides.rows import Context, KnownRows, RowContext, Rows, draw_of
+from pyroflow.guides.structure import places_of
+from pyroflow.model.at_hand import Rows as AtHand
+from pyroflow.model.at_hand import with_rows
 from pyroflow.model.latents import Latents, started_anywhere
-from pyroflow.transforms import Affine, Planar
+from pyroflow.transforms import Leading
 from pyroflow.transforms.affine import AffineKind
-from pyroflow.transforms.conditional import Hypernet
+from pyroflow.transforms.rowwise import Reordered, RowsGiven
 
-EMBEDDING = 8  # numbers learned of each row, where its flow also depends on the globals
 AT_ONCE = 100_000  # draws times rows that quantiles hold in memory
 
-# How fast the planar parameters learn, beside location and scale. As fast, they would take part
-# in the long way from the start to the posterior, and keep what they bent on it.
-GAIN = 0.05
 
+class RowsOfPlate(KnownRows):
+    """A guide of one plate's rows, given the globals, as fits take it.
 
-class LocalFlow(nn.Module):
-    """q(z | row): standard normal base, K planar layers, an affine layer; base to latents.
-
-    The parameters are start values that the rows share, plus what a network and a linear map of
-    the features add, plus what a table has for the row. Network, map and table start at zero, so
-    the flow starts as one Gaussian for all rows. The linear map goes to the location: where the
-    posterior mean is linear in the features, as in Gaussian models, it is found exactly.
-
-    Args:
-        init_loc: the location at the start, shape (D,); its dtype and device are the flow's.
-        num_layers: K; 0 leaves a Gaussian.
-        features: C, numbers that are known of each row.
-        shared: G, numbers that all rows depend on.
-        rows: N, rows whose parameters are learned in a table; 0 for no table.
-        affine: "full" or "diagonal".
-        init_scale: standard deviation of each latent at the start.
-        hidden_dims: sizes of the network's hidden layers.
+    Attributes:
+        path_derivative: whether gradients of log q go along the path of the sample only.
     """
 
-    def __init__(
-        self,
-        init_loc: Tensor,
-        num_layers: int,
-        *,
-        features: int = 0,
-        shared: int = 0,
-        rows: int = 0,
-        affine: AffineKind = "full",
-        init_scale: float = 0.1,
-        hidden_dims: Sequence[int] = (64, 64),
-    ) -> None:
-        super().__init__()
-        D, embedded = len(init_loc), EMBEDDING if rows and shared else 0
-        self.embedding = nn.Parameter(torch.randn(rows, embedded)) if embedded else None
-        self.base = StandardNormal(D)
-        planar = Planar(D, num_layers)
-        self._planar = (planar,)  # within a tuple, so that it is neither trained nor saved
-        for name in ("w", "u", "b"):  # where every row starts; not trained
-            self.register_buffer(name, getattr(planar, name).detach())
-        self.affine = Affine(D, affine, init_loc=init_loc, init_scale=init_scale)
-        shapes, known = [t.shape for t in self._start()], features + embedded + shared
-        self.net = Hypernet(known, hidden_dims, shapes) if known else None
-        self.linear = Hypernet(known, (), [init_loc.shape]) if known else None
-        tables = [torch.zeros(rows, *shape) for shape in shapes] if rows else []
-        self.tables = nn.ParameterList(nn.Parameter(t) for t in tables)
-        self.to(init_loc)
+    plate: str
+    rows: Rows
+    context: RowContext | None
+    local_flow: LocalFlow
+    global_guide: ModuleGuide | None
+    path_derivative = False
+    coordinates = affine = None
 
-    def forward(
-        self,
-        index: Tensor,
-        features: Tensor | None = None,
-        shared: Tensor | None = None,
-        trailing: int = 0,
-    ) -> dist.TransformedDistribution:
-        """The distribution over the latents of B rows, batch shape (*S, B, 1, ..., 1).
+    def _knows_rows(self, plate: str) -> bool:
+        return plate == self.plate
+
+    def rows_given(
+        self, index: Tensor, counts: Tensor, args: tuple, kwargs: dict[str, Any], *, sparse: bool
+    ) -> RowsGiven:
+        """The map of some rows given the globals in units of their own posterior.
 
         Args:
-            index: their numbers in the table, shape (B,).
-            features: shape (B, C).
-            shared: shape (*S, 1, ..., 1, G).
-            trailing: how many ones stand at the end.
+            index: which rows, shape (B,).
+            counts: how often each counts in the log-determinant.
+            args: the model's.
+            kwargs: likewise.
+            sparse: whether gradients in a table are sparse tensors.
+
+        Raises:
+            ValueError: If the context has not all rows.
         """
-        ones, start = (1,) * trailing, self._start()
-        known = [features] if self.embedding is None else [self.embedding[index]]
-        known = [t.reshape(len(index), *ones, t.shape[-1]) for t in known if t is not None]
-        known += [] if shared is None else [shared]
-        added = [torch.zeros_like(value) for value in start]
-        if known:
-            batch = torch.broadcast_shapes(*(t.shape[:-1] for t in known))
-            inputs = torch.cat([t.expand(*batch, t.shape[-1]) for t in known], -1)
-            # Adam moves all weights of a sum by its rate at once. Divided by their number, the sum
-            # moves by that rate too, so one rate suits networks of any width.
-            width = self.net.hidden_dims[-1] if self.net.hidden_dims else inputs.shape[-1]
-            added = [t / width for t in self.net(inputs, added)]
-            (shift,) = self.linear(inputs, [torch.zeros_like(start[3])])
-            added[3] = added[3] + shift / inputs.shape[-1]  # the affine layer's offset
-        if len(self.tables):
-            index = index.reshape(-1, *ones)
-            added = [a + table[index] for a, table in zip(added, self.tables, strict=True)]
-        gains = (GAIN, GAIN, GAIN, 1.0, 1.0, 1.0)
-        values = [v + gain * a for v, a, gain in zip(start, added, gains, strict=False)]
-        planar = self._planar[0].at(*values[:3])
-        return dist.TransformedDistribution(self.base(), [planar, self.affine.at(*values[3:])])
+        flow, features = self.local_flow, None
+        d, (B,), like = len(flow.base.loc), index.shape, flow.base.loc
+        if self.context is not None:
+            rows = self.context.rows(args, kwargs)
+            if len(rows) != self.rows.size:
+                raise ValueError(f"context must have all {self.rows.size} rows, got {len(rows)}")
+            features = self.context(rows[index.to(rows.device)], like)
+        values = flow.parameters_of(index, features, sparse=sparse)
+        if len(values) < len(RowsGiven.event_dims):  # a diagonal layer has no triangle
+            values.insert(5, like.new_zeros(B, d, d))
+        if self.global_guide is not None and not self._conditioned:
+            values[-2:] = [like.new_zeros(B, d, self.global_guide.latent_dim)] * 2
+        return RowsGiven(flow.planar[0], values, counts)
 
-    def _start(self) -> list[Tensor]:
-        return [self.w, self.u, self.b, *self.affine.trained()]
+    def at_hand(self, rows: AtHand, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
+        """The distribution over the unconstrained latents of some rows and the globals.
+
+        Its log density counts each row as often as its weight says. The arguments are the model's.
+        """
+        like, size, above = self.local_flow.base.loc, self.rows.size, self.global_guide
+        index = rows.index.get(self.plate, torch.arange(size, device="cpu")).to(like.device)
+        counts = rows.weights.get(self.plate, like.new_ones(size)).to(like)
+        given = self.rows_given(index, counts, args, kwargs, sparse=self.sparse)
+        G = given.size
+        dim = G + len(index) * len(like)
+        layers = [] if above is None else [Leading(t, dim) for t in above.get_transforms()]
+        table = with_rows(self.latents, {self.plate: len(index)})
+        first, (places,) = places_of(table, [frozenset([self.plate])])
+        place = torch.cat([first, places.flatten()]).argsort().to(like.device)
+        counted = CountedNormal(torch.cat([like.new_ones(G), counts.repeat_interleave(len(like))]))
+        made = AlongPath if self.path_derivative else FlowDistribution
+        return made(counted.to_event(1), [*layers[:-1], given, *layers[-1:], Reordered(place)])
+
+    @property
+    def untouched(self) -> bool:
+        """Whether all rows still have one Gaussian."""
+        flow = self.local_flow
+        last = [] if flow.linear is None else [flow.linear.nn.weight]
+        return not any(bool(t.any()) for t in (flow.shift, flow.stretch, *flow.tables, *last))
+
+    def find_coordinates(self, *_: Any) -> None:
+        """Nothing: its coordinates are the unconstrained latents."""
+
+    def constrain(self, z: Tensor) -> tuple[Values, Tensor]:
+        """Values by site at z (*B, D), and log |det ∂values/∂z|, (*B)."""
+        return self.latents.constrain(z)
+
+    def over_coordinates(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
+        """The same of all rows."""
+        return self.at_hand(AtHand({}, {}), *args, **kwargs)
 
 
-class AmortizedPlanarGuide(ModuleGuide):
+class AmortizedPlanarGuide(RowsOfPlate, ModuleGuide):
     """A guide for models with latents of their own in each row of a plate, subsampled or not.
 
     q(g) Π_n q(z_n | x_n, g): the global latents g have one joint planar flow, as in
     :class:`~pyroflow.AutoPlanarFlow`; the latents z_n of row n have a flow whose parameters an
-    inference network reads from the row's data x_n and from g. Rows are those that the model
-    draws, by itself or with indices of its own (``subsample=``); the plate scales both sides of
-    the bound, so it is unbiased for that of all rows. New rows need no fit: call the guide with
-    their data. Quantiles are those of all rows. (Rezende and Mohamed, 2015, section 4.2 and
-    algorithm 1, https://arxiv.org/abs/1505.05770.)
+    inference network reads from the row's data x_n, with location and log scale linear in g.
+    Rows are those that the model draws, by itself or with indices of its own (``subsample=``);
+    the plate scales both sides of the bound. :func:`~pyroflow.fit_guide` starts the network by a
+    regression on rows of an :class:`~pyroflow.AutoStructuredFlow`. New rows need no fit.
+    (Rezende and Mohamed, 2015, section 4.2, https://arxiv.org/abs/1505.05770.)
 
     Args:
         model: a Pyro model. Discrete latents must be enumerated or blocked.

@@ -15,7 +15,7 @@ from pyroflow.checks import check_choice, check_count, check_positive
 from pyroflow.flows import AlongPath, Flow, StandardNormal
 from pyroflow.guides.coordinates import Coordinates
 from pyroflow.guides.flow_guide import FlowGuide
-from pyroflow.guides.recording import coordinates_of, spread
+from pyroflow.guides.recording import spread
 from pyroflow.guides.refusals import (
     Centring,
     checked_centring,
@@ -23,6 +23,7 @@ from pyroflow.guides.refusals import (
     refuse_centring,
     refuse_sizes,
 )
+from pyroflow.model.at_hand import Subsampling
 from pyroflow.model.latents import started_anywhere
 from pyroflow.transforms import Affine, Arrowhead
 from pyroflow.transforms.affine import AffineKind
@@ -160,17 +161,26 @@ class AutoFlow(FlowGuide):
         given = self.centring_given
         if not isinstance(given, dict):
             return None
-        found = coordinates_of(self.model, args, kwargs, self.latents, self._init_loc(), given)
+        found = self._record(args, kwargs, self.subsampling, given)
         refuse_centring(given, [] if found is None else list(found.centring))
         if found is not None:
             found.c.copy_(spread(found, given))
         return found
 
-    def find_coordinates(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def find_coordinates(self, args: tuple, kwargs: dict[str, Any], *sizes: Subsampling) -> None:
         """Record the model's coordinates, c = 1, for a fit to find c, if it is to be found."""
         if self.centring_given == "auto" and self.coordinates is None:
-            found = coordinates_of(self.model, args, kwargs, self.latents, self._init_loc())
-            self.coordinates = found
+            self.coordinates = self._record(args, kwargs, *(sizes or [self.subsampling]))
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the affine layer, if there is one, is still where the set-up put it."""
+        if self.affine is None:
+            return True
+        offset, _, *lower = self.affine.trained()
+        start = self.start()  # the coordinates may round it
+        at_start = torch.allclose(offset, start, atol=1e-5 * start.abs().max().item())
+        return at_start and not any(t.any() for t in (self.affine.centre, *lower))
 
     def _transforms(self, init_loc: Tensor) -> list[Transform]:
         """What lies between the base and the affine layer."""
@@ -197,7 +207,7 @@ class AutoFlow(FlowGuide):
         moved = self.coordinates
         return q if moved is None else type(q)(q.base_dist, [*q.transforms, moved])
 
-    def over_coordinates(self) -> dist.TransformedDistribution:
+    def over_coordinates(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         """The same over the flow's own coordinates x, as :meth:`constrain` takes them."""
         q = self.flow()
         return AlongPath(q.base_dist, q.transforms) if self.path_derivative else q

@@ -24,6 +24,7 @@ from pyroflow.guides.refusals import (
     refuse_subsampled,
     refuse_unsupported,
 )
+from pyroflow.guides.rows import KnownRows
 from pyroflow.model.latents import Latents
 from pyroflow.seeds import one_at_a_time, seeded
 
@@ -32,7 +33,7 @@ MARGINAL_DRAWS = 10_000  # draws behind median and quantiles
 Values = dict[str, Tensor]
 
 
-class ModuleGuide(AutoGuide):
+class ModuleGuide(KnownRows, AutoGuide):
     """A guide that makes its parts in one run of the model.
 
     Beyond Pyro's guides it keeps its model when it is copied, owns its names in Pyro's parameter
@@ -97,9 +98,13 @@ class ModuleGuide(AutoGuide):
                 f"{type(self).__name__} found no latent variables in the model: leave out obs= at "
                 "the sites to infer"
             )
-        self.set_latents(latents)
+        self.set_latents(self._in_full(latents))
         refuse_subsampled(self.latents, self.plate)
         refuse_moving_supports(self.model, self.latents, args, kwargs)
+
+    def start(self) -> Tensor:
+        """Where the latents start, as one unconstrained vector (D,)."""
+        return self.latents.pack({s.name: s.unconstrain(s.value)[0] for s in self.latents})
 
     def set_latents(self, latents: Latents) -> None:
         """Keep the table of latents, and what Pyro reads of it."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from pyroflow.flows import Flow
 from pyroflow.guides.base import MARGINAL_DRAWS, ModuleGuide, Values, marginal_quantiles
 from pyroflow.guides.coordinates import Coordinates
+from pyroflow.guides.recording import coordinates_of
+from pyroflow.model.at_hand import Subsampling
 from pyroflow.model.latents import Latents, Site
 
 COORDINATES = "coordinates"  # their key in a state dict
@@ -83,14 +85,18 @@ class FlowGuide(ModuleGuide, AutoContinuous):
         x, moved = self.coordinates.inverse_and_log_det(z)
         return x, log_det + moved
 
+    def _record(
+        self, args: tuple, kwargs: dict[str, Any], sizes: Subsampling, *centring: Any
+    ) -> Coordinates | None:
+        """The model's coordinates, where some plates draw a part of their rows."""
+        part = (self.drawn(sizes), sizes) if sizes.plates else None
+        given = self.model, args, kwargs, self.latents, self._init_loc()
+        return coordinates_of(*given, *centring, part=part)
+
     def start(self) -> Tensor:
         """The coordinates x, shape (D,), of where ``init_loc_fn`` starts the latents."""
         z = self._init_loc()
         return z if self.coordinates is None else self.coordinates.inv(z)
-
-    def check_model(self, model_trace: poutine.Trace) -> None:
-        """Raise ``ValueError`` by name if a later run of the model has other latents."""
-        self.latents.check(model_trace)
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Log density of the guide at points on the supports of the model's sites.

@@ -1,9 +1,9 @@
-"""Guides made of one stack of layers that can grow: planar, Sylvester, and structured."""
+"""Guides made of one stack of layers that can grow: planar and Sylvester."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
@@ -14,13 +14,11 @@ from pyroflow.checks import check_choice, check_count
 from pyroflow.flows import Flow
 from pyroflow.guides.autoflow import AutoFlow
 from pyroflow.guides.refusals import Centring
-from pyroflow.guides.structure import structure_of
-from pyroflow.transforms import Arrowhead, Leading, Planar, SinhArcsinh, Sylvester
+from pyroflow.transforms import Planar, SinhArcsinh, Sylvester
 from pyroflow.transforms.affine import AffineKind
 from pyroflow.transforms.sylvester import KINDS, Orthogonal, orthonormal
 
 FIRST_LAYERS = 4  # of a guide that is to grow
-MOST_GLOBAL = 256  # numbers of a structured guide
 WIDEST = 32  # units of a Sylvester layer, where their number is not given
 
 Depth = int | Literal["auto"]
@@ -222,72 +220,3 @@ class AutoSylvesterFlow(_LayeredGuide):
             draws = torch.randn(stack.frame.shape, dtype=torch.float64, device="cpu")
             stack.frame.copy_(orthonormal(draws, "householder"))
         return stack
-
-
-class AutoStructuredFlow(AutoSylvesterFlow):
-    r"""A guide for hierarchies of any size: globals by a flow, rows of plates given the globals.
-
-    Sylvester layers bend the G global numbers alone; a layer of tails and skews may follow for all
-    numbers; last comes an :class:`~pyroflow.transforms.Arrowhead`, an affine layer with a Gaussian
-    of the globals and one of each row given them. It costs O(J (d² + d G)) for J rows of d numbers.
-    Rows are read off the plates: a plate is local if its rows do not interact given the rest, of
-    plates that interact with each other only the largest one.
-
-    Args:
-        model: the Pyro model.
-        num_layers: L, of the globals' flow; "auto" as in :class:`AutoPlanarFlow`.
-        num_units: M, at most G.
-        init_loc_fn: as in :class:`AutoFlow`, like init_scale and centring.
-        tails: as in :class:`AutoPlanarFlow`, but on: rows that are a little skewed move the globals
-            where they are many.
-
-    Raises:
-        ValueError: As :class:`AutoSylvesterFlow`; at the first call if more than 256 numbers are
-            global.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(y):
-        ...     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-        ...     with pyro.plate("groups", len(y)):
-        ...         theta = pyro.sample("theta", dist.Normal(mu, 1.0))
-        ...         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
-        >>> guide = AutoStructuredFlow(model)
-        >>> guide(torch.zeros(1000))["theta"].shape
-        torch.Size([1000])
-    """
-
-    def __init__(
-        self,
-        model: Callable,
-        num_layers: Depth = 4,
-        num_units: int | None = None,
-        init_loc_fn: Callable = init_to_median,
-        init_scale: float = 0.1,
-        *,
-        centring: Centring = "auto",
-        tails: bool = True,
-    ) -> None:
-        options = {"init_loc_fn": init_loc_fn, "init_scale": init_scale, "centring": centring}
-        super().__init__(model, num_units, num_layers, tails=tails, **options)
-
-    def _make_parts(self, *args: Any, **kwargs: Any) -> None:
-        found = structure_of(self.model, args, kwargs, self.latents, self._init_loc())
-        if len(found[0]) > MOST_GLOBAL:
-            raise ValueError(
-                f"{len(found[0])} of the latents are global, as they are in no plate or interact "
-                f"with other rows of theirs, and AutoStructuredFlow takes at most {MOST_GLOBAL}: "
-                "use AutoPlanarFlow, or write independent rows in a plate"
-            )
-        self._found = found
-        if not len(found[0]):
-            self.num_layers = 0
-        super()._make_parts(*args, **kwargs)
-
-    def _make_affine(self, loc: Tensor) -> Arrowhead:
-        return Arrowhead(*self._found, init_loc=loc, init_scale=self.init_scale)
-
-    def _make_stack(self, init_loc: Tensor) -> Leading:
-        found = vars(self).get("_found")
-        size = len(self.affine.lower if found is None else found[0])
-        return Leading(super()._make_stack(init_loc[:size]), len(init_loc))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,13 +14,17 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from pyroflow.guides.coordinates import Coordinates, Description
+from pyroflow.model.at_hand import AtHand, Rows, Subsampling, dims_of, places_at_hand
 from pyroflow.model.centring import Prior, conditionals, nothing_downstream, powers
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.latents import Latents
 from pyroflow.model.locations import Filled, Moves, is_wide
 from pyroflow.model.recorded import Recorded
 from pyroflow.model.records import quietly
+from pyroflow.model.sites import LatentSite
 
+Number = Callable[[str, Prior | None], Tensor]
+NOTHING = nullcontext()
 MOST_SITES = 20  # that are moved: each takes operations of its own, and loops write many
 
 
@@ -29,6 +35,7 @@ def coordinates_of(
     latents: Latents,
     start: Tensor,
     centring: Mapping[str, float | Tensor] | None = None,
+    part: tuple[Latents, Subsampling] | None = None,
 ) -> Coordinates | None:
     """The coordinates of a model as it is written, c = 1; None where there are none to choose.
 
@@ -43,6 +50,7 @@ def coordinates_of(
         latents: the table of its latents.
         start: unconstrained latents, shape (D,), at which it is run.
         centring: c by site, of ``LocScaleReparam``; else c is 1, to be found.
+        part: where plates subsample, the table of the latents that one run draws, and the plates.
     """
     # The handler with which Pyro's guides start latents would sample before they are given.
     while isinstance(model, partial) and isinstance(model.func, partial):
@@ -51,32 +59,100 @@ def coordinates_of(
             break
         model = inner
 
-    def run(number: Callable[[str, Prior | None], Tensor]) -> None:
-        with quietly(), poutine.block(), Filled(latents, number):
+    def run(table: Latents, number: Number, rows: AbstractContextManager = NOTHING) -> None:
+        with quietly(), poutine.block(), Filled(table, number), rows:
             model(*args, **kwargs)
 
+    priors = _Priors(run, latents) if part is None else _PriorsInFull(run, latents, *part)
     try:
-        return _recorded(run, latents, start.detach(), given=centring is not None)
+        return _recorded(priors, latents, start.detach(), given=centring is not None)
     except FAILURES:
         return None
 
 
-def _recorded(run: Callable, latents: Latents, start: Tensor, *, given: bool) -> Coordinates | None:
-    found: dict[str, Prior | None] = {}
+class _Priors:
+    """The priors of a model's latents.
 
-    def priors(z: Tensor) -> list[Tensor]:
-        pieces = latents.unpack(z)
+    Attributes:
+        found: by site, its prior in the last run.
+    """
+
+    def __init__(self, run: Callable, latents: Latents) -> None:
+        self.run, self.latents = run, latents
+        self.found: dict[str, Prior | None] = {}
+
+    def at(self, z: Tensor) -> list[Tensor]:
+        """Location, scale and information of each site that has them, in turn, at z (D,)."""
+        return self._at(z, self.latents)
+
+    def _at(self, z: Tensor, table: Latents, *rows: AtHand) -> list[Tensor]:
+        pieces = table.unpack(z)
 
         def number(name: str, prior: Prior | None) -> Tensor:
-            found[name] = prior
+            self.found[name] = prior
             return pieces[name]
 
-        run(number)
-        kept = [(found[site.name], site.unconstrained_shape) for site in latents]
+        self.run(table, number, *rows)
+        kept = [(self.found[site.name], site.unconstrained_shape) for site in table]
         return [t for prior, shape in kept if prior is not None for t in prior.expand(shape)]
 
-    read = Recorded.of(priors, start)
-    located = [site.name for site in latents if found[site.name] is not None]
+    def located(self) -> list[str]:
+        """The sites that have them."""
+        return [site.name for site in self.latents if self.found[site.name] is not None]
+
+    def give(self, moves: Moves) -> None:
+        """Give each site's prior to the moves, at the numbers that the sites before it have."""
+        self.run(self.latents, moves)
+
+
+class _PriorsInFull(_Priors):
+    """The same with all rows of plates that subsample, by runs side by side that cover them."""
+
+    def __init__(self, run: Callable, latents: Latents, batch: Latents, sizes: Subsampling) -> None:
+        super().__init__(run, latents)
+        self.batch, self.sizes, cover = batch, sizes.plates, sizes.cover()
+        self.places = torch.stack([places_at_hand(latents, rows.index) for rows in cover])
+        self.index = {n: torch.stack([rows.index[n] for rows in cover]) for n in self.sizes}
+
+    def at(self, z: Tensor) -> list[Tensor]:
+        """As in one run of all rows."""
+
+        def alone(z: Tensor, index: dict[str, Tensor]) -> list[Tensor]:
+            weights = {name: torch.ones(B, device=z.device) for name, (_, B) in self.sizes.items()}
+            return self._at(z, self.batch, AtHand(Rows(index, weights)))
+
+        index = {name: rows.to(z.device) for name, rows in self.index.items()}
+        parts = torch.func.vmap(alone)(z[self.places.to(z.device)], index)
+        sites = [self.latents.sites[name] for name in self.located() for _ in range(3)]
+        return [self._joined(t, site) for t, site in zip(parts, sites, strict=True)]
+
+    def _joined(self, parts: Tensor, site: LatentSite) -> Tensor:
+        """One tensor of all rows, from those of the runs (K, *)."""
+        found = parts.unflatten(0, [-(-N // B) for N, B in self.sizes.values()])
+        dims = {n: dim for dim, n in dims_of(site.plates, len(site.batch_shape), self.sizes)}
+        for left, (name, (N, _)) in zip(itertools.count(1 - len(self.sizes)), self.sizes.items()):
+            at = dims.get(name)
+            # Not by a view, which the recorded constants, of other strides, would not allow.
+            found = found[0] if at is None else torch.cat(found.unbind(0), at - left)
+            found = found if at is None else found.narrow(at - left, 0, N)
+        return found
+
+    def give(self, moves: Moves) -> None:
+        """By a run for each site that is moved."""
+        for site in self.latents:
+            prior = None
+            if site.name in moves.tensors:
+                values = iter(self.at(self.latents.pack(moves.x | moves.z)))
+                three = {name: [next(values) for _ in range(3)] for name in self.located()}
+                prior = Prior(*three[site.name], self.found[site.name].matrix)
+            moves(site.name, prior)
+
+
+def _recorded(
+    priors: _Priors, latents: Latents, start: Tensor, *, given: bool
+) -> Coordinates | None:
+    read = Recorded.of(lambda z: priors.at(z), start)  # a function, as no method can be recorded
+    located = priors.located()
     parts = [read.outputs[i : i + 3] for i in range(0, len(read.outputs), 3)]
     # What depends on no latent was computed when it was recorded.
     fixed = [all("constant" in part for part in three[:2]) for three in parts]
@@ -84,7 +160,7 @@ def _recorded(run: Callable, latents: Latents, start: Tensor, *, given: bool) ->
     if not 0 < len(moved) <= MOST_SITES:
         return None
     outputs = [t for three, alone in zip(parts, fixed, strict=True) if not alone for t in three]
-    sites = _places(latents, {name: found[name].matrix for name in moved})
+    sites = _places(latents, {name: priors.found[name].matrix for name in moved})
     c = torch.ones_like(start)
     read = Recorded(read.steps, read.constants, outputs)
     tensors = _tensors(sites, read, c, start, given)
@@ -92,7 +168,7 @@ def _recorded(run: Callable, latents: Latents, start: Tensor, *, given: bool) ->
 
     def to_z(x: Tensor, c: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         moves = Moves(latents, counts, x, c, *tensors)
-        run(moves)
+        priors.give(moves)
         return moves.result()
 
     recorded = Recorded.of(to_z, start, c, *(t for own in tensors for t in own))

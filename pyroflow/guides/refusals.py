@@ -44,14 +44,42 @@ def refuse_subsampled(latents: Latents, plate: str | None) -> None:
             if plate is None:
                 reason = (
                     f"the guide would use the same {frame.size} latents for whichever rows are "
-                    "drawn. Use pyroflow.AmortizedPlanarGuide, which makes them from the data of "
-                    "the rows drawn, run"
+                    "drawn. Use pyroflow.AutoStructuredFlow, which knows all rows, or "
+                    "AmortizedPlanarGuide, which makes them from the data of the rows drawn; or run"
                 )
             raise ValueError(
                 f"site {site.name!r} is a latent in plate {frame.name!r}, which subsamples "
                 f"{frame.size} of {frame.full_size} rows: {reason} the plate in full, or integrate "
                 "the site out of the model"
             )
+
+
+def refuse_varying_support(site: LatentSite) -> None:
+    """For a latent whose support is another one in each row of a plate."""
+    transform, batch = bijection(site.support), len(site.batch_shape)
+    one = transform.inv(site.value).flatten(0, batch - 1)[0]
+    if transform(one).dim() > len(site.event_shape):
+        raise ValueError(
+            f"site {site.name!r} has a support that differs between rows, which a guide cannot "
+            "know of rows that were not drawn: sample it on a fixed support and move it in the "
+            "model"
+        )
+
+
+def refuse_bound_rows(
+    latents: Latents, kinds: Iterable[frozenset[str]], sizes: Mapping[str, tuple[int, int]]
+) -> None:
+    """For a latent in a plate that subsamples, whose rows are not those of one of the kinds."""
+    for site in latents:
+        for name in {frame.name for frame in site.plates} & sizes.keys():
+            if not any(name in names for names in kinds):
+                N, B = sizes[name]
+                raise ValueError(
+                    f"site {site.name!r} is a latent in plate {name!r}, which subsamples {B} of "
+                    f"{N} rows, and its rows depend on each other given the other latents, or are "
+                    "inside rows of another plate: run this plate in full, or let the outer one "
+                    "subsample"
+                )
 
 
 def refuse_unsupported(trace: poutine.Trace | None, error: NotImplementedError) -> None:

@@ -3,22 +3,77 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
+from pyro.poutine import Trace
 from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Size, Tensor, nn
 
+from pyroflow.guides.refusals import refuse_varying_support
+from pyroflow.model.at_hand import Subsampling, with_rows
 from pyroflow.model.latents import Latents
 from pyroflow.model.sites import LatentSite
 from pyroflow.model.supports import bijection
 
 Context = Callable[..., Any] | str | Sequence[str]
+
+
+class KnownRows:
+    """A guide with a table of the latents of all rows.
+
+    Attributes:
+        subsampling: the plates that drew a part of their rows when it was set up.
+        sparse: whether what rows have of their own gets sparse gradients, from the rows at hand.
+        alone: whether there is no model to say which rows are drawn, and so all are.
+    """
+
+    latents: Latents
+    subsampling = Subsampling({})
+    sparse, alone = True, False
+
+    def _in_full(self, latents: Latents) -> Latents:
+        """The table with all rows of the plates whose rows it knows, of what a run drew."""
+        frames = {frame for site in latents for frame in site.plates if frame.full_size}
+        known = [frame for frame in frames if self._knows_rows(frame.name)]
+        sizes = {f.name: (f.full_size, f.size) for f in known if f.size < f.full_size}
+        self.subsampling = Subsampling(sizes)
+        for site in latents:
+            if sizes.keys() & {frame.name for frame in site.plates}:
+                refuse_varying_support(site)
+        return with_rows(latents, {name: N for name, (N, _) in sizes.items()})
+
+    def restore_rows(self, latents: Latents, plates: Mapping[str, Sequence[int]]) -> Latents:
+        """The table of a file, with N and B of the plates that drew a part of their rows.
+
+        Raises:
+            ValueError: If the sizes are not those of the table.
+        """
+        full = {f.name: f.size for site in latents for f in site.plates if f.size == f.full_size}
+        for name, (N, B) in plates.items():
+            if full.get(name) != N or not 0 < B < N:
+                raise ValueError(f"its plate {name!r} cannot have drawn {B} of {N} rows")
+        self.subsampling = Subsampling({name: (N, B) for name, (N, B) in plates.items()})
+        return with_rows(latents, {name: N for name, (N, _) in plates.items()})
+
+    def _knows_rows(self, plate: str) -> bool:
+        """Whether it has parameters for all rows of a plate, that may subsample."""
+        return False
+
+    def drawn(self, sizes: Subsampling) -> Latents:
+        """The table of the latents that a run draws."""
+        return with_rows(self.latents, {name: B for name, (_, B) in sizes.plates.items()})
+
+    def check_model(self, model_trace: Trace) -> None:
+        """Raise ``ValueError`` by name if a later run of the model has other latents."""
+        sizes = Subsampling.of(model_trace).plates
+        known = {name: pair for name, pair in sizes.items() if self._knows_rows(name)}
+        self.drawn(Subsampling(known)).check(model_trace)
 
 
 @dataclass
@@ -82,17 +137,10 @@ def _row_starts(site: LatentSite, plate: str, dim: int) -> Tensor:
             f"plates are not supported; in place of plate {others[0]!r} make its dimension one of "
             "the site's event, with .expand([...]).to_event(1)"
         )
-    transform, batch = bijection(site.support), site.batch_shape
-    start = transform.inv(site.value)
-    start = start.reshape(batch[dim], *start.shape[len(batch) :])
-    one = start[:1].reshape(*(1,) * len(batch), *start.shape[1:])
-    if transform(one).shape[: len(batch)] != (1,) * len(batch):
-        raise ValueError(
-            f"site {site.name!r} has a support that differs between rows, which a guide cannot "
-            "know of rows that were not drawn: sample it on a fixed support and move it in the "
-            "model"
-        )
-    return start
+    refuse_varying_support(site)
+    batch = site.batch_shape
+    start = bijection(site.support).inv(site.value)
+    return start.reshape(batch[dim], *start.shape[len(batch) :])
 
 
 class RowContext(PyroModule):

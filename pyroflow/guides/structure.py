@@ -22,6 +22,7 @@ from pyroflow.transforms.kernels.units import softplus
 
 WIDEST_ROW = 30  # numbers of a row, whose factor is a full triangle
 SPREADS = (0.1, 0.5, 1.0, 2.0, 0.1)  # of the points that are tried
+FEW = 20  # rows, whose signs may agree by chance
 ALIKE = 1e-3  # of the largest second derivative, that two of them may differ by
 
 Names = frozenset[str]
@@ -29,8 +30,8 @@ Names = frozenset[str]
 
 def structure_of(
     model: Callable, args: tuple, kwargs: Mapping[str, Any], latents: Latents, z: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The places in z (D,) of global numbers, and those of the rows of each plate, (J, d).
+) -> list[Names]:
+    """The plates of each kind of rows, which do not interact given the rest.
 
     Rows are of a plate, or of plates inside each other, whose latents do not interact given the
     globals: a Hessian with a block for each row takes signs ±1 of the rows to the same signs.
@@ -43,17 +44,41 @@ def structure_of(
         latents: the table of its latents.
         z: unconstrained latents near which it is run.
     """
-    rows: list[Tensor] = []
+    found: dict[Names, Tensor] = {}
     with seeded(0):
         at, gradient = _differentiable(model, args, kwargs, latents, z)
-        for places in _candidates(latents, z.device) if gradient is not None else []:
+        for names, places in _candidates(latents, z.device) if gradient is not None else []:
+            rows = list(found.values())
             free = not any(bool(torch.isin(places, other).any()) for other in rows)
             if free and _independent(gradient, at, places, rows):
-                rows.append(places)
-    taken = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+                found[names] = places
+    return list(found)
+
+
+def places_of(latents: Latents, kinds: Sequence[Names]) -> tuple[Tensor, list[Tensor]]:
+    """The places in z (D,) of global numbers, and those of each kind of rows, (J, d)."""
+    rows = [_places(latents, names, torch.device("cpu")) for names in kinds]
+    taken = torch.zeros(sum(latents.sizes), dtype=torch.bool, device="cpu")
     for places in rows:
         taken[places] = True
     return (~taken).nonzero().squeeze(-1), rows
+
+
+def kinds_of(latents: Latents, rows: Sequence[Tensor]) -> list[Names]:
+    """The plates of each kind of rows, from the places that :func:`places_of` gave.
+
+    Raises:
+        ValueError: If there are no such rows in the table.
+    """
+    tables, found = _candidates(latents, torch.device("cpu")), []
+    for own in rows:
+        named = [names for names, places in tables if torch.equal(places, own.cpu())]
+        if not named:
+            raise ValueError(
+                f"its {len(own)} rows of {own.shape[1]} numbers are of none of its plates"
+            )
+        found.append(named[0])
+    return found
 
 
 def _differentiable(
@@ -76,12 +101,12 @@ def _differentiable(
     return z, None
 
 
-def _candidates(latents: Latents, device: torch.device) -> list[Tensor]:
-    """Places (J, d) of the rows of each set of plates, the one with most numbers first."""
+def _candidates(latents: Latents, device: torch.device) -> list[tuple[Names, Tensor]]:
+    """Sets of plates and the places (J, d) of their rows, the one with most numbers first."""
     named = {frozenset(_rows_of(site)) for site in latents} - {frozenset()}
-    tables = [_places(latents, names, device) for names in named]
-    tables = [places for places in tables if len(places) > 1 and places.shape[1] <= WIDEST_ROW]
-    return sorted(tables, key=lambda places: (-places.numel(), len(places)))
+    tables = [(names, _places(latents, names, device)) for names in named]
+    tables = [each for each in tables if len(each[1]) > 1 and each[1].shape[1] <= WIDEST_ROW]
+    return sorted(tables, key=lambda each: (-each[1].numel(), len(each[1]), sorted(each[0])))
 
 
 def _rows_of(site: LatentSite) -> dict[str, int]:
@@ -123,7 +148,7 @@ def _independent(gradient: Tensor, z: Tensor, places: Tensor, others: list[Tenso
     """Whether rows interact neither with each other nor with those of other plates."""
     weights = torch.randn(places.shape[1], dtype=z.dtype, device="cpu").to(z)
     found = []
-    for _ in range(2):
+    for _ in range(2 if len(places) > FEW else 10):
         signs = torch.randint(2, (len(places), 1), device="cpu").to(z) * 2 - 1
         v = torch.zeros_like(z).index_put((places,), signs * weights)
         (product,) = torch.autograd.grad(gradient, z, v, retain_graph=True, allow_unused=True)
@@ -133,7 +158,8 @@ def _independent(gradient: Tensor, z: Tensor, places: Tensor, others: list[Tenso
             return False
         found.append(product[places] * signs)
     size = torch.stack(found).abs().amax(0)
-    return bool(((found[0] - found[1]).abs() <= ALIKE * size.clamp(min=1e-6)).all())
+    off = torch.stack([other - found[0] for other in found]).abs().amax(0)
+    return bool((off <= ALIKE * size.clamp(min=1e-6)).all())
 
 
 class GivenGlobals:

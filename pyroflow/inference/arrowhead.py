@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyroflow.guides.layered import AutoStructuredFlow
+from pyroflow.guides.structured import AutoStructuredFlow
 from pyroflow.inference.centring import GAIN
 from pyroflow.inference.gaussian_start import LENGTHS, normal_pairs
 from pyroflow.model.log_joint import LogJoint

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pyroflow.checks import check_count, check_positive
+from pyroflow.guides import AmortizedPlanarGuide, AutoFlow
 from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.io import read_data, write_data
 from pyroflow.seeds import generator_states, restore_generators
+from pyroflow.transforms import Bijection
 
 if TYPE_CHECKING:
     from pyroflow.inference.missed import Missed
@@ -243,3 +246,23 @@ def check_precision(module: nn.Module) -> None:
                 f"{type(module).__name__} must be in float32 or float64 to be fitted, got "
                 f"{p.dtype} in {name!r}: fit it as .float() and convert it afterwards"
             )
+
+
+def has_path(guide: Callable) -> bool:
+    """Whether all transforms of a guide know the gradient along the path of a sample."""
+    if not isinstance(guide, AutoFlow):
+        return isinstance(guide, AmortizedPlanarGuide)
+    return all(isinstance(t, Bijection) for t in guide.get_transforms())
+
+
+@contextmanager
+def path_derivative(guide: Callable, wanted: bool) -> Iterator[None]:
+    """Train with path derivatives or without, where all of the guide's transforms have them."""
+    if not has_path(guide):
+        yield
+        return
+    before, guide.path_derivative = guide.path_derivative, wanted
+    try:
+        yield
+    finally:
+        guide.path_derivative = before

@@ -13,11 +13,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_choice, check_count
-from pyroflow.guides import AutoFlow
-from pyroflow.inference.fit import Fit, check_options, check_precision, missing
+from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoStructuredFlow
+from pyroflow.inference.fit import Fit, check_options, check_precision, has_path, missing
 from pyroflow.inference.gaussian_start import TICKS
 from pyroflow.inference.guide_fit import RATE, GuideFit, refuse_nonfinite
-from pyroflow.inference.objectives import DRAWS, OBJECTIVES, LogJointBound, has_path
+from pyroflow.inference.minibatches import MinibatchBound
+from pyroflow.inference.objectives import DRAWS, OBJECTIVES, LogJointBound
 from pyroflow.inference.processes import held, processes
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, described
 from pyroflow.inference.trace_bound import TraceBound
@@ -59,6 +60,11 @@ def fit_guide(
     shortened once the loss is flat (:class:`~pyroflow.StopRule`); the last iterates are averaged.
     The guide ends in the state with the best bound on a fixed set of draws, and at once where
     their weights say that nothing is left to gain.
+
+    An :class:`~pyroflow.AutoStructuredFlow` or :class:`~pyroflow.AmortizedPlanarGuide` takes plates
+    that subsample too. A step draws and evaluates the rows at hand; the start, the fixed draws and
+    so ``best_loss`` are of all rows, some at a time. Learning is slower, as rows at random make the
+    gradients of the globals noisy.
 
     Any other guide or model is fitted by Pyro's ``Trace_ELBO``, vectorised where that is found to
     change nothing; a flow's affine layer is trained first, and parameters of the model too.
@@ -135,18 +141,19 @@ def fit_guide(
             ours.start_alike(guide.to(device))
             check_precision(guide)
         settings["annealing"] = described(annealing, steps or STEPS)
-        bar = None
-        if isinstance(guide, AutoFlow) and not problem.subsampled and not problem.learns:
+        bound, bar = None, None
+        if isinstance(guide, AutoFlow | AmortizedPlanarGuide) and not problem.learns:
             if objective == "dreg" and not has_path(guide):
                 raise ValueError(
                     "objective='dreg' needs the path derivatives of pyroflow's own layers, and the "
                     "guide has others: use objective='iwae'"
                 )
-            settings |= {"objective": objective, "group_size": group_size}
             # With much data it takes minutes until the first step.
             bar = tqdm(total=TICKS, desc="fit_guide, start", disable=not progress)
             options = {"seed": seed, "processes": ours}
-            bound = LogJointBound(problem, objective, group_size, num_particles, **options)
+            bound = _by_log_joint(problem, objective, group_size, num_particles, **options)
+        if bound is not None:
+            settings |= {"objective": objective, "group_size": group_size}
         elif objective == "dreg" or isinstance(annealing, AdaptiveAnnealing):
             raise ValueError(
                 "objective='dreg' and AdaptiveAnnealing need a guide of the AutoFlow family, and a "
@@ -178,6 +185,24 @@ def fit_guide(
                 stacklevel=3,
             )
         return found
+
+
+def _by_log_joint(problem: BoundModel, *args: Any, **options: Any) -> LogJointBound | None:
+    """The bound of the log joint; None where plates subsample and it cannot be recorded."""
+    if isinstance(problem.guide, AutoFlow) and not problem.subsampled:
+        return LogJointBound(problem, *args, **options)
+    if not isinstance(problem.guide, AutoStructuredFlow | AmortizedPlanarGuide):
+        return None
+    try:
+        return MinibatchBound(problem, *args, **options)
+    except ValueError as error:
+        (why, *_) = str(error.__cause__ or error).splitlines()
+        warnings.warn(
+            "the fit is by Pyro's traces, of the rows that each step has alone, and keeps the last "
+            f"state, as no log joint of all rows is to be had: {why}",
+            stacklevel=4,
+        )
+        return None
 
 
 def _check_objective(objective: str, group_size: int, num_particles: int | None) -> None:

@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyroflow.guides import AutoFlow, AutoStructuredFlow
+from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoStructuredFlow
+from pyroflow.inference.amortized_start import amortized_start
 from pyroflow.inference.census import MISSED, census
 from pyroflow.inference.centring import best_coordinates
-from pyroflow.inference.fit import Fit, Objective, check_settings, copy_tensors, read_checkpoint
+from pyroflow.inference.fit import (
+    Fit,
+    Objective,
+    check_settings,
+    copy_tensors,
+    path_derivative,
+    read_checkpoint,
+)
 from pyroflow.inference.gaussian_start import PATHS, initialize, layers_inside
 from pyroflow.inference.missed import Missed, missed_by, shares_missed
-from pyroflow.inference.objectives import LogJointBound, nothing_left, path_derivative
+from pyroflow.inference.objectives import LogJointBound, nothing_left
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, LearningRateSchedule
 from pyroflow.inference.stop_rule import StopRule
 from pyroflow.inference.structured_start import structured_start
@@ -43,6 +51,7 @@ LEAST_GAIN = 0.02  # nats, that more layers must have brought
 DEEPEST = 64
 CHECKED = 1000  # draws of the fitted guide, in the light of which modes are missed
 
+Bound = LogJointBound | TraceBound
 # The parts of a fit, one of which a checkpoint is of.
 GAUSSIAN, FLOW, GROWN = "affine layer alone", "all", "all, after growing"
 
@@ -58,7 +67,7 @@ class GuideFit:
 
     def __init__(
         self,
-        bound: LogJointBound | TraceBound,
+        bound: Bound,
         *,
         steps: int,
         annealing: Annealing,
@@ -72,13 +81,14 @@ class GuideFit:
         self.bound, self.guide, self.annealing, self.bar = bound, bound.guide, annealing, bar
         self.by_log_joint = isinstance(bound, LogJointBound)
         cheap = self.by_log_joint and not bound.log_joint.one_by_one
-        placed = cheap and self.guide.affine is not None
         self.structured = isinstance(self.guide, AutoStructuredFlow)
-        narrow = placed and (self.structured or self.guide.latent_dim <= WIDEST_WARM_START)
+        by_rows = self.structured or isinstance(self.guide, AmortizedPlanarGuide)
+        placed = cheap and (by_rows or self.guide.affine is not None)
+        narrow = placed and (by_rows or self.guide.latent_dim <= WIDEST_WARM_START)
         self.warm_start = warm_start and narrow
         self.early_stop = early_stop and self.by_log_joint and annealing is None
         # Where the ascents ended, in the unconstrained latents; NaN where there was none.
-        num = 2 * PATHS if self.warm_start and not self.structured else 0
+        num = 2 * PATHS if self.warm_start and not by_rows else 0
         self.ends = [self.guide.start() * math.nan for _ in range(num)]
         self.steps, self.spent = steps, 0  # of the steps, on the affine layer alone
         own = {"num_particles": bound.num_particles, "early_stop": self.early_stop}
@@ -98,7 +108,6 @@ class GuideFit:
         """Initialize the guide, train it, and grow it if it is to grow."""
         guide, before = self.guide, None
         grows = self.by_log_joint and getattr(guide, "grows", False)
-        untouched = not self.by_log_joint or _untouched(guide)
         if self.saved:
             check_settings(self.shared["checkpoint"], self.saved, self.settings)
         if isinstance(guide, AutoFlow):
@@ -107,7 +116,7 @@ class GuideFit:
             self.spent = self.steps - self.saved["steps"]
             if self.part == GROWN and grows:  # before it was cut off
                 self._grow(self.saved["num_layers"] - guide.num_layers)
-        elif untouched or self.part == GAUSSIAN:
+        elif not self.by_log_joint or guide.untouched or self.part == GAUSSIAN:
             before = self._initialize()
         part = GROWN if self.part == GROWN else FLOW
         fit, gain = self._train(before, part, resume=self.part == part)
@@ -123,7 +132,7 @@ class GuideFit:
         """Set the affine layer to the best Gaussian, found without training or with it."""
         guide = self.guide
         if self.warm_start and self.part is None:
-            if _started(self.bound.log_joint, guide, self.ends, self.bar):
+            if _started(self.bound, self.ends, self.bar):
                 return None
             refuse_nonfinite(self.bound.problem)
         inner = layers_inside(guide)
@@ -178,8 +187,7 @@ class GuideFit:
         options = {"buffers": bound.buffers() + self.ends, "keep_last": bound.keep_last}
         if self.early_stop and bound.objective == "elbo":
             options["enough"] = partial(nothing_left, dim=self.guide.latent_dim * self.structured)
-        if self.structured:
-            options["groups"] = _groups(self.guide, parameters, self.shared["lr"])
+        options["groups"] = _groups(bound, parameters, self.shared["lr"])
         return Objective(parameters, loss, bound.score, processes=bound.processes, **options)
 
     def _run(self, trainer: Trainer) -> Fit:
@@ -233,8 +241,11 @@ def _missed(log_joint: LogJoint, guide: AutoFlow, ends: list[Tensor]) -> tuple[l
     return found, sum(shares_missed(found, evidence))
 
 
-def _started(log_joint: LogJoint, guide: AutoFlow, ends: list[Tensor], bar: tqdm | None) -> bool:
+def _started(bound: LogJointBound, ends: list[Tensor], bar: tqdm | None) -> bool:
     """Set a guide to the best Gaussian, and ``ends`` to where ascents led; whether there is one."""
+    guide, log_joint = bound.guide, bound.log_joint
+    if isinstance(guide, AmortizedPlanarGuide):
+        return amortized_start(bound.problem, guide, log_joint.num)
     if isinstance(guide, AutoStructuredFlow):
         return structured_start(log_joint, guide)
     found, there = best_coordinates(log_joint, guide, bar)
@@ -244,8 +255,11 @@ def _started(log_joint: LogJoint, guide: AutoFlow, ends: list[Tensor], bar: tqdm
     return found is not None
 
 
-def _groups(guide: AutoStructuredFlow, parameters: list[Tensor], lr: float) -> list[dict]:
+def _groups(bound: Bound, parameters: list[Tensor], lr: float) -> list[dict] | None:
     """Torch's parameter groups: slower steps of what rows have, as their errors add up."""
+    guide, lr = bound.guide, lr / bound.slower
+    if not isinstance(guide, AutoStructuredFlow):
+        return None if bound.slower == 1 else [{"params": parameters, "peak": lr}]
     own = {id(p) for part in guide.flow.parts[-1 - guide.tails :] for p in part.parameters()}
     slow = lr * min(1.0, math.sqrt(MANY / guide.latent_dim))
     groups = [
@@ -256,10 +270,7 @@ def _groups(guide: AutoStructuredFlow, parameters: list[Tensor], lr: float) -> l
 
 
 def fit_flow(bound: LogJointBound, steps: int, seed: int, **shared: Any) -> Fit:
-    """Fit a guide by its log joint with the defaults of ``fit_guide``; again, to go on.
-
-    A guide that was initialized or fitted before goes on from where it is.
-    """
+    """Fit a guide by its log joint with the defaults of ``fit_guide``, from where it is."""
     settings = {"kind": "guide", "seed": seed}
     options = {"annealing": None, "warm_start": True, "early_stop": True, "checkpoint": None}
     return GuideFit(bound, steps=steps, settings=settings, lr=RATE, **options, **shared).run()
@@ -274,17 +285,6 @@ def _warn_of_mixing(site: str | None) -> None:
             "torch.where, and with indices from the right, as in z[..., 0]",
             stacklevel=6,
         )
-
-
-def _untouched(guide: AutoFlow) -> bool:
-    """Whether the affine layer, if there is one, is still where the guide's set-up put it."""
-    if guide.affine is None:
-        return True
-    offset, _, *lower = guide.affine.trained()
-    moved = bool(guide.affine.centre.any())
-    start = guide.start()  # the coordinates may round it
-    at_start = torch.allclose(offset, start, atol=1e-5 * start.abs().max().item())
-    return not moved and at_start and not any(t.any() for t in lower)
 
 
 def refuse_nonfinite(problem: BoundModel) -> None:

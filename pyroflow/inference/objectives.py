@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -12,14 +10,14 @@ from pyro.distributions import TransformedDistribution
 from torch import Tensor
 
 from pyroflow.flows import draw_from, log_prob_at_fixed
-from pyroflow.guides import AutoFlow, AutoStructuredFlow
-from pyroflow.inference.fit import trainable
+from pyroflow.guides import AutoStructuredFlow
+from pyroflow.inference.fit import has_path, trainable
 from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.inference.schedule import AdaptiveAnnealing
+from pyroflow.model.at_hand import Subsampling
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.seeds import fixed_draws, seeded
-from pyroflow.transforms import Bijection
 
 OBJECTIVES = ("elbo", "iwae", "dreg")
 NEIGHBOURS = 8  # among the draws inside, that a lost one is likened to
@@ -180,25 +178,6 @@ def _log_share(grouped: Tensor) -> Tensor:
     return groups.log() + LOST * draws.log()
 
 
-def has_path(guide: Callable) -> bool:
-    """Whether all transforms of a guide know the gradient along the path of a sample."""
-    flow = isinstance(guide, AutoFlow)
-    return flow and all(isinstance(t, Bijection) for t in guide.get_transforms())
-
-
-@contextmanager
-def path_derivative(guide: Callable, wanted: bool) -> Iterator[None]:
-    """Train with path derivatives or without, where all of the guide's transforms have them."""
-    if not has_path(guide):
-        yield
-        return
-    before, guide.path_derivative = guide.path_derivative, wanted
-    try:
-        yield
-    finally:
-        guide.path_derivative = before
-
-
 class LogJointBound:
     """The bound of a guide by the log joint of its model as a plain function: the fast way.
 
@@ -207,6 +186,7 @@ class LogJointBound:
     """
 
     keep_last = False
+    slower = 1.0  # than others it learns, as rows at random make gradients of globals noisy
 
     def __init__(
         self,
@@ -221,16 +201,17 @@ class LogJointBound:
         self.problem, self.guide, self.processes = problem, problem.guide, processes
         self.objective, self.group_size = objective, group_size
         self.together = 1 if objective == "elbo" else group_size  # draws that no share divides
-        self.guide.find_coordinates(problem.args, problem.kwargs)
-        few = partial(problem.runs.few, rows=isinstance(self.guide, AutoStructuredFlow))
-        self.num_particles = num_particles or self._in_groups(few(DRAWS, DRAWS_DEAR))
+        at = problem.args, problem.kwargs
+        self.guide.find_coordinates(*at, Subsampling.of(problem.model_trace))
+        draws, scored = map(self._in_groups, self._sizes())
+        self.num_particles = num_particles or draws
         own = partial(processes.most, unit=self.together)
-        self.log_joint = LogJoint(problem, self.guide, own(self.num_particles))
+        self.log_joint = self._make_log_joint(own(self.num_particles))
         costly = self.log_joint.one_by_one
         if costly and num_particles is None:
             self.num_particles = self._in_groups(DRAWS_ONE_BY_ONE)
             self.log_joint.num = own(self.num_particles)
-        self.scored = self._in_groups(SCORED_ONE_BY_ONE if costly else few(SCORED, SCORED_DEAR))
+        self.scored = self._in_groups(SCORED_ONE_BY_ONE) if costly else scored
         self.evaluations = problem.runs.few(10 if costly else 25, 8)
         self.path = objective != "iwae" and has_path(self.guide)
         self.skipped = torch.zeros((), dtype=torch.long, device="cpu")
@@ -240,9 +221,25 @@ class LogJointBound:
     def _in_groups(self, num: int) -> int:
         return max(1, num // self.group_size) * self.group_size
 
+    def _sizes(self) -> tuple[int, int]:
+        """Draws of a step, and fixed draws."""
+        few = partial(self.problem.runs.few, rows=isinstance(self.guide, AutoStructuredFlow))
+        return few(DRAWS, DRAWS_DEAR), few(SCORED, SCORED_DEAR)
+
+    def _make_log_joint(self, num: int) -> LogJoint:
+        return LogJoint(self.problem, self.guide, num)
+
     def _draw(self, num: int) -> tuple[TransformedDistribution, Tensor]:
-        q = self.guide.over_coordinates()
-        return q, draw_from(q, (num,), self.processes.share(num, self.together))
+        q = self.guide.over_coordinates(*self.problem.args, **self.problem.kwargs)
+        return q, self._drawn(q, num)
+
+    def _drawn(self, q: TransformedDistribution, num: int) -> Tensor:
+        return draw_from(q, (num,), self.processes.share(num, self.together))
+
+    def _step(self) -> tuple[TransformedDistribution, Tensor, Tensor]:
+        """The guide's distribution, draws of it, and their log joint."""
+        q, z = self._draw(self.num_particles)
+        return q, z, self.log_joint(z)
 
     def parameters(self) -> list[Tensor]:
         """All that is trained."""
@@ -254,8 +251,7 @@ class LogJointBound:
 
     def loss(self, beta: float, annealing: AdaptiveAnnealing | None = None) -> Tensor:
         """The loss of fresh draws, or of this process's share, with weight β of the log joint."""
-        q, z = self._draw(self.num_particles)
-        log_p = self.log_joint(z)
+        q, z, log_p = self._step()
         if annealing is not None:
             annealing.update(self.processes.joined(log_p))
         log_weights = beta * log_p - q.log_prob(z)
@@ -287,4 +283,5 @@ class LogJointBound:
     def mixing(self) -> str | None:
         """Where draws that run side by side differ from runs alone, at the fitted guide's own."""
         with seeded(0):
-            return self.log_joint.differs(self.guide.over_coordinates().sample((3,)))
+            q = self.guide.over_coordinates(*self.problem.args, **self.problem.kwargs)
+            return self.log_joint.differs(q.sample((3,)))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyroflow.guides import AutoStructuredFlow
 from pyroflow.inference.centring import GAIN
+from pyroflow.inference.fit import path_derivative
 from pyroflow.inference.gaussian_start import normal_pairs
-from pyroflow.inference.objectives import path_derivative
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.transforms import SinhArcsinh
 from pyroflow.transforms.affine import inverse_softplus
@@ -105,4 +105,5 @@ def _inverse_information() -> tuple[Tensor, Tensor]:
     odd = np.stack([x, x * root - x / root])
     even = np.stack([x * x - 1, x * root * angle - 1 - x * angle / root])
     weights = weights / weights.sum()
-    return tuple(torch.tensor(np.linalg.inv(weights * s @ s.T)) for s in (odd, even))
+    inverse = (np.linalg.inv(weights * s @ s.T) for s in (odd, even))
+    return tuple(torch.tensor(t, device="cpu") for t in inverse)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.distributions import TransformedDistribution
 
 from pyroflow.flows import draw_from
+from pyroflow.inference.fit import path_derivative
 from pyroflow.inference.objectives import (
     DRAWS_ONE_BY_ONE,
     SCORED_ONE_BY_ONE,
     bound_loss,
     bound_scores,
     cut_loss,
-    path_derivative,
 )
 from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.inference.trainer import EVALUATIONS
@@ -41,7 +41,7 @@ class TraceBound:
     Several processes draw apart. They share the draws of a step, or have a group each.
     """
 
-    evaluations = EVALUATIONS
+    evaluations, slower = EVALUATIONS, 1.0
 
     def __init__(
         self,

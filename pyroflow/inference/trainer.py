@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from pyroflow.inference.fit import Checkpoint, Fit, Objective, copy_tensors
 from pyroflow.inference.launches import READ, Launches
 from pyroflow.inference.processes import averaged
+from pyroflow.inference.row_adam import RowAdam
 from pyroflow.inference.schedule import LearningRateSchedule
 from pyroflow.inference.state import Mark, State
 from pyroflow.seeds import between_draws, quick
@@ -186,7 +187,7 @@ class Descent:
         groups = trainer.objective.groups or [{"params": self.parameters, "peak": trainer.lr}]
         kinds = {(p.device.type, p.is_floating_point()) for p in self.parameters}
         fused = kinds <= {("cpu", True), ("cuda", True)}
-        self.optimizer = torch.optim.Adam(groups, lr=trainer.lr, fused=fused)
+        self.optimizer = RowAdam(groups, lr=trainer.lr, fused=fused)
         launches = Launches.of(trainer.objective, self.optimizer, trainer.checkpoint.path)
         self.launches = None if trainer.state.launches else launches  # once
 
@@ -211,12 +212,10 @@ class Descent:
             group["lr"] = group["peak"] * rate
         self.optimizer.zero_grad()
         loss = trainer.averaged(trainer.loss, state.step)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, trainer.objective.max_norm)
+        norm = self.optimizer.clip(trainer.objective.max_norm)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
             self.optimizer.step()
-            for p in self.parameters:
-                torch.autograd.graph.increment_version(p)  # fused Adam does not
         return loss.item() if finite else math.nan
 
     def _launched(self) -> list[float]:

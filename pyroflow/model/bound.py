@@ -102,16 +102,15 @@ class BoundModel:
         guide: Callable,
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
+        *,
+        in_full: bool = False,
     ) -> BoundModel:
-        """The same for draws that are to be weighed: NaN is no error, subsampling is one.
-
-        Raises:
-            ValueError: If the guide does not sample a latent site, or a plate subsamples the data.
-        """
+        """The same for weights: NaN is no error; subsampling is, unless they are ``in_full``."""
         with pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # which is a weight of zero
             bound = cls(model, guide, args, kwargs)
-        check_whole(bound)
+        if not in_full:
+            check_whole(bound)
         return bound
 
     def with_guide(self, guide: Callable) -> BoundModel:

@@ -20,6 +20,8 @@ from pyroflow.model.priors import AtLatent
 from pyroflow.model.sites import LatentSite
 from pyroflow.model.supports import base_of, is_real, plain_bijection
 
+Total = Callable[[LatentSite, Tensor], Tensor]
+
 
 def prior_of(fn: td.Distribution) -> Prior | None:
     """Location and scale of a distribution in terms of its unconstrained numbers.
@@ -102,8 +104,8 @@ _FAMILIES: dict[type, Callable[[Any], Prior]] = {
 
 
 def is_wide(site: LatentSite) -> bool:
-    """Whether a site has too many numbers to move others by each of them."""
-    return site.unconstrained_shape.numel() > WIDE
+    """Whether a site has too many numbers to move others by each of them, or may have."""
+    return site.local or site.unconstrained_shape.numel() > WIDE
 
 
 class Filled(Messenger):
@@ -112,14 +114,20 @@ class Filled(Messenger):
     Args:
         latents: the table of the sites; others are left alone.
         number: of a site's name and prior, its unconstrained numbers.
+        total: what is kept of the parts of a site's log-determinant; by default all of them.
 
     Attributes:
-        log_dets: of each site so far, the parts of log |det ∂values/∂numbers|.
+        log_dets: of each site so far, what is kept of the parts of log |det ∂values/∂numbers|.
     """
 
-    def __init__(self, latents: Latents, number: Callable[[str, Prior | None], Tensor]) -> None:
+    def __init__(
+        self,
+        latents: Latents,
+        number: Callable[[str, Prior | None], Tensor],
+        total: Total = lambda _, parts: parts,
+    ) -> None:
         super().__init__()
-        self.latents, self.number = latents, number
+        self.latents, self.number, self.total = latents, number, total
         self.log_dets: list[Tensor] = []
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
@@ -129,7 +137,7 @@ class Filled(Messenger):
         hidden = msg["mask"] is not None and msg["mask"] is not True
         prior = None if hidden else prior_of(msg["fn"])
         msg["value"], log_det = site.constrain(self.number(site.name, prior))
-        self.log_dets.append(log_det)
+        self.log_dets.append(self.total(site, log_det))
 
 
 class Moves:
@@ -141,11 +149,19 @@ class Moves:
         x: coordinates, shape (D,).
         c: the same shape.
         tensors: of all sites that are moved.
+        total: as in :class:`Filled`.
     """
 
     def __init__(
-        self, latents: Latents, counts: Mapping[str, int], x: Tensor, c: Tensor, *tensors: Tensor
+        self,
+        latents: Latents,
+        counts: Mapping[str, int],
+        x: Tensor,
+        c: Tensor,
+        *tensors: Tensor,
+        total: Total = lambda _, parts: parts,
     ) -> None:
+        self.total = total
         left = iter(tensors)
         self.tensors = {n: list(itertools.islice(left, k)) for n, k in counts.items()}
         self.latents = latents
@@ -162,7 +178,7 @@ class Moves:
             parts = [self.z[site.name].reshape(-1) for site in first if not is_wide(site)]
             u = torch.cat([z.new_zeros(0), *parts])
             z, log_det, lost = prior.forth(z, u, self.c[name], *self.tensors[name])
-            self.log_dets.append(log_det)
+            self.log_dets.append(self.total(self.latents.sites[name], log_det))
             self.lost.append(lost)
         self.z[name] = z
         return z

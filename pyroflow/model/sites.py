@@ -66,6 +66,7 @@ class LatentSite:
         unconstrained_shape: of what the bijection of its support maps to them.
         plates: Pyro's frames.
         value: where it starts, on its support.
+        local: whether it is of rows that a plate may draw a part of.
     """
 
     name: str
@@ -75,6 +76,7 @@ class LatentSite:
     unconstrained_shape: Size
     plates: tuple[CondIndepStackFrame, ...]
     value: Tensor
+    local: bool = False
 
     @classmethod
     def of(cls, site: dict[str, Any]) -> LatentSite:

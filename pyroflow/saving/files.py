@@ -150,7 +150,7 @@ def load(
     except Exception as error:  # a hostile description may end in any of them
         raise ValueError(f"path {path} is a damaged file of pyroflow: {error}") from error
     if model is not None:
-        check_model(restored, content["sites"])
+        check_model(restored)
     return restored
 
 

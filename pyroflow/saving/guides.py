@@ -16,6 +16,7 @@ from pyroflow.guides import AutoFlow, AutoPlanarFlow, AutoStructuredFlow, AutoSy
 from pyroflow.guides.coordinates import Coordinates
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
+from pyroflow.guides.structure import kinds_of
 from pyroflow.model.bound import signature_of
 from pyroflow.model.latents import Latents, started_anywhere
 from pyroflow.saving.table import Description, build, describe, stored
@@ -87,6 +88,7 @@ def describe_guide(guide: AutoFlow | MixtureGuide) -> Description:
         "options": {name: getattr(guide, at) for name, at in options},
         "switches": {name: getattr(guide, name) for name in _SWITCHES if hasattr(guide, name)},
         "sites": guide.latents.describe(describe),
+        "subsampling": {name: list(sizes) for name, sizes in guide.subsampling.plates.items()},
         "flow": describe_flow(guide.flow),
         "coordinates": guide.coordinates and guide.coordinates.describe(stored),
     }
@@ -101,6 +103,7 @@ def restore_guide(description: Description, model: Callable | None) -> AutoFlow 
     if made is AutoFlow:
         options = options | {"transforms": ()}  # they are in the flow
     guide = made(_absent if model is None else model, **options)
+    guide.alone = model is None
     for name in description["switches"].keys() & set(_SWITCHES):
         setattr(guide, name, bool(description["switches"][name]))
     guide.flow = restore_flow(description["flow"])
@@ -108,7 +111,10 @@ def restore_guide(description: Description, model: Callable | None) -> AutoFlow 
     if layers != options.get("num_layers", 0):
         raise ValueError(f"it claims {options['num_layers']} layers and holds {layers}")
     like = guide.flow.base.loc
-    guide.set_latents(Latents.restore(description["sites"], build, like))
+    latents = Latents.restore(description["sites"], build, like)
+    guide.set_latents(guide.restore_rows(latents, description.get("subsampling", {})))
+    if made is AutoStructuredFlow:
+        guide.kinds = kinds_of(latents, guide.affine.rows())
     coordinates = description.get("coordinates")
     guide.coordinates = coordinates and Coordinates.restore(coordinates)
     return guide
@@ -120,13 +126,13 @@ def _absent(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def check_model(guide: AutoContinuous, sites: list[Description]) -> None:
+def check_model(guide: AutoFlow | MixtureGuide) -> None:
     """Compare the guide's model with the sites of the file: now, or at the call that can run it.
 
     Raises:
         ValueError: If they differ, now or at that call, with the site and the difference.
     """
-    check = _Check(sites)
+    check = _Check(guide.drawn(guide.subsampling).describe(describe))
     try:
         alone = not signature_of(guide.model).parameters
     except (TypeError, ValueError):  # no function of Python's

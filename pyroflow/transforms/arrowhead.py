@@ -99,6 +99,7 @@ class Arrowhead(Bijection, TransformModule):
     """
 
     diagonal = False
+    counts: Tensor | None = None  # of the base numbers, in log-determinants, where not all are 1
 
     def __init__(
         self,
@@ -179,42 +180,43 @@ class Arrowhead(Bijection, TransformModule):
         pairs = zip(rest, self.shapes, strict=True)
         return [first, *(part.reshape(part.shape[:-1] + shape) for part, shape in pairs)]
 
+    def _log_scales(self, parameters: Parameters, batch: Size) -> Tensor:
+        """The log-determinant, to which each base number adds as often as it counts."""
+        _, raw_scale, _, _, unit, *rest = parameters
+        units = [C.diagonal(dim1=-2, dim2=-1).flatten() for C in (unit, *rest[2::4])]
+        scales = torch.cat(units).abs().log() + softplus(raw_scale).log()
+        return (scales if self.counts is None else self.counts * scales).sum(-1).expand(batch)
+
     def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
         offset, raw_scale, lower, centre, unit, *rest = parameters
-        widths = softplus(raw_scale)
         u, *eps = self._split(x)
         at, *ats = self._split(offset[self.order])
-        width, *each = self._split(widths)
+        width, *each = self._split(softplus(raw_scale))
         v = at + width * (u + u @ lower.tril(-1).mT)
         parts = [v @ unit.mT]
-        log_det = unit.diagonal().abs().log().sum() + widths.log().sum()
         for p, (e, a, s) in enumerate(zip(eps, ats, each, strict=True)):
             inner, coupling, C, K = rest[4 * p : 4 * p + 4]
             w = a + s * (e + _times(inner.tril(-1), e)) + _from(coupling, v)
             parts.append((_times(C, w) + _from(K, v)).flatten(-2))
-            log_det = log_det + C.diagonal(dim1=-2, dim2=-1).abs().log().sum()
         y = (centre + torch.cat(parts, -1))[..., self.place]
-        return y, log_det.expand(y.shape[:-1])
+        return y, self._log_scales(parameters, y.shape[:-1])
 
     def _invert(
         self, y: Tensor, parameters: Parameters, cached: Pair | None
     ) -> tuple[Tensor, Tensor]:
         offset, raw_scale, lower, centre, unit, *rest = parameters
-        widths = softplus(raw_scale)
         first, *rows = self._split(y[..., self.order] - centre)
         at, *ats = self._split(offset[self.order])
-        width, *each = self._split(widths)
+        width, *each = self._split(softplus(raw_scale))
         v = _solve(unit, first)
         parts = [_solve(lower, (v - at) / width, unitriangular=True)]
-        log_det = unit.diagonal().abs().log().sum() + widths.log().sum()
         for p, (r, a, s) in enumerate(zip(rows, ats, each, strict=True)):
             inner, coupling, C, K = rest[4 * p : 4 * p + 4]
             w = _solve(C, r - _from(K, v)) - _from(coupling, v)
             e = _solve(inner, (w - a) / s, unitriangular=True)
             parts.append(e.flatten(-2))
-            log_det = log_det + C.diagonal(dim1=-2, dim2=-1).abs().log().sum()
         x = torch.cat(parts, -1)
-        return x, log_det.expand(x.shape[:-1])
+        return x, self._log_scales(parameters, x.shape[:-1])
 
     def _log_det(self, intermediates: Tensor) -> Tensor:
         return intermediates

@@ -56,6 +56,7 @@ class SinhArcsinh(Bijection, TransformModule):
     """
 
     event_dims = {"skew": 1, "raw": 1}
+    counts: Tensor | None = None  # of the numbers, in log-determinants, where not all are 1
 
     def __init__(self, input_dim: int) -> None:
         check_count("input_dim", input_dim, 1)
@@ -89,7 +90,8 @@ class SinhArcsinh(Bijection, TransformModule):
         return _log_slopes(self._forward(x, self._map_parameters())[1])
 
     def _log_det(self, intermediates: _Intermediates) -> Tensor:
-        return _log_slopes(intermediates).sum(-1)
+        parts = _log_slopes(intermediates)
+        return (parts if self.counts is None else parts * self.counts).sum(-1)
 
 
 def _log_slopes(intermediates: _Intermediates) -> Tensor:

@@ -35,6 +35,11 @@ def spoil(guide: pf.AutoStructuredFlow, kind: str) -> None:
     affine.raw_scale.copy_(inverse_softplus(width))
 
 
+def noise(report: Report) -> float:
+    """By which the log evidence may be off, and by rounding where all weights are equal."""
+    return 4 * report.log_evidence_se + 1e-9
+
+
 def check_moments(report: Report, exact: Exact) -> None:
     """Resampled draws have the exact means and sds, within their Monte Carlo errors."""
     draws = report.resample(4000, seed=1)
@@ -56,7 +61,7 @@ def test_right_guides_have_exact_evidence(family: Callable, num: int) -> None:
     report = pf.diagnose(exact.model, guide, num_samples=2000)
     assert report.rows is not None, report.by_rows
     assert report.level in ("good", "resample"), report
-    assert report.log_evidence == pytest.approx(exact.evidence, abs=4 * report.log_evidence_se)
+    assert report.log_evidence == pytest.approx(exact.evidence, abs=noise(report))
     check_moments(report, exact)
 
 
@@ -68,7 +73,7 @@ def test_what_reweighting_repairs_is_not_good(kind: str, seed: int) -> None:
     spoil(guide, kind)
     report = pf.diagnose(exact.model, guide, num_samples=2000, seed=seed)
     assert report.level == "resample", report.verdict
-    assert report.log_evidence == pytest.approx(exact.evidence, abs=4 * report.log_evidence_se)
+    assert report.log_evidence == pytest.approx(exact.evidence, abs=noise(report))
     check_moments(report, exact)
     if kind == "a row off":
         assert report.rows.names[report.rows.worst[0]] == "theta[3]"
@@ -179,5 +184,5 @@ def test_two_thousand_rows(kind: str) -> None:
     levels = {"right": ("good",), "globals narrow": ("bad", "resample")}
     assert report.level in levels.get(kind, ("resample",)), report
     if kind != "globals narrow":
-        assert report.log_evidence == pytest.approx(exact.evidence, abs=4 * report.log_evidence_se)
+        assert report.log_evidence == pytest.approx(exact.evidence, abs=noise(report))
         check_moments(report, exact)
