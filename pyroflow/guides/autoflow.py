@@ -172,16 +172,6 @@ class AutoFlow(FlowGuide):
         if self.centring_given == "auto" and self.coordinates is None:
             self.coordinates = self._record(args, kwargs, *(sizes or [self.subsampling]))
 
-    @property
-    def untouched(self) -> bool:
-        """Whether the affine layer, if there is one, is still where the set-up put it."""
-        if self.affine is None:
-            return True
-        offset, _, *lower = self.affine.trained()
-        start = self.start()  # the coordinates may round it
-        at_start = torch.allclose(offset, start, atol=1e-5 * start.abs().max().item())
-        return at_start and not any(t.any() for t in (self.affine.centre, *lower))
-
     def _transforms(self, init_loc: Tensor) -> list[Transform]:
         """What lies between the base and the affine layer."""
         (given,) = self._given

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.util import site_is_subsample
@@ -97,6 +98,16 @@ class FlowGuide(ModuleGuide, AutoContinuous):
         """The coordinates x, shape (D,), of where ``init_loc_fn`` starts the latents."""
         z = self._init_loc()
         return z if self.coordinates is None else self.coordinates.inv(z)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the affine layer, if there is one, is still where the set-up put it."""
+        if self.affine is None:
+            return True
+        offset, _, *lower = self.affine.trained()
+        start = self.start()  # the coordinates may round it
+        at_start = torch.allclose(offset, start, atol=1e-5 * start.abs().max().item())
+        return at_start and not any(t.any() for t in (self.affine.centre, *lower))
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Log density of the guide at points on the supports of the model's sites.
