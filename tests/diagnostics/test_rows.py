@@ -65,7 +65,7 @@ def test_right_guides_have_exact_evidence(family: Callable, num: int) -> None:
     check_moments(report, exact)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["a row off", "rows narrow", "rows a little off"])
 def test_what_reweighting_repairs_is_not_good(kind: str, seed: int) -> None:
     exact = normal_rows(200)
@@ -79,7 +79,7 @@ def test_what_reweighting_repairs_is_not_good(kind: str, seed: int) -> None:
         assert report.rows.names[report.rows.worst[0]] == "theta[3]"
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num", [8, 200])
 def test_narrow_globals_are_not_good(num: int, seed: int) -> None:
     exact = normal_rows(num)

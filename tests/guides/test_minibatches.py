@@ -269,7 +269,7 @@ def test_files_and_copies(tmp_path: Path) -> None:
     assert pf.load(tmp_path / "guide.pt")()["theta"].shape == (23,)  # without a model all rows
 
 
-@pytest.mark.parametrize("name", ["groups", "beside"])
+@pytest.mark.parametrize("name", ["groups", pytest.param("beside", marks=pytest.mark.slow)])
 def test_a_loaded_guide_goes_on(name: str, tmp_path: Path) -> None:
     """As the one that was saved does, to the same state."""
     guide, problem = scattered(name)

@@ -33,7 +33,7 @@ def sampled(exact: Exact, guide: pf.AutoStructuredFlow, num: int, **options: obj
     return pf.mcmc(exact.model, guide, num_samples=num, **options)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", [normal_rows, poisson_rows])
 def test_chains_have_the_exact_moments(family: Callable, seed: int) -> None:
     exact = family(50)
@@ -56,6 +56,7 @@ def test_rows_by_an_index_have_the_exact_moments() -> None:
     assert (found["sd"] / exact.theta[1]).log().abs().max() < 0.06
 
 
+@pytest.mark.slow
 def test_acceptance_does_not_fall_with_the_rows() -> None:
     rates, joint = {}, {}
     for num in (50, 2000):
