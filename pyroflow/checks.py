@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,3 +173,14 @@ def check_shape(data: Tensor, width: int | None, name: str, rows: int = 2) -> No
         raise ValueError(
             f"{expected}, {got}; select {width} columns, or build the flow for {data.shape[1]}."
         )
+
+
+def differing(found: Mapping[str, Any], expected: Mapping[str, Any], label: str) -> str:
+    """The settings that are not as expected, with both values, in words; empty if all are.
+
+    Example:
+        >>> differing({"steps": 10}, {"steps": 20}, "now")
+        'steps=10 (now 20)'
+    """
+    names = [name for name in expected if found.get(name) != expected[name]]
+    return ", ".join(f"{n}={found.get(n)!r} ({label} {expected[n]!r})" for n in names)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyroflow.checks import check_count, check_positive
+from pyroflow.checks import check_count, check_positive, differing
 from pyroflow.guides import AmortizedPlanarGuide, AutoFlow
 from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.io import read_data, write_data
@@ -172,9 +172,7 @@ class Checkpoint:
 
 def check_settings(path: str | Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise ``ValueError`` where settings differ from those of a checkpoint."""
-    differing = [name for name in settings if saved.get(name) != settings[name]]
-    if differing:
-        listed = ", ".join(f"{n}={saved.get(n)!r} (now {settings[n]!r})" for n in differing)
+    if listed := differing(saved, settings, "now"):
         raise ValueError(
             f"checkpoint {path} is of a fit with {listed}: repeat those settings to resume it, or "
             "name another file to start anew"

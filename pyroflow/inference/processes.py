@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyroflow.checks import differing
 from pyroflow.seeds import drawing, fixed_draws, generator_states
 
 
@@ -127,9 +128,7 @@ class Processes:
             return
         first, *others = self.gather(settings)
         for rank, other in enumerate(others, 1):
-            differing = [name for name in first if other.get(name) != first[name]]
-            if differing:
-                listed = ", ".join(f"{n}={other.get(n)!r} (0: {first[n]!r})" for n in differing)
+            if listed := differing(other, first, "0:"):
                 raise ValueError(
                     f"process {rank} fits with {listed}, other than process 0: processes of one "
                     "group do one fit, so all must make the same call. For a fit of each one's "
