@@ -159,7 +159,7 @@ def test_a_run_that_never_moves_is_given_up() -> None:
 
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     norms: list[float] = []
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: norms.append(total(self)))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, _=None: norms.append(total(self)))
 
     def total(adam: torch.optim.Optimizer) -> float:
         grads = [p.grad for group in adam.param_groups for p in group["params"]]
