@@ -30,17 +30,14 @@ Path(f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
 """
 
 
-NARROW = "with two devices the guide's mu is too narrow, 0.056 for 0.144; why is not known"
-TWO = pytest.param(2, marks=pytest.mark.xfail(reason=NARROW, strict=False))
-
-
-@pytest.mark.parametrize("devices", [1, TWO])
+# Seed 0 on two devices is one whose guide, from where ``setup`` leaves it, stays too narrow.
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_example_finds_the_exact_posterior(tmp_path: Path, devices: int) -> None:
     (code,) = re.findall(r"```python\n(import lightning.*?)```", GUIDE.read_text(), re.DOTALL)
     assert "devices=1" in code
     # Each of two has half of the rows, and so half as many steps in an epoch.
     code = code.replace("devices=1", f"devices={devices}")
-    code = code.replace("max_epochs=200", f"max_epochs={200 * devices}")
+    code = code.replace("max_epochs=100", f"max_epochs={100 * devices}")
     (tmp_path / "example.py").write_text(code + REPORT)
     done = subprocess.run(
         [sys.executable, "example.py"],
@@ -59,4 +56,4 @@ def test_the_example_finds_the_exact_posterior(tmp_path: Path, devices: int) -> 
         assert abs(each["mean"] - each["exact mean"]) < 0.15 * each["exact sd"]
         assert each["sd"] == pytest.approx(each["exact sd"], rel=0.15)
         assert -0.1 < each["gap"] < 0.3, each
-        assert each["steps"] >= 600
+        assert each["steps"] >= 300

@@ -15,18 +15,20 @@ from pyroflow.model.comparison import FAILURES
 from pyroflow.model.log_joint_at_hand import LogJointAtHand, LogJointInFull
 from pyroflow.seeds import drawing
 from pyroflow.transforms import Planar
+from pyroflow.transforms.affine import inverse_softplus
 from pyroflow.transforms.rowwise import RowsGiven
 
 MOST_PARTS = 100  # draws of rows that cover the plate, above which there is no such start
-DRAWS = 512  # of the Gaussian, to which the network is fitted
-STEPS, ROWS, AT_ONCE = 2000, 256, 16  # of Adam, with so many rows and draws of each
-RATE = 0.05
+DRAWS, NUMBERS = 8192, 2**24  # of the Gaussian, to which rows are fitted; with so many numbers
+ROWS, AT_ONCE = 256, 16  # of a step of Adam, with so many draws of each
+# Each cycle's rate falls from RATE to zero; no further cycle where one gains less than ENOUGH.
+CYCLES, RATE, ENOUGH = (125, 250, 500, 1000), 0.05, 0.001
 
 
 def amortized_start(bound: BoundModel, guide: AmortizedPlanarGuide, num: int) -> bool:
     """Start an untouched guide from a structured one of the same model; whether there is one.
 
-    The globals have the moments of its draws. The rows' network and tables are fitted to the rows
+    The globals have the moments of its draws. The rows' tables and network are fitted to the rows
     of these draws given their globals, by maximum likelihood.
 
     Args:
@@ -49,15 +51,57 @@ def amortized_start(bound: BoundModel, guide: AmortizedPlanarGuide, num: int) ->
     if not found:
         return False
     with drawing(), torch.no_grad():
-        z = table.get_posterior().sample((DRAWS,))
+        z = table.get_posterior().sample((min(DRAWS, max(64, NUMBERS // table.latent_dim)),))
     first, (places,) = places_of(guide.latents, kinds)
     shared = z[:, first]
     if len(first):
         guide.global_guide.affine.standardize(shared)
         with torch.no_grad():
             shared = guide.global_guide.affine.inv(shared.clone())
-    _regress(bound, guide, shared, z[:, places])
+    rows = z[:, places]
+    _least_squares(bound, guide, shared, rows)
+    if guide.local_flow.net is not None:
+        _regress(bound, guide, shared, rows)
     return True
+
+
+@torch.no_grad()
+def _least_squares(
+    bound: BoundModel, guide: AmortizedPlanarGuide, shared: Tensor, rows: Tensor
+) -> None:
+    """The Gaussian of each row of draws (S, N, d), linear in the globals' (S, G).
+
+    Tables have all of it. A network starts at what rows have in common; the location is linear in
+    their features.
+    """
+    flow, loc, v = guide.local_flow, rows.mean(0), shared
+    if not guide._conditioned:
+        v = shared[:, :0]
+    middle = v.mean(0)
+    spread = (rows - loc).flatten(1)
+    slopes = torch.linalg.pinv(v - middle) @ spread  # (G, N d)
+    left = (spread - (v - middle) @ slopes).unflatten(1, loc.shape).permute(1, 2, 0)
+    slopes = slopes.unflatten(1, loc.shape).permute(1, 2, 0)  # (N, d, G)
+    scale = left.std(-1)
+    if not flow.affine.diagonal:
+        factor = torch.linalg.cholesky_ex(left @ left.mT / left.shape[-1])[0]
+        scale = factor.diagonal(dim1=-2, dim2=-1)
+    smallest = torch.finfo(scale.dtype).tiny
+    found = [loc - slopes @ middle, inverse_softplus(scale.clamp(min=smallest))]
+    if not flow.affine.diagonal:
+        found.append((factor / scale[..., None]).tril(-1))
+    found += [slopes, torch.zeros_like(slopes)]
+    common = [*flow.affine.trained(), flow.shift, flow.stretch]
+    for parameter, each in zip(common, found, strict=True):
+        parameter.copy_(each.mean(0))
+    if guide.context is not None:
+        features = guide.context(guide.context.rows(bound.args, bound.kwargs), loc)
+        design = features / features.shape[-1]
+        weight = torch.linalg.pinv(design - design.mean(0)) @ (found[0] - found[0].mean(0))
+        flow.linear.nn.weight.copy_(weight.mT)
+        flow.affine.offset.sub_(design.mean(0) @ weight)
+    for table, parameter, each in zip(flow.tables[3:], common, found, strict=False):
+        table.copy_(each - parameter)
 
 
 def _regress(bound: BoundModel, guide: AmortizedPlanarGuide, shared: Tensor, rows: Tensor) -> None:
@@ -65,22 +109,36 @@ def _regress(bound: BoundModel, guide: AmortizedPlanarGuide, shared: Tensor, row
     parameters = [*guide.local_flow.parameters()]
     parameters += [] if guide.context is None else [*guide.context.parameters()]
     adam = torch.optim.Adam(parameters, lr=RATE)
-    num, size = rows.shape[:2]
-    one = rows.new_ones(ROWS)
-    with torch.enable_grad():
-        for step in range(STEPS):
-            with drawing():
-                index = torch.randperm(size, device="cpu")[:ROWS].to(rows.device)
-                drawn = torch.randint(num, (AT_ONCE,), device="cpu").to(rows.device)
-            counts = one[: len(index)]
-            given = guide.rows_given(index, counts, bound.args, bound.kwargs, sparse=False)
-            layers, affine = given._map_parameters()[:3], given._map_parameters()[3:]
-            parts = [*(t[:, :0] for t in layers), *affine]  # without planar layers, so far none
-            given = RowsGiven(Planar(rows.shape[2], 0), parts, counts)
-            y = torch.cat([shared[drawn], rows[drawn][:, index].flatten(1)], 1)
-            x, log_det = given.inverse_and_log_det(y)
-            loss = (x[:, shared.shape[1] :].square().sum(-1) / 2 + log_det).mean() / len(index)
+    before = math.inf
+    for length in CYCLES:
+        losses = []
+        for step in range(length):
+            adam.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / length)) / 2
+            with torch.enable_grad():
+                loss = _minus_log_density(bound, guide, shared, rows)
             adam.zero_grad()
             loss.backward()
-            adam.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
             adam.step()
+            losses.append(loss.detach())
+        now = torch.stack(losses[-length // 5 :]).mean().item()
+        if now > before - ENOUGH:
+            return
+        before = now
+
+
+def _minus_log_density(
+    bound: BoundModel, guide: AmortizedPlanarGuide, shared: Tensor, rows: Tensor
+) -> Tensor:
+    """Of some rows, by the number, in some draws, up to a constant: its mean."""
+    num, size = rows.shape[:2]
+    with drawing():
+        index = torch.randperm(size, device="cpu")[:ROWS].to(rows.device)
+        drawn = torch.randint(num, (AT_ONCE,), device="cpu").to(rows.device)
+    counts = rows.new_ones(len(index))
+    given = guide.rows_given(index, counts, bound.args, bound.kwargs, sparse=False)
+    layers, affine = given._map_parameters()[:3], given._map_parameters()[3:]
+    parts = [*(t[:, :0] for t in layers), *affine]  # without planar layers, so far none
+    given = RowsGiven(Planar(rows.shape[2], 0), parts, counts)
+    y = torch.cat([shared[drawn], rows[drawn][:, index].flatten(1)], 1)
+    x, log_det = given.inverse_and_log_det(y)
+    return (x[:, shared.shape[1] :].square().sum(-1) / 2 + log_det).mean() / len(index)
