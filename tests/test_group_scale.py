@@ -88,7 +88,7 @@ def fitted(family: str, size: tuple[int, int], seed: int) -> dict[str, float]:
     return group_scale.judge(model, guide, tuple(found), groups.exact(family, found))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_hundred_normal_groups(seed: int) -> None:
     found = fitted("normal", (100, 1000), seed)
     assert found["KL"] < 0.05

@@ -155,6 +155,7 @@ def test_two_threads_have_the_results_of_one(tasks: tuple[Callable, ...]) -> Non
     _check_threads(list(tasks))
 
 
+@pytest.mark.slow
 def test_four_threads_have_the_results_of_one() -> None:
     _check_threads(TASKS * 2)
 

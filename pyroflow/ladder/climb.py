@@ -81,10 +81,14 @@ def posterior(
             model has parameters of its own, or num_samples is below 1,000.
 
     Example:
-        >>> from pyroflow.targets import toy_model
-        >>> post = posterior(toy_model, seed=0, num_samples=2000, progress=False)
-        >>> post.level in ("good", "resample"), post.draws["z"].shape
-        (True, torch.Size([2000, 2]))
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(y):
+        ...     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Poisson(rate), obs=y)
+        >>> post = posterior(model, (torch.tensor([3.0, 1.0, 4.0]),), seed=0, progress=False)
+        >>> post.level, f"{post.draws['rate'].mean():.1f}"  # exact: 10 / 4
+        ('good', '2.5')
     """
     check_count("num_samples", num_samples, 1000)
     check_count("seed", seed, 0)

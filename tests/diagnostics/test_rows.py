@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -17,6 +18,7 @@ from pyroflow.diagnostics import Report
 from pyroflow.transforms.affine import inverse_softplus
 
 F64 = torch.float64
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @torch.no_grad()
@@ -52,8 +54,10 @@ def check_moments(report: Report, exact: Exact) -> None:
     assert ((draws["theta"].std(0) / spread).log().abs() < 5.5 * error).all()
 
 
-@pytest.mark.parametrize("num", [8, 200])
-@pytest.mark.parametrize("family", [normal_rows, poisson_rows])
+@pytest.mark.parametrize(
+    ("family", "num"),
+    [(normal_rows, 8), (normal_rows, 200), (poisson_rows, 8), slow(poisson_rows, 200)],
+)
 def test_right_guides_have_exact_evidence(family: Callable, num: int) -> None:
     exact = family(num)
     skewed = family is poisson_rows
@@ -66,7 +70,7 @@ def test_right_guides_have_exact_evidence(family: Callable, num: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["a row off", "rows narrow", "rows a little off"])
+@pytest.mark.parametrize("kind", ["a row off", slow("rows narrow"), "rows a little off"])
 def test_what_reweighting_repairs_is_not_good(kind: str, seed: int) -> None:
     exact = normal_rows(200)
     guide = fitted(exact.model)
@@ -111,7 +115,7 @@ def test_a_row_with_two_modes_is_not_good() -> None:
     assert report.wide.unseen.startswith("wider draws of theta[5] find")
 
 
-@pytest.mark.parametrize("kind", ["indexed", "nested", "beside"])
+@pytest.mark.parametrize("kind", ["indexed", slow("nested"), "beside"])
 def test_other_shapes(kind: str) -> None:
     """Rows by an index have their exact evidence, others that of many joint weights."""
     if kind == "indexed":

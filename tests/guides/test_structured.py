@@ -81,7 +81,7 @@ def groups(num: int) -> tuple[Callable, float]:
     return model, log_p.logsumexp(0).item() + math.log(t[1] - t[0])
 
 
-@pytest.mark.parametrize("num", [8, 300])
+@pytest.mark.parametrize("num", [8, pytest.param(300, marks=pytest.mark.slow)])
 def test_normal_groups_have_their_evidence(num: int) -> None:
     model, evidence = groups(num)
     guide = pf.AutoStructuredFlow(model)
@@ -267,7 +267,11 @@ def lesser_mode() -> None:
 SHARES = {components: 0.5, one_factor: 0.5, lesser_mode: 0.2}
 
 
-@pytest.mark.parametrize("model", SHARES, ids=lambda model: model.__name__)
+@pytest.mark.parametrize(
+    "model",
+    [components, pytest.param(one_factor, marks=pytest.mark.slow), lesser_mode],
+    ids=lambda model: model.__name__,
+)
 def test_modes_are_looked_for_above_256_latents(model: Callable) -> None:
     start = init_to_value(values={"m": torch.tensor(-4.0)}, fallback=init_to_median)
     guide = pf.AutoStructuredFlow(model, init_loc_fn=start)

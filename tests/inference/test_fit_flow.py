@@ -137,7 +137,7 @@ def test_a_fitted_guide_goes_on_from_where_it_is() -> None:
     assert second.scores[0][1] == pytest.approx(first.best_loss, abs=0.05)
 
 
-@pytest.mark.parametrize("warm_start", [True, False])
+@pytest.mark.parametrize("warm_start", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("killed", [5, 25])
 def test_killed_fit_resumes_bit_by_bit(tmp_path: Path, warm_start: bool, killed: int) -> None:
     def fit(**options: object) -> tuple[pf.Fit, list[Tensor]]:
@@ -162,7 +162,7 @@ def test_killed_fit_resumes_bit_by_bit(tmp_path: Path, warm_start: bool, killed:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("layers", [4, 8])
+@pytest.mark.parametrize("layers", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_growing_fit_resumes_bit_by_bit(tmp_path: Path, layers: int) -> None:
     def fit(**options: object) -> tuple[pf.Fit, pf.AutoFlow]:
         pyro.clear_param_store()

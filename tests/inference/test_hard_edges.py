@@ -144,11 +144,14 @@ MODELS = {
     "box": (box, exact_box, lambda sites: sites["t"][:, 0]),
     "regression": (regression, exact_regression, lambda sites: sites["b"][:, 0]),
 }
+QUICKEST = ("pareto", "box")
 SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow][: n not in QUICKEST]) for n in MODELS]
+)
 def test_a_fit_keeps_inside(name: str, seed: int) -> None:
     model, exact, pick = MODELS[name]
     evidence, mean, sd = exact()
@@ -166,7 +169,7 @@ def test_a_fit_keeps_inside(name: str, seed: int) -> None:
     assert float(draws.std()) == pytest.approx(sd, rel=0.1)
 
 
-@pytest.mark.parametrize("objective", ["iwae", "dreg"])
+@pytest.mark.parametrize("objective", ["iwae", pytest.param("dreg", marks=pytest.mark.slow)])
 def test_importance_weighted_bounds_keep_inside(objective: str) -> None:
     guide = pf.AutoPlanarFlow(box, num_layers=8)
     fit = pf.fit_guide(
@@ -252,9 +255,9 @@ class TestVerdicts:
 @pytest.mark.parametrize(
     ("make", "objective", "sequential"),
     [
-        (AutoNormal, "elbo", False),
+        pytest.param(AutoNormal, "elbo", False, marks=pytest.mark.slow),
         (AutoNormal, "iwae", False),
-        (AutoNormal, "elbo", True),
+        pytest.param(AutoNormal, "elbo", True, marks=pytest.mark.slow),
         (pf.AutoPlanarFlow, "elbo", False),
         pytest.param(pf.AutoPlanarFlow, "iwae", False, marks=pytest.mark.slow),
         pytest.param(pf.AutoPlanarFlow, "elbo", True, marks=pytest.mark.slow),

@@ -68,7 +68,9 @@ def exact(x: Tensor, y: Tensor) -> float:
     return float(-size / 2)
 
 
-@pytest.mark.parametrize("family", [normal, logistic, poisson])
+@pytest.mark.parametrize(
+    "family", [normal, logistic, pytest.param(poisson, marks=pytest.mark.slow)]
+)
 def test_a_fit_ends_with_the_best_gaussian_where_that_is_the_posterior(family: Callable) -> None:
     args = (family, *data(family, ROWS))
     guide = pf.AutoSylvesterFlow(model, num_layers=2)

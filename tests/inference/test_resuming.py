@@ -160,8 +160,14 @@ ANNEALINGS: dict[str, Callable[[], Any]] = {
 CUTS = {"Gaussian": 3, "Gaussian's end": 6, "first": 7, "middle": 15, "grown": 31, "later": 40}
 
 
-@pytest.mark.parametrize("annealing", ANNEALINGS)
-@pytest.mark.parametrize("where", CUTS)
+BOTH = [(where, annealing) for where in CUTS for annealing in ANNEALINGS]
+QUICK = [*zip(CUTS, [*ANNEALINGS] * 2, strict=True)]  # each of both
+
+
+@pytest.mark.parametrize(
+    ("where", "annealing"),
+    [pytest.param(*pair, marks=[pytest.mark.slow][: pair not in QUICK]) for pair in BOTH],
+)
 def test_a_growing_fit_with_annealing(
     tmp_path: Path, where: str, annealing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

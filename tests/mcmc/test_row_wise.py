@@ -34,7 +34,9 @@ def sampled(exact: Exact, guide: pf.AutoStructuredFlow, num: int, **options: obj
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", [normal_rows, poisson_rows])
+@pytest.mark.parametrize(
+    "family", [normal_rows, pytest.param(poisson_rows, marks=pytest.mark.slow)]
+)
 def test_chains_have_the_exact_moments(family: Callable, seed: int) -> None:
     exact = family(50)
     chains = sampled(exact, off(exact), 500, seed=seed)
