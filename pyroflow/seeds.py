@@ -43,7 +43,7 @@ class Generators(TorchDispatchMode):
     ) -> Any:
         """Run an operation, and hand it a generator if it draws and has none."""
         kwargs = kwargs or {}
-        if not _draws(func) or _has_generator(args, kwargs):
+        if not draws(func) or _has_generator(args, kwargs):
             try:
                 return func(*args, **kwargs)
             except RuntimeError:
@@ -210,7 +210,8 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @functools.cache
-def _draws(func: Any) -> bool:
+def draws(func: Any) -> bool:
+    """Whether an operation draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
 
 

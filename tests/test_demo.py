@@ -52,6 +52,7 @@ def test_writes_figures_numbers_and_a_table(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(tmp_path: Path) -> None:
     reports = []
     for global_seed in (1, 2):

@@ -28,11 +28,11 @@ def cases(device: str, quick: bool) -> Cases:
 
 
 def test_parts_keep_what_they_have_found() -> None:
-    records = dict(measured(cases, "cpu", True, limit=15.0))
+    records = dict(measured(cases, "cpu", True, limit=9.0))
     assert list(records) == ["right", "wrong", "stopped"]
     assert records["right"]["device"] == "cpu"
     assert "ZeroDivisionError" in records["wrong"]["error"]
-    assert records["stopped"]["error"] == "after 15 s"
+    assert records["stopped"]["error"] == "after 9 s"
 
 
 def broken(device: str, quick: bool) -> Cases:

@@ -180,7 +180,9 @@ def test_a_default_device_changes_nothing_of_what_is_elsewhere(
     assert len(found) == len(expected) > 0
 
 
-@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "default", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_default_dtype_changes_nothing_of_what_has_another(
     task: Callable[[Tensor], list[Tensor]],

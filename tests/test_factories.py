@@ -92,7 +92,9 @@ def by_traces(y: Tensor) -> list[Tensor]:
     return list(guide.parameters())
 
 
-@pytest.mark.parametrize("task", [*TASKS, chains, one_call, by_traces])
+@pytest.mark.parametrize(
+    "task", [*TASKS, chains, pytest.param(one_call, marks=pytest.mark.slow), by_traces]
+)
 def test_all_that_is_made_says_where(
     task: Callable[[Tensor], list[Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

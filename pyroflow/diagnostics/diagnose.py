@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
 
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.causes import find_funnels, find_symmetries
-from pyroflow.diagnostics.marginals import Columns, Marginals, columns_of, effect, marginals
-from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth
-from pyroflow.diagnostics.report import Report
+from pyroflow.diagnostics.marginals import Columns, columns_of, effect, marginals
+from pyroflow.diagnostics.report import Report, unjudged
 from pyroflow.diagnostics.rows import RowWeights, Weighed
 from pyroflow.diagnostics.verdict import advice_on_fit, is_undecided, judge
 from pyroflow.diagnostics.wider import WideReport, wide_draws
@@ -25,7 +22,7 @@ from pyroflow.inference.census import WIDEST, Mode, census, starts_around
 from pyroflow.inference.missed import Missed, missed_by, modes_missed, shares_missed
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES
-from pyroflow.model.draws import Draws, draw, join
+from pyroflow.model.draws import Draws, draw
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.model.log_joint_at_hand import LogJointInFull
 from pyroflow.seeds import between_draws, one_at_a_time, seeded
@@ -96,13 +93,30 @@ def diagnose(
     """
     check_count("num_samples", num_samples, 100)
     check_count("max_sets", max_sets, 1)
+    return checked(model, guide, args, kwargs, num_samples, seed, max_sets)
+
+
+def checked(
+    model: Callable,
+    guide: Callable,
+    args: tuple = (),
+    kwargs: dict[str, Any] | None = None,
+    num_samples: int = 10_000,
+    seed: int | None = 0,
+    max_sets: int = 5,
+    before: Report | None = None,
+) -> Report:
+    """As :func:`diagnose`; with what a report on the same guide has found where draws are dear.
+
+    Other draws can refute the first ones. Ascents find what they found before, for half the time.
+    """
     with seeded(seed):
         bound = BoundModel.for_weights(model, guide, args, kwargs, in_full=True)
         in_full = LogJointInFull.of(bound, POINTS)
         sets = _Sets(bound, bound.runs.few(num_samples, LEAST_DEAR), in_full)
         report = sets.report()
         with pyro.validation_enabled(False):
-            far = _FarChecks(bound, sets)
+            far = _FarChecks(bound, sets, before if bound.runs.dear else None)
             far.widen(report)
             while is_undecided(report) and len(sets.draws) < max_sets and not bound.sequential:
                 sets.take()
@@ -176,7 +190,7 @@ class _Sets:
         found = marginals(columns, [part.log_weights for part in weighed])
         if wide is not None:
             wide = WideReport.of(wide.columns, wide.log_weights, found, wide.unseen)
-        report = _report(self.draws, weighed, found, wide)
+        report = unjudged(self.draws, weighed, found, wide)
         report.rows = None if self.rows is None else self.rows.report(self.weighed)
         report.by_rows = str(report.rows or self.why_joint)
         return report
@@ -185,8 +199,9 @@ class _Sets:
 class _FarChecks:
     """The checks that see further than the guide's own draws, as far as they can be made."""
 
-    def __init__(self, bound: BoundModel, sets: _Sets) -> None:
+    def __init__(self, bound: BoundModel, sets: _Sets, before: Report | None) -> None:
         self.bound, self.size, self.rows = bound, max(LEAST_WIDE, sets.size), sets.rows
+        self.known = [] if before is None else before.modes
         self.log_joint: LogJoint | None = sets.in_full
         self.why = self._why_not()
 
@@ -220,15 +235,14 @@ class _FarChecks:
 
     def count(self, report: Report) -> None:
         """Add the census of modes."""
-        guide, log_joint = self.bound.guide, self.log_joint
+        guide = self.bound.guide
         rows = isinstance(guide, AutoStructuredFlow)
         if self.why is None and guide.latent_dim > WIDEST and not rows:
             self.why = f"it is for up to {WIDEST} latents, and there are {guide.latent_dim}"
         if self.why is None:
             try:
                 with between_draws():
-                    starts = starts_around(self.bound, guide, log_joint)
-                    modes, missed = _counted(log_joint, guide, starts, report)
+                    modes, missed = self._counted(report)
                     if self.rows is not None:
                         missed = [part for part in missed if self.rows.misses(part.mode.loc)]
             except FAILURES as error:
@@ -248,51 +262,16 @@ class _FarChecks:
             share = f"{report.missed_share:.1%} of the mass"
             report.census += f"; the guide's draws miss {share} in {len(missed)} of them"
 
-
-def _counted(
-    log_joint: LogJoint, guide: FlowGuide, starts: Tensor, report: Report
-) -> tuple[list[Mode], list[Missed]]:
-    """The modes, and those missed; above 256 latents the guide's own stands for all it draws."""
-    evidence = report.log_evidence
-    if guide.latent_dim > WIDEST:
-        missed = modes_missed(log_joint, guide, starts, evidence)
-        own = guide.affine.centre[guide.affine.place]
-        return [Mode(own, own.new_zeros(0, 0), evidence, 1, own), *(m.mode for m in missed)], missed
-    modes = census(log_joint, starts)
-    drawn = guide.unconstrain(report.draws.sites)[0], report.log_weights.exp()
-    return modes, missed_by(modes, log_joint, guide.flow(), evidence, drawn)
-
-
-def _report(
-    sets: list[Draws], weighed: list[Draws], found: Marginals, wide: WideReport | None
-) -> Report:
-    draws, chosen = join(sets), join(weighed)
-    raw, num = draws.log_weights, len(draws)
-    finite = raw[raw.isfinite()]
-    khats = [pareto_smooth(part.log_weights)[2] for part in weighed]
-    khat = sum(khats) / len(khats)
-    smoothed, log_sum, _ = pareto_smooth(chosen.log_weights)
-    ess = 1 / (2 * smoothed).exp().sum().item()
-    outside = int((draws.log_p.isneginf() & draws.log_q.isfinite()).sum())
-    weighted = max(1, len(finite) // len(sets))
-    return Report(
-        elbo=-math.inf if outside else finite.mean().item(),
-        elbo_se=math.nan if outside else (finite.std() / math.sqrt(len(finite))).item(),
-        log_evidence=log_sum - math.log(num),
-        log_evidence_se=math.sqrt(max(0.0, 1 / ess - 1 / num)),
-        ess=ess,
-        ess_fraction=ess / num,
-        khat=khat,
-        khat_interval=khat_interval(khat, weighted, len(sets)),
-        khat_threshold=khat_threshold(weighted),
-        num_samples=num,
-        num_sets=len(sets),
-        outside=outside / num,
-        num_nonfinite=num - len(finite),
-        nonfinite_sites=draws.nonfinite,
-        rounded_sites=draws.rounded,
-        draws=chosen,
-        log_weights=smoothed,
-        marginals=found,
-        wide=wide,
-    )
+    def _counted(self, report: Report) -> tuple[list[Mode], list[Missed]]:
+        """The modes, and those missed; above 256 latents the guide's own is all that it draws."""
+        guide, log_joint, evidence = self.bound.guide, self.log_joint, report.log_evidence
+        wide = guide.latent_dim > WIDEST
+        starts = None if self.known and not wide else starts_around(self.bound, guide, log_joint)
+        if wide:
+            missed = modes_missed(log_joint, guide, starts, evidence)
+            own = guide.affine.centre[guide.affine.place]
+            own = Mode(own, own.new_zeros(0, 0), evidence, 1, own)
+            return [own, *(m.mode for m in missed)], missed
+        modes = self.known or census(log_joint, starts)
+        drawn = guide.unconstrain(report.draws.sites)[0], report.log_weights.exp()
+        return modes, missed_by(modes, log_joint, guide.flow(), evidence, drawn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,11 +11,17 @@ from torch import Tensor
 
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.marginals import Marginals
-from pyroflow.diagnostics.psis import shapes_of, systematic
+from pyroflow.diagnostics.psis import (
+    khat_interval,
+    khat_threshold,
+    pareto_smooth,
+    shapes_of,
+    systematic,
+)
 from pyroflow.diagnostics.wider import WideReport
 from pyroflow.inference.census import Mode
 from pyroflow.inference.missed import Missed
-from pyroflow.model.draws import Draws
+from pyroflow.model.draws import Draws, join
 from pyroflow.seeds import seeded
 
 WORST = 3  # rows that are named
@@ -224,3 +231,39 @@ class Report:
         return "\n".join(f"{label:<13} {text}" for label, text in rows.items())
 
     __repr__ = __str__
+
+
+def unjudged(
+    sets: list[Draws], weighed: list[Draws], found: Marginals, wide: WideReport | None
+) -> Report:
+    """Without a verdict: of sets of draws, as they are and as they are weighed."""
+    draws, chosen = join(sets), join(weighed)
+    raw, num = draws.log_weights, len(draws)
+    finite = raw[raw.isfinite()]
+    khats = [pareto_smooth(part.log_weights)[2] for part in weighed]
+    khat = sum(khats) / len(khats)
+    smoothed, log_sum, _ = pareto_smooth(chosen.log_weights)
+    ess = 1 / (2 * smoothed).exp().sum().item()
+    outside = int((draws.log_p.isneginf() & draws.log_q.isfinite()).sum())
+    weighted = max(1, len(finite) // len(sets))
+    return Report(
+        elbo=-math.inf if outside else finite.mean().item(),
+        elbo_se=math.nan if outside else (finite.std() / math.sqrt(len(finite))).item(),
+        log_evidence=log_sum - math.log(num),
+        log_evidence_se=math.sqrt(max(0.0, 1 / ess - 1 / num)),
+        ess=ess,
+        ess_fraction=ess / num,
+        khat=khat,
+        khat_interval=khat_interval(khat, weighted, len(sets)),
+        khat_threshold=khat_threshold(weighted),
+        num_samples=num,
+        num_sets=len(sets),
+        outside=outside / num,
+        num_nonfinite=num - len(finite),
+        nonfinite_sites=draws.nonfinite,
+        rounded_sites=draws.rounded,
+        draws=chosen,
+        log_weights=smoothed,
+        marginals=found,
+        wide=wide,
+    )

@@ -45,7 +45,8 @@ class Fit:
         skipped_particles: draws of all steps whose log weight was not finite.
         missed: modes that the guide does not draw, of those that the warm start's ascents led to.
         missed_share: the part of the posterior that is in them, about, and at least.
-        launches: how Adam's steps ran on a GPU: as one launch each, or why not; else empty.
+        launches: how Adam's steps ran: on a GPU as one launch each, on the CPU as recorded graphs
+            after the first 200 where they are many, or why not; else empty.
     """
 
     losses: list[float] = field(repr=False)

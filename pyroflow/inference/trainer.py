@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from pyroflow.inference.fit import Checkpoint, Fit, Objective, copy_tensors
 from pyroflow.inference.launches import READ, Launches
 from pyroflow.inference.processes import averaged
+from pyroflow.inference.recorded_step import RecordedSteps
 from pyroflow.inference.row_adam import RowAdam
 from pyroflow.inference.schedule import LearningRateSchedule
 from pyroflow.inference.state import Mark, State
@@ -188,8 +190,9 @@ class Descent:
         kinds = {(p.device.type, p.is_floating_point()) for p in self.parameters}
         fused = kinds <= {("cpu", True), ("cuda", True)}
         self.optimizer = RowAdam(groups, lr=trainer.lr, fused=fused)
-        launches = Launches.of(trainer.objective, self.optimizer, trainer.checkpoint.path)
-        self.launches = None if trainer.state.launches else launches  # once
+        given = trainer.objective, self.optimizer, trainer.checkpoint.path
+        self.launches = None if trainer.state.launches else Launches.of(*given)  # once
+        self.recorded = RecordedSteps(trainer.objective, trainer.schedule.steps)
 
     def step(self) -> None:
         """One step, or none where loss or gradient is not finite; some where each is one launch."""
@@ -207,16 +210,15 @@ class Descent:
     def _taken(self) -> float:
         """Take a step as it comes; its loss, NaN where it left no trace."""
         trainer, state = self.trainer, self.trainer.state
-        rate = self._rate(state.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
+            group["lr"] = group["peak"] * self._rate(state.step)
         self.optimizer.zero_grad()
-        loss = trainer.averaged(trainer.loss, state.step)
+        loss = self.recorded.take(state, partial(trainer.averaged, trainer.loss, state.step))
         norm = self.optimizer.clip(trainer.objective.max_norm)
-        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-        if finite:
-            self.optimizer.step()
-        return loss.item() if finite else math.nan
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            return math.nan
+        self.optimizer.step()
+        return loss.item()
 
     def _launched(self) -> list[float]:
         """Take steps up to the next score, but no more than are looked at together, as launches."""

@@ -12,7 +12,8 @@ import pyro
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count
-from pyroflow.diagnostics import Report, diagnose
+from pyroflow.diagnostics import Report
+from pyroflow.diagnostics.diagnose import checked
 from pyroflow.guides import AutoFlow, AutoStructuredFlow, AutoSylvesterFlow
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.inference.guide import inspected
@@ -174,16 +175,16 @@ class _Climb:
             self.guide, self.report = guide, report
         held = is_exact(guide, report)
         if held:  # what was looked at before does not count as a check of what was chosen by it
-            self.latest = report = self._check(guide)
+            self.latest = report = self._check(guide, report)
             held = is_exact(guide, report)
             self.guide, self.report = guide, report
         self._note(name, report.verdict)
         return held
 
-    def _check(self, guide: AutoFlow | MixtureGuide) -> Report:
+    def _check(self, guide: AutoFlow | MixtureGuide, before: Report | None = None) -> Report:
         self.checks += 1
         seed = self.seed + 1000 * self.checks
-        return diagnose(self.model, guide, self.args, self.kwargs, seed=seed, max_sets=3)
+        return checked(self.model, guide, self.args, self.kwargs, 10_000, seed, 3, before)
 
     def _by_mixture(self, mixing: Mixing) -> bool:
         """Whether a mixture holds: a part at each mode, and one for what is wider than the flow."""

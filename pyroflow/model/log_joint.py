@@ -141,7 +141,7 @@ class LogJoint:
         moved_by = self._moved_by()
         try:
             graph = _by_rows(self, moved_by)
-            graph = graph or _traced(self._at, self._spread_points(self.num, 1), *moved_by)
+            graph = graph or traced(self._at, self._spread_points(self.num, 1), *moved_by)
             x, *there = expected()
             found = self._by(lambda x: graph(x, *moved_by), x)
             return graph if self._same(found, there) else None
@@ -213,7 +213,7 @@ def _by_rows(log_joint: LogJoint, moved_by: tuple[Tensor, ...]) -> Callable | No
     return graph
 
 
-def _traced(function: Callable, *inputs: Tensor) -> Callable:
+def traced(function: Callable, *inputs: Tensor) -> Callable:
     """The graph of a function."""
     graph = make_fx(function)(*inputs)
     with torch.no_grad(), warnings.catch_warnings():

@@ -16,7 +16,7 @@ from pyroflow.model.comparison import FAILURES, PROBES, Way, agree, moves
 from pyroflow.model.draws import Draws
 from pyroflow.model.latents import Latents
 from pyroflow.model.locations import Filled, Moves
-from pyroflow.model.log_joint import ROUNDED, LogJoint, _traced
+from pyroflow.model.log_joint import ROUNDED, LogJoint, traced
 from pyroflow.model.records import tensors_of
 from pyroflow.seeds import seeded
 
@@ -53,7 +53,7 @@ class LogJointAtHand(LogJoint):
         self.rows = first
         try:
             x = self._spread_points(self.num, 1)
-            self._graph = _traced(self._at, x, *self._moved_by())
+            self._graph = traced(self._at, x, *self._moved_by())
             self._check(second)
         except FAILURES as error:
             raise ValueError("the model cannot be recorded with its rows as inputs") from error

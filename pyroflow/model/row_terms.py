@@ -10,7 +10,7 @@ from torch.distributions import Independent
 from torch.nn.functional import pad
 
 from pyroflow.model.comparison import FAILURES, agree
-from pyroflow.model.log_joint import ROUNDED, LogJoint, _padded, _traced, terms_at
+from pyroflow.model.log_joint import ROUNDED, LogJoint, _padded, terms_at, traced
 from pyroflow.model.program import NUMBERS
 from pyroflow.model.records import Record
 
@@ -136,7 +136,7 @@ class RowTerms:
         moved_by = self.log_joint._moved_by()
         try:
             x = points[:1].expand(self.at_once, -1).contiguous()
-            return _traced(self._summed, x, *moved_by)
+            return traced(self._summed, x, *moved_by)
         except FAILURES:
             return self._summed
 

@@ -175,8 +175,12 @@ class TestEightSchools:
 
     @pytest.mark.parametrize(
         ("model", "level"),
-        [(eight_schools_centered, "bad"), (eight_schools_noncentered, "resample")],
-        ids=["centred", "non-centred"],
+        [
+            pytest.param(eight_schools_centered, "bad", id="centred"),
+            pytest.param(
+                eight_schools_noncentered, "resample", id="non-centred", marks=pytest.mark.slow
+            ),
+        ],
     )
     def test_the_verdict_does_not_flip(self, model: Callable, level: str) -> None:
         guide = self.guide(model)

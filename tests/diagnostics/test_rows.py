@@ -115,7 +115,7 @@ def test_a_row_with_two_modes_is_not_good() -> None:
     assert report.wide.unseen.startswith("wider draws of theta[5] find")
 
 
-@pytest.mark.parametrize("kind", ["indexed", slow("nested"), "beside"])
+@pytest.mark.parametrize("kind", ["indexed", slow("nested"), slow("beside")])
 def test_other_shapes(kind: str) -> None:
     """Rows by an index have their exact evidence, others that of many joint weights."""
     if kind == "indexed":

@@ -398,6 +398,7 @@ def matern(length: Tensor) -> Tensor:
     return (1 + q) * (-q).exp() + 1e-6 * torch.eye(20, dtype=F64)
 
 
+@pytest.mark.slow
 def test_a_process_beside_an_intercept_that_the_data_tell_from_it_in_part() -> None:
     def model() -> None:
         mu = pyro.sample("mu", dist.Normal(number(3.0), number(0.5)))

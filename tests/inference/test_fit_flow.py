@@ -295,6 +295,7 @@ def test_used_annealing_and_models_without_latents_are_refused() -> None:
         pf.fit_guide(observed, lambda: None, steps=5, **QUICK)
 
 
+@pytest.mark.slow
 def test_cut_off_guide_object_goes_on_bit_by_bit(tmp_path: Path) -> None:
     plain, count = LogJointBound.loss, []
 

@@ -258,7 +258,7 @@ class TestVerdicts:
         pytest.param(AutoNormal, "elbo", False, marks=pytest.mark.slow),
         (AutoNormal, "iwae", False),
         pytest.param(AutoNormal, "elbo", True, marks=pytest.mark.slow),
-        (pf.AutoPlanarFlow, "elbo", False),
+        pytest.param(pf.AutoPlanarFlow, "elbo", False, marks=pytest.mark.slow),
         pytest.param(pf.AutoPlanarFlow, "iwae", False, marks=pytest.mark.slow),
         pytest.param(pf.AutoPlanarFlow, "elbo", True, marks=pytest.mark.slow),
     ],

@@ -1,4 +1,4 @@
-"""Steps as launches of a graph are the steps that they replace; the graph is played on the CPU."""
+"""Steps by graphs are the steps that they replace; those of a GPU are played on the CPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor
+from pyro.distributions.transforms import affine_coupling, batchnorm
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyroflow as pf
-from pyroflow.inference import launches
+from pyroflow.inference import launches, recorded_step
 from pyroflow.inference.launches import ONE_LAUNCH, READ
+from pyroflow.inference.trainer import Trainer
 from pyroflow.targets import eight_schools_noncentered, energy
 from pyroflow.transforms.kernels import autograd
 
@@ -96,7 +98,9 @@ FITS = {
 }
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow][: n in ("Sylvester", "dreg")]) for n in FITS]
+)
 def test_launches_are_the_steps_that_they_replace(name: str, graphs: Callable) -> None:
     graphs(False)
     plain, expected = FITS[name]()
@@ -157,3 +161,122 @@ def test_what_has_no_steady_loss_is_fitted_as_before(graphs: Callable, tmp_path:
     fit = pf.fit_guide(lonely, fitted, (torch.ones(()),), steps=4, **QUICK)
     assert fit.launches == ""
     assert guide(checkpoint=tmp_path / "fit.pt", steps=4)[1].launches == ""
+
+
+# Recorded steps, on the CPU
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """From which step on they are recorded."""
+
+    def switch(first: int) -> None:
+        monkeypatch.setattr(recorded_step, "FROM", first)
+        monkeypatch.setattr(recorded_step, "LEFT", 0)
+
+    return switch
+
+
+NEVER = 10**9
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_recorded_steps_are_the_steps_that_they_replace(name: str, recorded: Callable) -> None:
+    recorded(NEVER)
+    plain, expected = FITS[name]()
+    recorded(7)
+    found, fit = FITS[name]()
+    assert (expected.launches, fit.launches) == ("", "recorded")
+    assert len(fit.losses) == len(expected.losses)
+    assert fit.losses[:7] == expected.losses[:7]
+    assert fit.losses[:40] == pytest.approx(expected.losses[:40], rel=1e-4, abs=1e-4)
+    assert fit.best_loss == pytest.approx(expected.best_loss, abs=1e-3)
+
+
+def test_lost_draws_are_those_of_steps_as_they_come(recorded: Callable) -> None:
+    """A step that loses draws is taken as it comes, with the draws that it had."""
+    found = []
+    for first in (NEVER, 3):
+        recorded(first)
+        flow = flow_of(pf.planar_flow)
+        found.append(pf.fit_energy(flow, cliff, steps=200, num_particles=32, **QUICK))
+    plain, fit = found
+    assert fit.launches == "recorded"
+    assert fit.losses[:40] == pytest.approx(plain.losses[:40], rel=1e-4, abs=1e-4)
+    assert fit.skipped == plain.skipped == 0
+
+
+def test_a_recorded_fit_resumes_bit_by_bit(recorded: Callable, tmp_path: Any) -> None:
+    recorded(20)
+    whole, expected = guide(steps=60)
+    for cut in (10, 40):
+        path = tmp_path / f"{cut}.pt"
+
+        def show(trainer: Trainer, bar: Any, cut: int = cut) -> None:
+            if trainer.state.step == cut:
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "_show", show)
+            with pytest.raises(KeyboardInterrupt):
+                guide(steps=60, checkpoint=path)
+        resumed, fit = guide(steps=60, checkpoint=path)
+        assert fit.launches == "recorded"
+        assert fit.losses == expected.losses
+        assert all(map(torch.equal, resumed.parameters(), whole.parameters()))
+
+
+class Noisy(nn.Module):
+    """An energy with what cannot be in a graph."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls = kind, 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        value = z.square().sum(-1) / 2
+        if self.kind == "draws by its values":
+            return value + 0 * torch.poisson(value.detach())
+        if self.kind == "changes":
+            self.calls += 1
+            return value * (1 + self.calls % 2)
+        return value * (1.0 if z.sum().item() > -1e9 else 2.0)
+
+
+@pytest.mark.parametrize("kind", ["draws by its values", "changes", "is looked at"])
+def test_what_cannot_be_recorded_runs_as_it_comes(kind: str, recorded: Callable) -> None:
+    found = []
+    for first in (NEVER, 3):
+        recorded(first)
+        options = {"steps": 30, "num_particles": 32, "lr": 0.001} | QUICK
+        found.append(pf.fit_energy(flow_of(pf.planar_flow), Noisy(kind), **options))
+    plain, fit = found
+    assert fit.launches.startswith("as they come: ")
+    if kind != "changes":
+        assert fit.losses == plain.losses
+
+
+def test_batch_normalisation_is_not_recorded(recorded: Callable) -> None:
+    """It keeps moments of the batches."""
+    recorded(3)
+    layers = [batchnorm(2), pf.transforms.Planar(2, 2)]
+    flow = pf.Flow(pf.flows.StandardNormal(2), layers)
+    fit = pf.fit_density(flow, pf.datasets.sine(100), steps=20, polish=0, **QUICK)
+    assert fit.launches == "as they come: it has effects beside its result"
+
+
+def test_dropout_is_drawn_as_before(recorded: Callable) -> None:
+    found = []
+    for first in (NEVER, 3):
+        recorded(first)
+        torch.manual_seed(0)
+        flow = pf.Flow(pf.flows.StandardNormal(2), [affine_coupling(2, [8])])
+        flow.parts[0].nn.f = nn.Dropout(0.5)
+        found.append(pf.fit_density(flow, pf.datasets.sine(100), steps=30, polish=0, **QUICK))
+    plain, fit = found
+    assert fit.launches == "recorded"
+    assert fit.losses == pytest.approx(plain.losses, rel=1e-4, abs=1e-4)
+
+
+def test_few_steps_are_not_worth_a_record() -> None:
+    assert guide(steps=recorded_step.FROM + 5)[1].launches == ""

@@ -187,7 +187,10 @@ def test_a_growing_fit_with_annealing(
     assert_ends_alike(fit, growing, cutting, tmp_path / "fit.pt")
 
 
-@pytest.mark.parametrize(("owner", "name"), [(GuideFit, "_train"), (LogJointBound, "score")])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(GuideFit, "_train"), pytest.param(LogJointBound, "score", marks=pytest.mark.slow)],
+)
 def test_a_guide_cut_off_between_its_parts(
     tmp_path: Path, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

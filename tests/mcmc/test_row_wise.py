@@ -50,6 +50,7 @@ def test_chains_have_the_exact_moments(family: Callable, seed: int) -> None:
         assert (found["sd"] / sd).log().abs().max() < 0.06
 
 
+@pytest.mark.slow
 def test_rows_by_an_index_have_the_exact_moments() -> None:
     exact = poisson_rows(30, indexed=True)
     chains = sampled(exact, off(exact), 400, method="rows")

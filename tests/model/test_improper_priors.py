@@ -103,7 +103,9 @@ def test_the_whole_way(name: str, init: Callable, tmp_path: Path) -> None:
     assert pf.diagnose(model, loaded).log_evidence == pytest.approx(evidence, abs=0.03)
 
 
-@pytest.mark.parametrize("make", [AutoNormal, pf.AutoPlanarFlow])
+@pytest.mark.parametrize(
+    "make", [AutoNormal, pytest.param(pf.AutoPlanarFlow, marks=pytest.mark.slow)]
+)
 def test_by_pyro_s_traces(make: Callable) -> None:
     """A model with a parameter, and a guide of Pyro's that starts at a value."""
 

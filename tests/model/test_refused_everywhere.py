@@ -44,7 +44,7 @@ def test_a_file_of_old_is_refused_with_its_model(model: Callable, tmp_path: Path
         pf.load(tmp_path / "guide.pt", model=model)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_way_out_of_moving_bounds_has_the_known_evidence(seed: int) -> None:
     """Of x ~ U(0, s), s ~ LogNormal, y ~ N(x, 0.3) by quadrature."""
 

@@ -117,7 +117,7 @@ def compass(prior: dist.VonMises, readings: Tensor) -> Callable:
         (angle(-3.0, 0.1), torch.tensor([])),  # nearly uniform
     ],
 )
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_way_out_of_angles_has_the_evidence_of_a_quadrature(
     prior: dist.VonMises, readings: Tensor, seed: int
 ) -> None:

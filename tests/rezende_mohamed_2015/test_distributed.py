@@ -72,6 +72,7 @@ def by_one_process() -> DLGM:
     return dlgm
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float32")
 def test_two_processes_have_the_parameters_of_one_with_both_shares(tmp_path: Path) -> None:
     torchrun(__file__, str(tmp_path))

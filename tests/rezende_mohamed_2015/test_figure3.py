@@ -146,6 +146,7 @@ def test_panels_show_the_best_runs(short: tuple[Path, dict]) -> None:
         assert 0.5 < density.sum() * area < 1.01
 
 
+@pytest.mark.slow
 def test_a_picture_without_its_densities_is_made_from_new_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,6 +191,7 @@ def test_another_schedule_is_another_file(
 # Sylvester
 
 
+@pytest.mark.slow
 def test_sylvester_stands_beside_the_planar_flow_of_mnist(tmp_path: Path, data: Path) -> None:
     """Equal K·M and equal updates."""
     planar, nice = quick(tmp_path, data, "planar K=40", "NICE K=40")["runs"]

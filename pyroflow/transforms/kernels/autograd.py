@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyroflow.transforms.bijection import Bijection, Pair, Parameters
 from pyroflow.transforms.kernels import compiled, per_point, reference, shared
@@ -129,9 +130,10 @@ class _Rows(NamedTuple):
 def _constrain_rows(w: Tensor, u: Tensor) -> _Rows | None:
     """:func:`~.units.constrain` in few operations; None where a norm is below its floor.
 
-    Whether one is cannot be seen on another device without waiting for it: None there as well.
+    Whether one is cannot be seen on another device without waiting for it, nor by a graph that is
+    being recorded: None there as well.
     """
-    if w.device.type != "cpu" or not w.numel():
+    if w.device.type != "cpu" or not w.numel() or get_proxy_mode() is not None:
         return None
     norm2, v = (w * w).sum(-1, keepdim=True), (w * u).sum(-1, keepdim=True)
     if not norm2.min().item() > math.sqrt(torch.finfo(w.dtype).tiny):
