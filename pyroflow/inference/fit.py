@@ -46,7 +46,7 @@ class Fit:
         missed: modes that the guide does not draw, of those that the warm start's ascents led to.
         missed_share: the part of the posterior that is in them, about, and at least.
         launches: how Adam's steps ran: on a GPU as one launch each, on the CPU as recorded graphs
-            after the first 200 where they are many, or why not; else empty.
+            after the first 100 where they are many, or why not; else empty.
     """
 
     losses: list[float] = field(repr=False)

@@ -20,8 +20,8 @@ from pyroflow.model.comparison import FAILURES, agree
 from pyroflow.model.log_joint import traced
 from pyroflow.seeds import draws, one_at_a_time, own_generators, quick
 
-# Steps after which one is recorded, and that must then be left: recording takes as long as 500.
-FROM, LEFT = 200, 800
+# Steps after which one is recorded, and that must then be left: recording takes as long as 250.
+FROM, LEFT = 100, 400
 RECORDED = "recorded"
 
 

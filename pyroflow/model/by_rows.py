@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroflow.model.recorded import Recorded, _operation, _option
+from pyroflow.model.recorded import Recorded, _operation, _option, graph_of
 
 POINTS, AT_ONCE = 16, 2**18  # inputs, and numbers of a tensor by rows, which fit into a cache
 _ROWS = 1_000_003  # how many there are in the shapes of what is not computed, as no other size
@@ -73,7 +72,7 @@ class ByRows:
     def of(cls, function: Callable, *inputs: Tensor) -> ByRows:
         """From a function, which is recorded without computing what it gives."""
         options = {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
-        graph = make_fx(function, **options)(*inputs)
+        graph = graph_of(function, *inputs, **options)
         return cls(Recorded.of(graph, *inputs, **options), inputs)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:

@@ -12,12 +12,12 @@ import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from torch.autograd import Function
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.by_rows import POINTS, ByRows
 from pyroflow.model.comparison import FAILURES, PROBES, Outcome, Way, agree, differs, moves
 from pyroflow.model.locations import Filled, Moves
+from pyroflow.model.recorded import graph_of
 from pyroflow.model.records import Record, log_joint
 from pyroflow.model.runs import Runs
 from pyroflow.seeds import quick, seeded
@@ -215,7 +215,7 @@ def _by_rows(log_joint: LogJoint, moved_by: tuple[Tensor, ...]) -> Callable | No
 
 def traced(function: Callable, *inputs: Tensor) -> Callable:
     """The graph of a function."""
-    graph = make_fx(function)(*inputs)
+    graph = graph_of(function, *inputs)
     with torch.no_grad(), warnings.catch_warnings():
         # Deprecated, but the only executor without Python's cost for each operation.
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflow.seeds import _arguments
@@ -31,6 +33,15 @@ _ALSO = {
     "transpose", "transpose_copy", "triangular_solve", "tril", "triu", "unbind", "unbind_copy",
     "unfold", "unsqueeze_copy", "var", "view_copy", "where", "zeros_like",
 }  # fmt: skip
+
+
+def graph_of(function: Callable, *inputs: Tensor, **options: Any) -> GraphModule:
+    """Torch's graph of a function at inputs of the shapes that it takes; options of ``make_fx``."""
+    if "tracing_mode" in options:
+        return make_fx(function, **options)(*inputs)
+    # Torch notes the shape of each result, by a mode that it else makes for each: half of the time.
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        return make_fx(function, **options)(*inputs)
 
 
 class Recorded:
@@ -65,7 +76,7 @@ class Recorded:
                 no effect but its result.
             RuntimeError: If its control flow depends on the values of its inputs.
         """
-        graph = make_fx(torch.func.functionalize(function), **options)(*inputs)
+        graph = graph_of(torch.func.functionalize(function), *inputs, **options)
         return cls(*_Reader(graph).read())
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
