@@ -22,6 +22,7 @@ from pyroflow.seeds import draws, one_at_a_time, own_generators, quick
 
 # Steps after which one is recorded, and that must then be left: recording takes as long as 250.
 FROM, LEFT = 100, 400
+MOST_TAKEN_AGAIN = 20  # of these, of which a record is worth it
 RECORDED = "recorded"
 
 
@@ -55,7 +56,15 @@ class RecordedSteps:
             state.launches = f"as they come: {error}"
             return plain()
         state.launches = RECORDED
-        return self._step.take(self.objective.weight(state.step), plain)
+        own = own_generators()
+        before = torch.get_rng_state() if own is None else own.states()
+        loss = self._step.take(self.objective.weight(state.step))
+        if loss is None:  # as where draws are lost: with these, the step as it comes
+            (torch.set_rng_state if own is None else own.rewind)(before)
+            loss, state.taken_again = plain(), state.taken_again + 1
+            if state.taken_again == MOST_TAKEN_AGAIN:
+                state.launches = f"{RECORDED}, until {MOST_TAKEN_AGAIN} losses were not finite"
+        return loss
 
 
 class RecordedStep:
@@ -97,14 +106,12 @@ class RecordedStep:
         if not all(map(agree, self._evaluated(drawn), expected)):
             raise RuntimeError("it says something else when it is recorded")
 
-    def take(self, weight: float, plain: Callable[[], Tensor]) -> Tensor:
-        """The loss, with its gradients in the parameters; as it comes where it is not finite."""
+    def take(self, weight: float) -> Tensor | None:
+        """The loss, with its gradients in the parameters; None where it is not finite."""
         self.weight.fill_(weight)
-        drawn = [call() for call in self.calls]
-        loss, *gradients = self._evaluated(drawn)
+        loss, *gradients = self._evaluated([call() for call in self.calls])
         if not bool(loss.isfinite()):
-            with _Draws(drawn):
-                return plain()
+            return None
         for p, gradient in zip(self.parameters, gradients, strict=True):
             p.grad = gradient
             torch.autograd.graph.increment_version(p)  # what was cached of it is out of date

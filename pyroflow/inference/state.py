@@ -37,6 +37,7 @@ class State:
     stopped: str = ""
     seconds: float = 0.0
     launches: str = ""
+    taken_again: int = 0  # steps that were recorded, and whose loss was not finite
 
     def fit(self, reason: str) -> Fit:
         """The course of the fit, with that of the part before; why it stopped, if not early."""

@@ -115,7 +115,8 @@ def direction() -> str:
 def steps() -> str:
     """Milliseconds of a step of ours, and of Pyro's SVI; few latents, then many."""
     found = stored("steps")
-    parts = {"eight schools": found, **{n: v for n, v in found.items() if "latents" in n}}
+    parts = {n: v for n, v in found.items() if isinstance(v, dict) and "times ours" in v}
+    parts = {"eight schools": found} | parts
     rows = [
         {
             "model": model,

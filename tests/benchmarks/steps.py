@@ -1,8 +1,10 @@
 """Steps per second of fit_guide beside Pyro's SVI, on eight schools with eight particles.
 
 And of a full affine layer alone beside ``AutoMultivariateNormal``, both in Pyro's SVI, with 1,000
-latents. ``python tests/benchmarks/steps.py`` writes ``notebooks/results/steps.json``: medians over
-rounds in which all contenders take turns, and the ratios of their times to ours.
+latents; and of fits of 1,500 steps that are recorded after the first, beside steps as they come,
+with all that a fit does between its steps. ``python tests/benchmarks/steps.py`` writes
+``notebooks/results/steps.json``: medians over rounds in which all contenders take turns, and the
+ratios of their times to ours.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
 
 import pyroflow as pf
+from pyroflow.inference import recorded_step
 from pyroflow.targets import eight_schools_noncentered as model
+from pyroflow.targets import energy
 
 PARTICLES, STEPS, ROUNDS = 8, 200, 5
 WIDE, WIDE_STEPS = 1000, 50
@@ -54,6 +58,35 @@ def svi(make: Callable, model: Callable = model, steps: int = STEPS) -> float:
     return (time.perf_counter() - start) / steps
 
 
+MANY = {"steps": 1500, "progress": False, "seed": 0}
+
+
+def planar_guide() -> pf.Fit:
+    return pf.fit_guide(model, pf.AutoPlanarFlow(model, 16), early_stop=False, **MANY)
+
+
+def sylvester_guide() -> pf.Fit:
+    return pf.fit_guide(model, pf.AutoSylvesterFlow(model), early_stop=False, **MANY)
+
+
+def density() -> pf.Fit:
+    return pf.fit_density(pf.planar_flow(2, 32), pf.datasets.sine(2000), polish=0, **MANY)
+
+
+def reverse() -> pf.Fit:
+    return pf.fit_energy(pf.planar_flow(2, 32), energy(1), **MANY)
+
+
+def many(fit: Callable[[], pf.Fit], first: int) -> float:
+    """Seconds a step of a fit whose steps are recorded from one on."""
+    before, recorded_step.FROM = recorded_step.FROM, first
+    try:
+        found = fit()
+    finally:
+        recorded_step.FROM = before
+    return found.seconds / found.steps
+
+
 def compare(contenders: dict[str, Callable[[], float]]) -> dict[str, dict]:
     """Medians, and their ratios to the time of "pyroflow" in the same round."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -81,6 +114,11 @@ def main() -> None:
     gaussians["AutoMultivariateNormal"] = AutoMultivariateNormal
     wide = {n: partial(svi, make, wide_model, WIDE_STEPS) for n, make in gaussians.items()}
     found = compare(contenders) | {f"a Gaussian of {WIDE} latents": compare(wide)}
+    for fit in (planar_guide, sylvester_guide, density, reverse):
+        ways = {"pyroflow": recorded_step.FROM, "as they come": MANY["steps"]}
+        found[f"{fit.__name__.replace('_', ' ')}, 1,500 steps"] = compare(
+            {name: partial(many, fit, first) for name, first in ways.items()}
+        )
     found |= {
         "particles": PARTICLES,
         "threads": torch.get_num_threads(),

@@ -201,7 +201,7 @@ def test_lost_draws_are_those_of_steps_as_they_come(recorded: Callable) -> None:
         flow = flow_of(pf.planar_flow)
         found.append(pf.fit_energy(flow, cliff, steps=200, num_particles=32, **QUICK))
     plain, fit = found
-    assert fit.launches == "recorded"
+    assert fit.launches == "recorded, until 20 losses were not finite"
     assert fit.losses[:40] == pytest.approx(plain.losses[:40], rel=1e-4, abs=1e-4)
     assert fit.skipped == plain.skipped == 0
 

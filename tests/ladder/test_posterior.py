@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from row_cases import poisson_rows
 from torch import Tensor
 
 import pyroflow as pf
@@ -218,3 +219,34 @@ def test_an_interrupt_gives_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(climb, "fit_flow", interrupted)
     with pytest.raises(KeyboardInterrupt):  # nothing to give yet
         pf.posterior(gaussian, **QUIET)
+
+
+@pytest.mark.parametrize("num", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_many_independent_rows_are_treated_as_such(num: int) -> None:
+    exact = poisson_rows(num)
+    post = pf.posterior(exact.model, **QUIET)
+    assert isinstance(post.guide, pf.AutoStructuredFlow)
+    assert post.level in ("good", "resample")
+    mean, sd = exact.mu
+    assert post.draws["mu"].mean().item() == pytest.approx(mean, abs=0.1 * sd)
+    assert post.draws["mu"].std().item() == pytest.approx(sd, rel=0.1)
+    rows, spread = exact.theta
+    assert ((post.draws["theta"].mean(0) - rows).abs() < 0.15 * spread).all()
+    assert post.log_evidence == pytest.approx(exact.evidence, abs=0.05)
+
+
+def test_rows_that_depend_on_each_other_are_right() -> None:
+    """A Gaussian walk, whose covariance is known."""
+
+    def model() -> None:
+        with pyro.plate("steps", 60):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("walk", -2 * x.diff(dim=-1).square().sum(-1))
+
+    differences = torch.eye(60, dtype=torch.float64).diff(dim=0)
+    covariance = (torch.eye(60) + 4 * differences.mT @ differences).inverse()
+    post = pf.posterior(model, **QUIET)
+    assert post.level in ("good", "resample"), post.verdict
+    sd = covariance.diagonal().sqrt()
+    assert (post.draws["x"].mean(0).abs() < 0.1 * sd).all()
+    assert ((post.draws["x"].std(0) / sd).log().abs() < 0.1).all()
