@@ -1,21 +1,17 @@
-"""When a rung of the ladder holds: its draws, or chains, give all means and standard deviations."""
+"""When a rung of the ladder holds: its draws give all means and standard deviations."""
 
 from __future__ import annotations
 
 import math
 
-import pyro
 import torch
 
 from pyroflow.diagnostics import Report
 from pyroflow.diagnostics.marginals import LIMIT, SURE, columns_of, disagreement, marginals
 from pyroflow.guides import AutoFlow
 from pyroflow.guides.mixture import MixtureGuide
-from pyroflow.inference.guide_fit import WIDEST_WARM_START
 from pyroflow.mcmc import Chains
-from pyroflow.mcmc.sampler import Sampler
 from pyroflow.model.bound import BoundModel
-from pyroflow.seeds import seeded
 
 LEAST_ESS = 400  # an error of the means of a twentieth of a standard deviation
 SD_ERROR = 0.05  # standard error of a standard deviation, as a part of it
@@ -24,9 +20,6 @@ SURE_KHAT = 0.6  # of weight times a latent or its square
 PER_CHAIN = 100  # draws, of which mean squares are taken
 CHAIN_SD_ERROR = 0.1  # standard error of a standard deviation of chains, as a part of it
 COMPARED = 10_000  # draws of the chains, with those of the last check
-LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains that propose them
-NATS_EACH = 0.05  # by which they may fall for each latent, for chains of HMC over the flow
-CHAINS, CHAIN_DRAWS = 128, 500
 TRUSTED = ("good", "resample")
 
 
@@ -92,24 +85,3 @@ def unsettled(report: Report, chains: Chains, problem: BoundModel) -> str:
         return ""
     name = report.marginals.names[int(index)]
     return f"the sd of {name} is known to {worst:.0%} only, as a few chains are far out"
-
-
-def chains_over(
-    flow: AutoFlow, report: Report, problem: BoundModel, seed: int, most_leaps: float
-) -> Chains | None:
-    """Chains over the flow; None where it is too far from the posterior for any.
-
-    They propose its draws where these do for weights. In many latents they may do for none though
-    the flow is off by little in each: then it is HMC alone, from starts that are spread.
-    """
-    even = report.ess_fraction >= LEAST_SHARE
-    # Where the search for modes is coarse, chains in one of them would agree.
-    if flow.latent_dim > WIDEST_WARM_START or (
-        not even and report.ess_fraction < math.exp(-NATS_EACH * flow.latent_dim)
-    ):
-        return None
-    num, each = (CHAINS, CHAIN_DRAWS) if even else (CHAINS // 2, CHAIN_DRAWS // 2)
-    options = {} if even else {"method": "HMC", "spread": True}
-    with seeded(seed), pyro.validation_enabled(False):
-        given = problem.model, flow, problem.args, problem.kwargs
-        return Sampler(*given, each, num, **options).run_on(each, most_leaps)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pyro
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count
@@ -18,25 +19,20 @@ from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.inference.guide import inspected
 from pyroflow.inference.guide_fit import WIDEST_WARM_START, fit_flow, refuse_nonfinite
 from pyroflow.inference.objectives import LogJointBound
-from pyroflow.ladder.checks import (
-    TRUSTED,
-    apart,
-    chains_over,
-    is_exact,
-    rank,
-    thinned,
-    unsettled,
-)
+from pyroflow.ladder.checks import TRUSTED, apart, is_exact, rank, thinned, unsettled
 from pyroflow.ladder.mixing import Mixing
 from pyroflow.ladder.result import Posterior, Rung
 from pyroflow.mcmc import Chains
+from pyroflow.mcmc.sampler import Sampler
 from pyroflow.model.bound import BoundModel, check_latents, check_whole
 from pyroflow.seeds import between_draws, one_at_a_time, seeded
 
 STEPS = (300, 1000, 3000)  # of the fits, each going on from the last
-MANY_ROWS = 50  # latents in plates, from which on rows that are independent are treated so
 MIXTURES = 4  # that are tried after each of them
 LAYERS = 6  # of the flow
+LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains that propose them
+NATS_EACH = 0.05  # by which they may fall for each latent, for chains of HMC over the flow
+CHAINS, CHAIN_DRAWS = 128, 500
 MOST_LEAPS = 16  # of a trajectory of chains that go on, where more steps of the fit are left
 
 
@@ -56,9 +52,8 @@ def posterior(
     sets of draws and the Monte Carlo error of every mean is at most 0.05 standard deviations:
 
     1. A Sylvester flow with a layer for tails, in the coordinates that the model dictates, from
-       the best Gaussian: 300 steps, or fewer where nothing is left to gain. Where plates carry
-       more than 50 latents, an :class:`~pyroflow.AutoStructuredFlow` and chains over it come
-       before; above 256 latents it is that guide alone, without chains and mixtures.
+       the best Gaussian: 300 steps, or fewer where nothing is left to gain. Above 256 latents it
+       is an :class:`~pyroflow.AutoStructuredFlow`, and there are no chains and no mixtures.
     2. Chains of :func:`~pyroflow.mcmc` over it, which go on while that may settle them, and must
        agree with each other.
     3. A mixture with a flow at each mode of the census, and a wider part where the flow has too
@@ -109,7 +104,7 @@ def posterior(
         if not climb.has_result():
             raise
         climb.reason = "it was interrupted"
-    return _result(climb)
+    return climb.result()
 
 
 class _Climb:
@@ -138,37 +133,25 @@ class _Climb:
         """Climb until a rung holds."""
         with seeded(self.seed):
             self.flow.setup(*self.args, **self.kwargs)
-        latents, dim = self.flow.latents, self.flow.latent_dim
-        sizes = zip(latents, latents.sizes, strict=True)
-        rows = sum(size for site, size in sizes if site.plates)
-        first = [True] if rows > MANY_ROWS and not _is_wide(dim) else []
-        for by_rows in (*first, _is_wide(dim)):
-            stages = STEPS if by_rows == _is_wide(dim) else STEPS[:1]
-            if self._climbed(partial(_made, self.model, by_rows), stages):
-                return
-
-    def _climbed(self, make: Callable[[], AutoFlow], stages: Sequence[int]) -> bool:
-        """Whether there is no more to do after so many steps of a guide, each after the last."""
-        flow = self.flow = make()
-        with seeded(self.seed):
+            flow = self.flow = _made(self.model, self.flow.latent_dim)
             problem = self._problem(flow)
             bound = LogJointBound(problem, "elbo", 1, None, seed=self.seed)
+        make = partial(_made, self.model, flow.latent_dim)
         mixing = Mixing(problem, (flow, bound), make, self.seed)
-        for steps in stages:
+        for steps in STEPS:
             if len(mixing.parts) > 1:
                 if self._by_parts(mixing, steps):
-                    return True
+                    return
                 continue
             with seeded(self.seed), between_draws():
                 fit = fit_flow(bound, steps, self.seed, progress=False)
             if self._holds(flow, f"flow, {fit.steps} steps"):
-                return True
+                return
             leaps = MOST_LEAPS if steps < STEPS[-1] else math.inf
             if self._by_chains(flow, mixing, leaps) or self._by_mixture(mixing):
-                return True
+                return
             if not fit.steps and len(mixing.parts) < 2:  # with nothing left to gain
-                break
-        return False
+                return
 
     def _problem(self, guide: AutoFlow) -> BoundModel:
         problem, valid = inspected(self.model, guide, self.args, self.kwargs)
@@ -205,7 +188,7 @@ class _Climb:
 
     def _by_mixture(self, mixing: Mixing) -> bool:
         """Whether a mixture holds: a part at each mode, and one for what is wider than the flow."""
-        for _ in range(0 if isinstance(self.flow, AutoStructuredFlow) else MIXTURES):
+        for _ in range(0 if _is_wide(self.flow.latent_dim) else MIXTURES):
             with seeded(self.seed), between_draws():
                 added = mixing.add(self.latest)
                 mixture = mixing.mixture() if added else None
@@ -227,7 +210,7 @@ class _Climb:
         """Whether chains agree, where the checks do not say that there is more than they reach."""
         if self.latest.missed or len(mixing.modes) > 1:
             return False
-        chains = chains_over(flow, self.latest, mixing.problem, self.seed, most_leaps)
+        chains = _chains(flow, self.latest, mixing.problem, self.seed, most_leaps)
         if chains is None:
             return False
         given = self.latest, chains, mixing.problem
@@ -243,44 +226,65 @@ class _Climb:
         if self.progress:
             tqdm.write(f"posterior: {rung.name}, {rung.seconds:.1f} s: {rung.verdict}")
 
-
-def _result(climb: _Climb) -> Posterior:
-    """The best so far, called what it is."""
-    report, chains = climb.report, climb.chains
-    if chains is not None and chains.level == "good":
-        index = thinned(len(chains.log_p), climb.num)
-        draws = {name: value[index].clone() for name, value in chains.draws.items()}
-        level, verdict, ess = "good", chains.verdict, chains.ess
-    else:
-        draws, ess = report.resample(climb.num, seed=climb.seed), report.ess
-        level, verdict = report.level, report.verdict
-        if level in TRUSTED and not is_exact(climb.guide, report):
-            level = "bad"
-            verdict = f"do not trust: the tails of {report.marginals.worst[1]} are not settled"
-    error = 1 / math.sqrt(ess) if level in TRUSTED else math.inf
-    if climb.reason:
-        verdict += f"; {climb.reason}"
-    return Posterior(
-        draws,
-        level,
-        verdict,
-        report.log_evidence,
-        error,
-        climb.guide,
-        report,
-        chains,
-        climb.rungs,
-        time.perf_counter() - climb.began,
-        climb.model,
-        climb.args,
-        climb.kwargs,
-    )
+    def result(self) -> Posterior:
+        """The best so far, called what it is."""
+        report, chains = self.report, self.chains
+        if chains is not None and chains.level == "good":
+            index = thinned(len(chains.log_p), self.num)
+            draws = {name: value[index].clone() for name, value in chains.draws.items()}
+            level, verdict, ess = "good", chains.verdict, chains.ess
+        else:
+            draws, ess = report.resample(self.num, seed=self.seed), report.ess
+            level, verdict = report.level, report.verdict
+            if level in TRUSTED and not is_exact(self.guide, report):
+                level = "bad"
+                verdict = f"do not trust: the tails of {report.marginals.worst[1]} are not settled"
+        error = 1 / math.sqrt(ess) if level in TRUSTED else math.inf
+        if self.reason:
+            verdict += f"; {self.reason}"
+        return Posterior(
+            draws,
+            level,
+            verdict,
+            report.log_evidence,
+            error,
+            self.guide,
+            report,
+            chains,
+            self.rungs,
+            time.perf_counter() - self.began,
+            self.model,
+            self.args,
+            self.kwargs,
+        )
 
 
 def _is_wide(dim: int) -> bool:
     return dim > WIDEST_WARM_START
 
 
-def _made(model: Callable, by_rows: bool) -> AutoFlow:
-    made = AutoStructuredFlow if by_rows else AutoSylvesterFlow
+def _made(model: Callable, dim: int) -> AutoFlow:
+    """A guide for so many latents."""
+    made = AutoStructuredFlow if _is_wide(dim) else AutoSylvesterFlow
     return made(model, num_layers=LAYERS, tails=True)
+
+
+def _chains(
+    flow: AutoFlow, report: Report, problem: BoundModel, seed: int, most_leaps: float
+) -> Chains | None:
+    """Chains over the flow; None where it is too far from the posterior for any.
+
+    They propose its draws where these do for weights. In many latents they may do for none though
+    the flow is off by little in each: then it is HMC alone, from starts that are spread.
+    """
+    even = report.ess_fraction >= LEAST_SHARE
+    # Where the search for modes is coarse, chains in one of them would agree.
+    if _is_wide(flow.latent_dim) or (
+        not even and report.ess_fraction < math.exp(-NATS_EACH * flow.latent_dim)
+    ):
+        return None
+    num, each = (CHAINS, CHAIN_DRAWS) if even else (CHAINS // 2, CHAIN_DRAWS // 2)
+    options = {} if even else {"method": "HMC", "spread": True}
+    with seeded(seed), pyro.validation_enabled(False):
+        given = problem.model, flow, problem.args, problem.kwargs
+        return Sampler(*given, each, num, **options).run_on(each, most_leaps)

@@ -8,11 +8,8 @@ what that lacks, and draws scale.png. ``table`` prints it.
 from __future__ import annotations
 
 import math
-import multiprocessing
-import resource
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +27,7 @@ import pyroflow as pf
 from pyroflow.plots import drawing
 
 from . import groups, tables
-from .records import choose, machine, read, write
+from .records import apart, choose, machine, peak, read, write
 from .scale import OUT
 
 FIGURE = OUT.with_suffix(".png")
@@ -124,16 +121,11 @@ def measure(
     exact = groups.exact(family, found)
     model = partial(groups.model, family)
     guide = WAYS[way](model)
-    before, start, began = _peak(), time.perf_counter(), time.process_time()
+    before, start, began = peak(), time.perf_counter(), time.process_time()
     steps = fit(model, guide, tuple(found), seconds)
     said = {"seconds": time.perf_counter() - start, "CPU seconds": time.process_time() - began}
-    said |= {"MiB": _peak(), "MiB before": before, "steps": steps, "threads": threads}
+    said |= {"MiB": peak(), "MiB before": before, "steps": steps, "threads": threads}
     return said | judge(model, guide, tuple(found), exact)
-
-
-def _peak() -> float:
-    """MiB of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @app.command()
@@ -157,10 +149,7 @@ def run(
                 seconds = None if way == OURS else cell.get(OURS, {}).get("seconds")
                 if way != OURS and seconds is None:
                     raise typer.BadParameter(f"--ways must have {OURS} first, for its seconds")
-                context = multiprocessing.get_context("spawn")
-                with ProcessPoolExecutor(1, mp_context=context) as pool:
-                    given = family, size, way, seconds, threads
-                    cell[way] = pool.submit(measure, *given).result()
+                cell[way] = apart(measure, family, size, way, seconds, threads)
                 write(found, out)
                 typer.echo(f"{family}, {size[0]} groups, {size[1]} rows, {way}: {cell[way]}")
     draw(found, out.with_suffix(".png"))

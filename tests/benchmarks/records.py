@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import resource
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,18 @@ def machine() -> dict[str, Any]:
     """What the times depend on."""
     facts = {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     return facts | {name: version(name) for name in ("torch", "pyro-ppl", "arviz")}
+
+
+def apart(measure: Callable, *given: Any) -> Any:
+    """What a function of a module finds in a process of its own, with a memory of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, *given).result()
+
+
+def peak() -> float:
+    """The most memory that this process has had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -7,11 +7,8 @@ it lacks; ``table`` prints it.
 from __future__ import annotations
 
 import math
-import multiprocessing
-import resource
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +24,7 @@ from pyroflow.diagnostics import Report
 
 from . import tables
 from .posteriordb.models import ROOT
-from .records import choose, machine, read, write
+from .records import apart, choose, machine, peak, read, write
 
 OUT = ROOT / "notebooks" / "results" / "scale.json"
 COEFFICIENTS = 20
@@ -117,17 +114,12 @@ def measure(family: str, rows: int, threads: int) -> dict[str, Any]:
     """One posterior in this process: seconds, peak memory, and how far off it is."""
     torch.set_num_threads(threads)
     x, y = data(family, rows)
-    before, start, began = _peak(), time.perf_counter(), time.process_time()
+    before, start, began = peak(), time.perf_counter(), time.process_time()
     post = pf.posterior(model, (family, x, y), seed=0, progress=False)
     seconds = {"seconds": time.perf_counter() - start, "CPU seconds": time.process_time() - began}
-    said = seconds | {"MiB": _peak(), "MiB before": before, "level": post.level}
+    said = seconds | {"MiB": peak(), "MiB before": before, "level": post.level}
     said["draws"] = post.report.num_samples
     return said | judge(family, x, y, post.report)
-
-
-def _peak() -> float:
-    """MiB of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @app.command()
@@ -144,9 +136,7 @@ def run(
     for family in choose(only, tuple(FAMILIES), "--only"):
         part = found["results"].setdefault(family, {}).setdefault(str(threads), {})
         for rows in (n for n in ROWS if n <= most and (fresh or str(n) not in part)):
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                part[str(rows)] = pool.submit(measure, family, rows, threads).result()
+            part[str(rows)] = apart(measure, family, rows, threads)
             write(found, out)
             typer.echo(f"{family}, {rows} rows: {part[str(rows)]}")
     typer.echo(markdown(read(out)))

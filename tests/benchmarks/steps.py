@@ -1,8 +1,9 @@
 """Steps per second of fit_guide beside Pyro's SVI, on eight schools with eight particles.
 
 And of a full affine layer alone beside ``AutoMultivariateNormal``, both in Pyro's SVI, with 1,000
-latents; and of fits of 1,500 steps that are recorded after the first, beside steps as they come,
-with all that a fit does between its steps. ``python tests/benchmarks/steps.py`` writes
+latents; of fits of 1,500 steps that are recorded after the first, beside steps as they come, with
+all that a fit does between its steps; and of an amortised guide at 1,000 rows, beside the same
+with a table for its network, and Pyro's SVI of it. ``python tests/benchmarks/steps.py`` writes
 ``notebooks/results/steps.json``: medians over rounds in which all contenders take turns, and the
 ratios of their times to ours.
 """
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -22,6 +24,7 @@ import torch
 from pyro.distributions.transforms import iterated, planar
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
+from torch import Tensor
 
 import pyroflow as pf
 from pyroflow.inference import recorded_step
@@ -30,6 +33,7 @@ from pyroflow.targets import energy
 
 PARTICLES, STEPS, ROUNDS = 8, 200, 5
 WIDE, WIDE_STEPS = 1000, 50
+QUIET: dict[str, Any] = {"progress": False, "seed": 0}
 OUT = Path(__file__).parents[2] / "notebooks" / "results" / "steps.json"
 
 
@@ -39,26 +43,50 @@ def wide_model() -> None:
     pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.ones(WIDE))
 
 
+def rows_model(x: Tensor) -> None:
+    """Each row has a latent of its own."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+ROWS = (torch.linspace(-2.0, 4.0, 1000),)
+
+
+def amortised(context: str | None) -> float:
+    """Seconds a step."""
+    guide = pf.AmortizedPlanarGuide(rows_model, "rows", context)
+    options = {"steps": WIDE_STEPS, "num_particles": 16, "early_stop": False}
+    return pf.fit_guide(rows_model, guide, ROWS, **options, **QUIET).seconds / WIDE_STEPS
+
+
 def ours() -> float:
     """Seconds a step of the training loop, with 25 scores of the bound by 2048 draws among them."""
     guide = pf.AutoPlanarFlow(model, 16)
-    options = {"num_particles": PARTICLES, "early_stop": False, "progress": False, "seed": 0}
-    return pf.fit_guide(model, guide, steps=STEPS, **options).seconds / STEPS
+    options = {"num_particles": PARTICLES, "early_stop": False}
+    return pf.fit_guide(model, guide, steps=STEPS, **options, **QUIET).seconds / STEPS
 
 
-def svi(make: Callable, model: Callable = model, steps: int = STEPS) -> float:
+def svi(
+    make: Callable,
+    model: Callable = model,
+    steps: int = STEPS,
+    args: tuple = (),
+    num: int = PARTICLES,
+) -> float:
     """Seconds a step of Pyro's SVI, after some to warm up."""
-    elbo = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=1)
+    elbo = Trace_ELBO(num_particles=num, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(model, make(model), pyro.optim.Adam({"lr": 1e-3}), elbo)
     for _ in range(10):
-        svi.step()
+        svi.step(*args)
     start = time.perf_counter()
     for _ in range(steps):
-        svi.step()
+        svi.step(*args)
     return (time.perf_counter() - start) / steps
 
 
-MANY = {"steps": 1500, "progress": False, "seed": 0}
+MANY = {"steps": 1500} | QUIET
 
 
 def planar_guide() -> pf.Fit:
@@ -114,6 +142,10 @@ def main() -> None:
     gaussians["AutoMultivariateNormal"] = AutoMultivariateNormal
     wide = {n: partial(svi, make, wide_model, WIDE_STEPS) for n, make in gaussians.items()}
     found = compare(contenders) | {f"a Gaussian of {WIDE} latents": compare(wide)}
+    by_traces = partial(pf.AmortizedPlanarGuide, plate="rows", context="x")
+    rows = {"pyroflow": partial(amortised, "x"), "a table": partial(amortised, None)}
+    rows["by Pyro's SVI"] = partial(svi, by_traces, rows_model, WIDE_STEPS, ROWS, 16)
+    found["an amortised guide of 1,000 rows"] = compare(rows)
     for fit in (planar_guide, sylvester_guide, density, reverse):
         ways = {"pyroflow": recorded_step.FROM, "as they come": MANY["steps"]}
         found[f"{fit.__name__.replace('_', ' ')}, 1,500 steps"] = compare(
