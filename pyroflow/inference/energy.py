@@ -119,6 +119,7 @@ def fit_energy(
             processes=ours,
             steady=lambda beta: -weighed(beta, num_particles)[2].mean(),
             weight=beta,
+            recordable=False,
         )
         return Trainer(
             objective,

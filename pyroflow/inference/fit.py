@@ -97,6 +97,8 @@ class Objective:
         steady: ``weight`` of a step as a tensor ↦ its loss, by the same operations of the device
             in every step and without a look at their results; not finite where ``loss`` may differ.
         weight: what ``steady`` takes in a step.
+        recordable: whether a step may be recorded: not where it calls a function of the caller's,
+            whose calls may differ by more than their arguments.
     """
 
     parameters: list[Tensor]
@@ -112,6 +114,7 @@ class Objective:
     processes: Processes = ALONE
     steady: Callable[[Tensor], Tensor] | None = None
     weight: Callable[[int], float] = lambda step: 1.0
+    recordable: bool = True
 
     @property
     def tensors(self) -> list[Tensor]:

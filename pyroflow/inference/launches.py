@@ -90,7 +90,7 @@ class Launches:
             group["lr"], group["capturable"] = rate, True
         self.optimizer.found_inf = self.lost
         try:
-            with pyro.validation_enabled(False), kept_generators(), warnings.catch_warnings():
+            with pyro.validation_enabled(False), _kept_generators(), warnings.catch_warnings():
                 # Adam's of steps outside of a graph, and that not all looks of the host are seen.
                 warnings.simplefilter("ignore", UserWarning)
                 self._replay = capture(self._step, self.idle)
@@ -167,7 +167,7 @@ def _is_one_gpu(devices: set[torch.device]) -> bool:
 
 
 @contextmanager
-def kept_generators() -> Iterator[None]:
+def _kept_generators() -> Iterator[None]:
     """Leave the generators of the innermost ``seeded`` as they are, for what is drawn inside."""
     own = own_generators()
     before = {} if own is None else own.states()

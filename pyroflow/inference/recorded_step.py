@@ -6,6 +6,7 @@ Dispatching a thousand small operations by Python and autograd takes longer than
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyroflow.inference.fit import Objective
-from pyroflow.inference.launches import kept_generators
+from pyroflow.inference.fit import Objective, copy_tensors
 from pyroflow.inference.state import State
 from pyroflow.model.comparison import FAILURES, agree
 from pyroflow.model.log_joint import traced
 from pyroflow.seeds import draws, one_at_a_time, own_generators, quick
+
+CHECKED_EVERY = 50  # steps, one as it comes
+# Relative to 1 + |loss|, by which a record may differ: rounding, and no state of Python's.
+OFF = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 # Steps after which one is recorded, and that must then be left: recording takes as long as 250.
 FROM, LEFT = 100, 400
@@ -37,7 +41,7 @@ class RecordedSteps:
     def __init__(self, objective: Objective, steps: int) -> None:
         self.objective, self._step = objective, None
         self.able = steps >= FROM + LEFT and objective.processes.count == 1
-        self.able = self.able and objective.steady is not None
+        self.able = self.able and objective.steady is not None and objective.recordable
         own = {(p.device.type, p.is_floating_point()) for p in objective.parameters}
         self.able = self.able and own == {("cpu", True)}
 
@@ -50,21 +54,29 @@ class RecordedSteps:
         """
         if not self.able or state.step < FROM or state.launches not in ("", RECORDED):
             return plain()
+        back = _rewinding()
         try:
             self._step = self._step or RecordedStep(self.objective)
-        except RuntimeError as error:
-            state.launches = f"as they come: {error}"
+            loss = self._step.take(self.objective.weight(state.step))
+        except FAILURES as error:
+            back()
+            state.launches = f"as they come: {' '.join(str(error).split())[:100]}"
             return plain()
         state.launches = RECORDED
-        own = own_generators()
-        before = torch.get_rng_state() if own is None else own.states()
-        loss = self._step.take(self.objective.weight(state.step))
-        if loss is None:  # as where draws are lost: with these, the step as it comes
-            (torch.set_rng_state if own is None else own.rewind)(before)
-            loss, state.taken_again = plain(), state.taken_again + 1
+        found = bool(loss.isfinite())
+        if found and (state.step + 1) % CHECKED_EVERY:
+            return loss
+        back()  # with the same draws as it comes, to compare, or where draws are lost
+        for p in self.objective.parameters:
+            p.grad = None
+        expected = plain()
+        if found and not _agree(loss, expected):
+            state.launches = f"{RECORDED}, until a step was another as it came"
+        if not found:
+            state.taken_again += 1
             if state.taken_again == MOST_TAKEN_AGAIN:
                 state.launches = f"{RECORDED}, until {MOST_TAKEN_AGAIN} losses were not finite"
-        return loss
+        return expected
 
 
 class RecordedStep:
@@ -82,36 +94,43 @@ class RecordedStep:
 
     def __init__(self, objective: Objective) -> None:
         self.objective, self.parameters = objective, objective.parameters
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters):
+            raise RuntimeError("a parameter has hooks")
         like = self.parameters[0]
         self.weight = torch.ones((), dtype=like.dtype, device=like.device)
-        with pyro.validation_enabled(False), kept_generators():
-            self._record()
+        back, kept = _rewinding(), [t.clone() for t in objective.buffers]
+        versions = [t._version for t in objective.buffers]
+        try:
+            with pyro.validation_enabled(False):
+                self._record()
+        finally:
+            back()
+            if changed := versions != [t._version for t in objective.buffers]:
+                copy_tensors(kept, objective.buffers)
+        if changed:
+            raise RuntimeError("it has effects beside its result")
 
     @one_at_a_time
     def _record(self) -> None:
-        lent, versions = _lent(), [t._version for t in self.objective.buffers]
+        lent = _lent()
         with _Draws() as noted:
             self._differentiated()
-        if _lent() != lent or versions != [t._version for t in self.objective.buffers]:
-            raise RuntimeError("it has effects beside its result")
+        if _lent() != lent:
+            raise RuntimeError("it draws by an operation that takes no generator")
         self.calls = noted.calls
         drawn = [call() for call in self.calls]
-        try:
-            self._graph = traced(self._at, *self.parameters, self.weight, *drawn)
-        except FAILURES as error:
-            raise RuntimeError(str(error).partition("\n")[0]) from error
+        self._graph = traced(self._at, *self.parameters, self.weight, *drawn)
         drawn = [call() for call in self.calls]
         with _Draws(drawn):
-            expected = self._differentiated()
-        if not all(map(agree, self._evaluated(drawn), expected)):
+            loss, *gradients = self._differentiated()
+        found = self._evaluated(drawn)
+        if not (_agree(found[0], loss) and all(map(agree, found[1:], gradients))):
             raise RuntimeError("it says something else when it is recorded")
 
-    def take(self, weight: float) -> Tensor | None:
-        """The loss, with its gradients in the parameters; None where it is not finite."""
+    def take(self, weight: float) -> Tensor:
+        """The loss, with its gradients in the parameters."""
         self.weight.fill_(weight)
         loss, *gradients = self._evaluated([call() for call in self.calls])
-        if not bool(loss.isfinite()):
-            return None
         for p, gradient in zip(self.parameters, gradients, strict=True):
             p.grad = gradient
             torch.autograd.graph.increment_version(p)  # what was cached of it is out of date
@@ -132,7 +151,9 @@ class RecordedStep:
         with torch.enable_grad():
             loss = quick(self.objective.steady)(self.weight)
             gradients = torch.autograd.grad(loss, self.parameters)
-        return [loss.detach(), *(g.clone(memory_format=torch.contiguous_format) for g in gradients)]
+        # Fused Adam reads parameter and gradient in the order of their memory.
+        pairs = zip(self.parameters, gradients, strict=True)
+        return [loss.detach(), *(torch.empty_like(p).copy_(g) for p, g in pairs)]
 
 
 class _Draw(NamedTuple):
@@ -167,21 +188,55 @@ class _Draws(TorchDispatchMode):
         """Run an operation, unless it draws and its numbers are given."""
         kwargs = kwargs or {}
         if not draws(func):
+            _refuse_other_shapes(func, args)
             return func(*args, **kwargs)
         fills = func._schema.is_mutable
         if (found := next(self.given, None)) is not None:
             return args[0].copy_(found) if fills else found
-        filled, rest = ((args[0].shape, args[0].dtype), args[1:]) if fills else (None, args)
-        if any(isinstance(a, Tensor) for a in (*rest, *kwargs.values())):
-            raise RuntimeError(f"{func} draws by numbers that are in tensors")
-        known = {name: value for name, value in kwargs.items() if name != "generator"}
-        self.calls.append(_Draw(func, rest, known, filled))
+        self.calls.append(_drawn(func, args, kwargs, fills))
         return func(*args, **kwargs)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """As for the generators' own mode."""
         return True
+
+
+def _drawn(func: Any, args: tuple, kwargs: dict[str, Any], fills: bool) -> _Draw:
+    """A call as it can be made again; RuntimeError if it cannot."""
+    own, generator = own_generators(), kwargs.get("generator")
+    ours = [] if own is None else own.on(torch.device("cpu"))
+    if generator is not None and all(generator._cdata != g._cdata for g in ours):
+        raise RuntimeError("it draws from a generator of its own")
+    filled, rest = (args[:1], args[1:]) if fills else ((), args)
+    known = {name: value for name, value in kwargs.items() if name != "generator"}
+    if any(isinstance(a, Tensor) for a in (*rest, *known.values())):
+        raise RuntimeError(f"{func} draws by numbers that are in tensors")
+    if not all(isinstance(t, Tensor) and t.is_contiguous() for t in filled):
+        raise RuntimeError(f"{func} fills a tensor that is not contiguous")
+    return _Draw(func, rest, known, (filled[0].shape, filled[0].dtype) if filled else None)
+
+
+def _refuse_other_shapes(func: Any, args: tuple) -> None:
+    """RuntimeError if the shape of a result depends on numbers: a graph holds that of one call."""
+    if torch.Tag.dynamic_output_shape not in func.tags and "index_put" not in str(func):
+        return
+    masks = args[1] if "index" in str(func) else [None]
+    if "index" not in str(func) or any(m is not None and m.dtype == torch.bool for m in masks):
+        raise RuntimeError(f"{func} has results of a shape that depends on numbers")
+
+
+def _agree(loss: Tensor, expected: Tensor) -> bool:
+    off = OFF[loss.dtype] * (1 + expected.abs())
+    return bool((loss - expected).abs() <= off) or bool(loss.isnan() & expected.isnan())
+
+
+def _rewinding() -> Callable[[], None]:
+    """What lets the generators go on from where they are now."""
+    own = own_generators()
+    if own is None:
+        return partial(torch.set_rng_state, torch.get_rng_state())
+    return partial(own.rewind, own.states())
 
 
 def _lent() -> int:

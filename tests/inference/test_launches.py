@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyroflow as pf
+from pyroflow import inference
 from pyroflow.inference import launches, recorded_step
+from pyroflow.inference.fit import Objective
 from pyroflow.inference.launches import ONE_LAUNCH, READ
 from pyroflow.inference.trainer import Trainer
 from pyroflow.targets import eight_schools_noncentered, energy
@@ -168,7 +170,12 @@ def test_what_has_no_steady_loss_is_fitted_as_before(graphs: Callable, tmp_path:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """From which step on they are recorded."""
+    """From which step on they are recorded, those of energies too."""
+
+    def any_objective(*args: Any, **options: Any) -> Objective:
+        return Objective(*args, **options | {"recordable": True})
+
+    monkeypatch.setattr(inference.energy, "Objective", any_objective)
 
     def switch(first: int) -> None:
         monkeypatch.setattr(recorded_step, "FROM", first)
@@ -226,43 +233,137 @@ def test_a_recorded_fit_resumes_bit_by_bit(recorded: Callable, tmp_path: Any) ->
         assert all(map(torch.equal, resumed.parameters(), whole.parameters()))
 
 
-class Noisy(nn.Module):
-    """An energy with what cannot be in a graph."""
+class Odd(nn.Module):
+    """An energy with what cannot be in a graph, or a graph does not say."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.kind, self.calls = kind, 0
+        self.kind, self.calls, self.kept = kind, 0, torch.Generator().manual_seed(0)
 
     def forward(self, z: Tensor) -> Tensor:
+        self.calls += 1
         value = z.square().sum(-1) / 2
-        if self.kind == "draws by its values":
-            return value + 0 * torch.poisson(value.detach())
-        if self.kind == "changes":
-            self.calls += 1
-            return value * (1 + self.calls % 2)
-        return value * (1.0 if z.sum().item() > -1e9 else 2.0)
+        match self.kind:
+            case "draws by its values":
+                return value + 0 * torch.poisson(value.detach())
+            case "changes":
+                return value * (1 + self.calls % 2)
+            case "grows":
+                return value * (1 + self.calls // 9 / 100)
+            case "is looked at":
+                return value * (1.0 if z.sum().item() > -1e9 else 2.0)
+            case "has a generator":
+                return value + 0.1 * torch.randn(len(z), generator=self.kept)
+            case "has a new generator":
+                return value + torch.randn(len(z), generator=torch.Generator().manual_seed(0))
+            case "is strided":
+                noise = z.new_empty(2, len(z)).t().normal_()
+                return value + 0.1 * noise.sum(-1)
+            case "fills":
+                return value + 0 * torch.rand(len(z), out=z.new_empty(len(z)))
+            case "masks":
+                far = z[:, 0] > 1
+                value = value.clone()
+                value[far] = value[far] + z[far].square().sum(-1)
+                return value
 
 
-@pytest.mark.parametrize("kind", ["draws by its values", "changes", "is looked at"])
+ODD = [
+    "draws by its values",
+    "changes",
+    "is looked at",
+    "has a generator",
+    "has a new generator",
+    "is strided",
+    "fills",
+    "masks",
+]
+
+
+@pytest.mark.parametrize("kind", ODD)
 def test_what_cannot_be_recorded_runs_as_it_comes(kind: str, recorded: Callable) -> None:
     found = []
     for first in (NEVER, 3):
         recorded(first)
         options = {"steps": 30, "num_particles": 32, "lr": 0.001} | QUICK
-        found.append(pf.fit_energy(flow_of(pf.planar_flow), Noisy(kind), **options))
+        found.append(pf.fit_energy(flow_of(pf.planar_flow), Odd(kind), **options))
     plain, fit = found
     assert fit.launches.startswith("as they come: ")
-    if kind != "changes":
+    if kind not in ("changes", "has a generator"):  # which the trial moves on
         assert fit.losses == plain.losses
 
 
-def test_batch_normalisation_is_not_recorded(recorded: Callable) -> None:
-    """It keeps moments of the batches."""
+def test_a_loss_that_moves_on_by_itself_is_seen(
+    recorded: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded_step, "CHECKED_EVERY", 10)
     recorded(3)
-    layers = [batchnorm(2), pf.transforms.Planar(2, 2)]
-    flow = pf.Flow(pf.flows.StandardNormal(2), layers)
-    fit = pf.fit_density(flow, pf.datasets.sine(100), steps=20, polish=0, **QUICK)
-    assert fit.launches == "as they come: it has effects beside its result"
+    fit = pf.fit_energy(flow_of(pf.planar_flow), Odd("grows"), steps=40, num_particles=32, **QUICK)
+    assert fit.launches == "recorded, until a step was another as it came"
+
+
+def test_energies_of_the_caller_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_step, "LEFT", 0)
+    monkeypatch.setattr(recorded_step, "FROM", 3)
+    assert reverse()[1].launches == ""
+
+
+def test_parameters_in_another_order_of_memory(recorded: Callable) -> None:
+    """Fused Adam goes through parameter and gradient in the order of their memory."""
+    found = []
+    for first in (NEVER, 3):
+        recorded(first)
+        flow = flow_of(lambda dim, num: pf.sylvester_flow(dim, 2, num))
+        for p in flow.parameters():
+            if p.dim() == 2:
+                p.data = p.data.t().contiguous().t()
+        data = pf.datasets.two_moons(200, seed=1)
+        found.append(pf.fit_density(flow, data, steps=60, polish=0, **QUICK))
+    plain, fit = found
+    assert fit.launches == "recorded"
+    assert fit.losses == pytest.approx(plain.losses, rel=1e-3, abs=1e-3)
+
+
+def test_a_hook_of_a_parameter_is_kept(recorded: Callable) -> None:
+    def still(p: Tensor) -> None:
+        p.grad.zero_()
+
+    found = []
+    for first in (NEVER, 3):
+        recorded(first)
+        flow = flow_of(pf.planar_flow)
+        for p in flow.parameters():
+            p.register_post_accumulate_grad_hook(still)
+        found.append(pf.fit_density(flow, pf.datasets.sine(100), steps=30, polish=0, **QUICK))
+    plain, fit = found
+    assert fit.launches == "as they come: a parameter has hooks"
+    assert fit.losses == plain.losses
+
+
+def test_the_global_generator_goes_on_as_without_a_record(recorded: Callable) -> None:
+    found = []
+    for first in (NEVER, 3):
+        recorded(first)
+        torch.manual_seed(0)
+        flow, data = flow_of(pf.planar_flow), pf.datasets.sine(100)
+        fit = pf.fit_density(flow, data, steps=30, polish=0, seed=None, progress=False)
+        found.append((fit.losses, torch.rand(3)))
+    (plain, drawn), (losses, drawn_after) = found
+    assert losses == pytest.approx(plain, rel=1e-3, abs=1e-3)
+    assert torch.equal(drawn, drawn_after)
+
+
+def test_batch_normalisation_is_not_recorded(recorded: Callable) -> None:
+    """It keeps moments of the batches, which a trial leaves as they are."""
+    found = []
+    for first in (NEVER, 3):
+        recorded(first)
+        torch.manual_seed(0)
+        flow = pf.Flow(pf.flows.StandardNormal(2), [batchnorm(2), pf.transforms.Planar(2, 2)])
+        found.append(pf.fit_density(flow, pf.datasets.sine(100), steps=20, polish=0, **QUICK))
+    plain, fit = found
+    assert fit.launches.startswith("as they come: ")
+    assert fit.losses == plain.losses
 
 
 def test_dropout_is_drawn_as_before(recorded: Callable) -> None:
