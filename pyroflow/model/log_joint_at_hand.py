@@ -149,7 +149,8 @@ class LogJointInFull(LogJoint):
         self.given = part.given
         like = part.guide.start()
         self.cover = [rows.to(like) for rows in part.subsampling.cover()]
-        self.places = [places_at_hand(self.guide.latents, rows.index) for rows in self.cover]
+        found = (places_at_hand(self.guide.latents, rows.index) for rows in self.cover)
+        self.places = [places.to(like.device) for places in found]
 
     @classmethod
     def of(cls, bound: BoundModel, num: int) -> LogJointInFull | None:
