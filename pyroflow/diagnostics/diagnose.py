@@ -93,25 +93,19 @@ def diagnose(
     """
     check_count("num_samples", num_samples, 100)
     check_count("max_sets", max_sets, 1)
-    return checked(model, guide, args, kwargs, num_samples, seed, max_sets)
+    return checked((model, guide, args, kwargs), num_samples, seed, max_sets)
 
 
 def checked(
-    model: Callable,
-    guide: Callable,
-    args: tuple = (),
-    kwargs: dict[str, Any] | None = None,
-    num_samples: int = 10_000,
-    seed: int | None = 0,
-    max_sets: int = 5,
-    before: Report | None = None,
+    given: tuple, num_samples: int, seed: int | None, max_sets: int, before: Report | None = None
 ) -> Report:
-    """As :func:`diagnose`; with what a report on the same guide has found where draws are dear.
+    """As :func:`diagnose`, of (model, guide, args, kwargs).
 
-    Other draws can refute the first ones. Ascents find what they found before, for half the time.
+    ``before`` is an earlier report on the same guide. Where draws are dear its modes are taken:
+    other draws can refute the first ones, but ascents find again what they found.
     """
     with seeded(seed):
-        bound = BoundModel.for_weights(model, guide, args, kwargs, in_full=True)
+        bound = BoundModel.for_weights(*given, in_full=True)
         in_full = LogJointInFull.of(bound, POINTS)
         sets = _Sets(bound, bound.runs.few(num_samples, LEAST_DEAR), in_full)
         report = sets.report()
@@ -128,7 +122,7 @@ def checked(
             report.fewer = f"{sets.size:,} a set and not {num_samples:,}, as the {many} are many"
     if report.level != "good":
         known = report.missed and bound.guide.latent_dim <= WIDEST  # their covariances
-        symmetries = find_symmetries(guide, report.modes) if known else []
+        symmetries = find_symmetries(bound.guide, report.modes) if known else []
         funnels = {} if bound.subsampled else find_funnels(bound, report.draws)
         report.advice += symmetries + advice_on_fit(report, funnels)
     return report

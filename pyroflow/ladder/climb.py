@@ -28,6 +28,7 @@ from pyroflow.model.bound import BoundModel, check_latents, check_whole
 from pyroflow.seeds import between_draws, one_at_a_time, seeded
 
 STEPS = (300, 1000, 3000)  # of the fits, each going on from the last
+CHECKED = 10_000  # draws of a check
 MIXTURES = 4  # that are tried after each of them
 LAYERS = 6  # of the flow
 LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains that propose them
@@ -184,7 +185,7 @@ class _Climb:
     def _check(self, guide: AutoFlow | MixtureGuide, before: Report | None = None) -> Report:
         self.checks += 1
         seed = self.seed + 1000 * self.checks
-        return checked(self.model, guide, self.args, self.kwargs, 10_000, seed, 3, before)
+        return checked((self.model, guide, self.args, self.kwargs), CHECKED, seed, 3, before)
 
     def _by_mixture(self, mixing: Mixing) -> bool:
         """Whether a mixture holds: a part at each mode, and one for what is wider than the flow."""

@@ -1,6 +1,7 @@
 """Regressions of many rows and few coefficients: few draws, near exact answers, bounded memory."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyroflow as pf
+from pyroflow.inference.census import census
 from pyroflow.inference.objectives import LogJointBound
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
@@ -157,3 +159,20 @@ def test_chains_run_beside_each_other() -> None:
     chains = pf.mcmc(model, guide, args, method="independence", **options)
     assert chains.log_p.shape == (480,)
     assert torch.allclose(chains.log_p[:5], model_log_joint(chains.draws["w"][:5], *args))
+
+
+def test_the_modes_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second check of ``posterior`` has other draws, and the modes of the first."""
+    calls = []
+
+    def counted(*args: object) -> list:
+        calls.append(0)
+        return census(*args)
+
+    monkeypatch.setattr(sys.modules["pyroflow.diagnostics.diagnose"], "census", counted)
+    for rows, times in ((ROWS, 1), (200, 2)):  # where draws are dear, and where not
+        calls.clear()
+        post = pf.posterior(model, (normal, *data(normal, rows)), seed=0, progress=False)
+        assert post.level == "good"
+        assert len(calls) == times
+        assert post.report.census == "one mode"
