@@ -250,3 +250,34 @@ def test_rows_that_depend_on_each_other_are_right() -> None:
     sd = covariance.diagonal().sqrt()
     assert (post.draws["x"].mean(0).abs() < 0.1 * sd).all()
     assert ((post.draws["x"].std(0) / sd).log().abs() < 0.1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spread", "seed"), [(0.15, 1), (0.5, 2)])
+def test_a_scale_that_piles_up_at_zero(spread: float, seed: int) -> None:
+    """300 groups of one weak row each: log tau has a long tail, exact on a grid."""
+    generator = torch.Generator().manual_seed(seed)
+    y = 1 + math.sqrt(1 + spread**2) * torch.randn(300, generator=generator, dtype=torch.float64)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.float64), 5.0))
+        tau = pyro.sample("tau", dist.HalfNormal(torch.full((), 5.0, dtype=torch.float64)))
+        with pyro.plate("groups", 300):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    log_tau = torch.linspace(-14, 4, 6001, dtype=torch.float64)
+    variance = (2 * log_tau).exp() + 1  # of a row given mu, which is integrated out
+    squares, n = (y - y.mean()).square().sum(), len(y)
+    log_p = -(n - 1) / 2 * variance.log() - squares / variance / 2
+    log_p = log_p + dist.Normal(0.0, (25 + variance / n).sqrt()).log_prob(y.mean())
+    log_p = log_p + dist.HalfNormal(5.0).log_prob(log_tau.exp()) + log_tau
+    weights = log_p.softmax(0)
+    mean = weights @ log_tau
+    sd = (weights @ (log_tau - mean).square()).sqrt()
+    post = pf.posterior(model, **QUIET)
+    found = post.draws["tau"].log()
+    assert isinstance(post.guide, pf.AutoStructuredFlow)
+    assert post.level in ("good", "resample")
+    assert found.mean().item() == pytest.approx(mean.item(), abs=0.1 * sd.item())
+    assert found.std().item() == pytest.approx(sd.item(), rel=0.15)
