@@ -1,17 +1,22 @@
-"""When a rung of the ladder holds: its draws give all means and standard deviations."""
+"""When a rung of the ladder holds: by its draws, and by chains over it."""
 
 from __future__ import annotations
 
 import math
 
+import pyro
 import torch
 
 from pyroflow.diagnostics import Report
 from pyroflow.diagnostics.marginals import LIMIT, SURE, columns_of, disagreement, marginals
-from pyroflow.guides import AutoFlow
+from pyroflow.guides import AutoFlow, AutoStructuredFlow
 from pyroflow.guides.mixture import MixtureGuide
+from pyroflow.inference.guide_fit import WIDEST_WARM_START
 from pyroflow.mcmc import Chains
+from pyroflow.mcmc.sampler import Sampler
 from pyroflow.model.bound import BoundModel
+from pyroflow.model.comparison import FAILURES
+from pyroflow.seeds import seeded
 
 LEAST_ESS = 400  # an error of the means of a twentieth of a standard deviation
 SD_ERROR = 0.05  # standard error of a standard deviation, as a part of it
@@ -19,8 +24,15 @@ EVEN = 0.985  # part of the draws, so many effective that there is no tail to sp
 SURE_KHAT = 0.6  # of weight times a latent or its square
 PER_CHAIN = 100  # draws, of which mean squares are taken
 CHAIN_SD_ERROR = 0.1  # standard error of a standard deviation of chains, as a part of it
-COMPARED = 10_000  # draws of the chains, with those of the last check
+COMPARED, LEAST_COMPARED = 10_000, 1000  # draws of the chains, with those of the last check
+NUMBERS = 1e7  # in them, for the most draws
 TRUSTED = ("good", "resample")
+
+LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains that propose them
+NATS_EACH = 0.05  # by which they may fall for each latent, for chains of HMC over the flow
+CHAINS, CHAIN_DRAWS = 128, 500
+CHAINS_BY_ROWS, MOST_BY_ROWS, LEAST_BY_ROWS = 32, 320, 128  # chains, and draws of each
+CHAIN_NUMBERS = 3e7  # in them, for the most draws
 
 
 def is_exact(guide: AutoFlow | MixtureGuide, report: Report) -> bool:
@@ -50,7 +62,8 @@ def thinned(total: int, num: int) -> slice:
 
 def apart(report: Report, chains: Chains, problem: BoundModel) -> str:
     """What draws wider than the flow say against the chains; empty if nothing."""
-    every = thinned(len(chains.log_p), COMPARED)
+    dim = len(report.marginals.names)
+    every = thinned(len(chains.log_p), min(COMPARED, max(LEAST_COMPARED, int(NUMBERS / dim))))
     if report.wide is None:
         return ""
     values = {name: value[every] for name, value in chains.draws.items()}
@@ -85,3 +98,36 @@ def unsettled(report: Report, chains: Chains, problem: BoundModel) -> str:
         return ""
     name = report.marginals.names[int(index)]
     return f"the sd of {name} is known to {worst:.0%} only, as a few chains are far out"
+
+
+def chains_over(
+    flow: AutoFlow, report: Report, problem: BoundModel, seed: int, most_leaps: float
+) -> Chains | None:
+    """Chains over the flow; None where it is too far from the posterior for any.
+
+    They propose its draws where these do for weights. In many latents they may do for none though
+    the flow is off by little in each: then it is HMC alone, from starts that are spread. Where
+    rows are independent given globals, each moves by itself, and the globals with all of them.
+    """
+    even = report.ess_fraction >= LEAST_SHARE
+    if isinstance(flow, AutoStructuredFlow):
+        each = int(CHAIN_NUMBERS / (CHAINS_BY_ROWS * flow.latent_dim))
+        num, each = CHAINS_BY_ROWS, min(MOST_BY_ROWS, max(LEAST_BY_ROWS, each))
+        options = {"method": "rows", "spread": not even}
+    # Where the search for modes is coarse, chains in one of them would agree.
+    elif flow.latent_dim > WIDEST_WARM_START or (
+        not even and report.ess_fraction < math.exp(-NATS_EACH * flow.latent_dim)
+    ):
+        return None
+    else:
+        num, each = (CHAINS, CHAIN_DRAWS) if even else (CHAINS // 2, CHAIN_DRAWS // 2)
+        options = {} if even else {"method": "HMC", "spread": True}
+    with seeded(seed), pyro.validation_enabled(False):
+        given = problem.model, flow, problem.args, problem.kwargs
+        try:
+            sampler = Sampler(*given, each, num, **options)
+        except FAILURES:
+            if "rows" in options.values():
+                return None  # its rows cannot be told apart
+            raise
+        return sampler.run_on(each, most_leaps)

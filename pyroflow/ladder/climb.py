@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pyro
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count
@@ -19,11 +18,18 @@ from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.inference.guide import inspected
 from pyroflow.inference.guide_fit import WIDEST_WARM_START, fit_flow, refuse_nonfinite
 from pyroflow.inference.objectives import LogJointBound
-from pyroflow.ladder.checks import TRUSTED, apart, is_exact, rank, thinned, unsettled
+from pyroflow.ladder.checks import (
+    TRUSTED,
+    apart,
+    chains_over,
+    is_exact,
+    rank,
+    thinned,
+    unsettled,
+)
 from pyroflow.ladder.mixing import Mixing
 from pyroflow.ladder.result import Posterior, Rung
 from pyroflow.mcmc import Chains
-from pyroflow.mcmc.sampler import Sampler
 from pyroflow.model.bound import BoundModel, check_latents, check_whole
 from pyroflow.seeds import between_draws, one_at_a_time, seeded
 
@@ -31,9 +37,6 @@ STEPS = (300, 1000, 3000)  # of the fits, each going on from the last
 CHECKED = 10_000  # draws of a check
 MIXTURES = 4  # that are tried after each of them
 LAYERS = 6  # of the flow
-LEAST_SHARE = 0.05  # of the guide's draws that are effective, for chains that propose them
-NATS_EACH = 0.05  # by which they may fall for each latent, for chains of HMC over the flow
-CHAINS, CHAIN_DRAWS = 128, 500
 MOST_LEAPS = 16  # of a trajectory of chains that go on, where more steps of the fit are left
 
 
@@ -69,7 +72,7 @@ def posterior(
         args: its positional arguments.
         kwargs: its keyword arguments.
         seed: makes the result reproducible, without touching the global generator.
-        num_samples: draws, at least 1,000.
+        num_samples: draws, at least 1,000; those of chains are fewer where latents are thousands.
         progress: show each rung as it ends.
 
     Returns:
@@ -121,7 +124,7 @@ class _Climb:
         self.latest: Report | None = None
         self.chains: Chains | None = None
         self.began = self.last = time.perf_counter()
-        self.rungs, self.reason, self.checks = [], "", 0
+        self.rungs, self.reason, self.refuted, self.checks = [], "", "", 0
 
     def has_result(self) -> bool:
         """Whether there is a guide with its report, or a fitted one to report on."""
@@ -146,10 +149,15 @@ class _Climb:
                 continue
             with seeded(self.seed), between_draws():
                 fit = fit_flow(bound, steps, self.seed, progress=False)
-            if self._holds(flow, f"flow, {fit.steps} steps"):
-                return
+            # Of many rows chains are cheaper than a second set of draws, and see further.
+            by_rows = isinstance(flow, AutoStructuredFlow)
+            held = self._holds(flow, f"flow, {fit.steps} steps", twice=not by_rows)
             leaps = MOST_LEAPS if steps < STEPS[-1] else math.inf
-            if self._by_chains(flow, mixing, leaps) or self._by_mixture(mixing):
+            if (held and not by_rows) or self._by_chains(flow, mixing, leaps):
+                return
+            if held and not self.refuted and self._holds(flow, "the same, other draws"):
+                return
+            if self._by_mixture(mixing):
                 return
             if not fit.steps and len(mixing.parts) < 2:  # with nothing left to gain
                 return
@@ -168,17 +176,17 @@ class _Climb:
             refuse_nonfinite(problem)
         return problem
 
-    def _holds(self, guide: AutoFlow | MixtureGuide, name: str) -> bool:
-        """Whether the guide's draws hold two checks; the better guide so far is kept."""
+    def _holds(self, guide: AutoFlow | MixtureGuide, name: str, twice: bool = True) -> bool:
+        """Whether the guide's draws hold two checks, or one; the better guide so far is kept."""
         self.latest = report = self._check(guide)
         # A guide that was trained on is no longer the one that its earlier report is of.
         if self.report is None or guide is self.guide or rank(report) >= rank(self.report):
             self.guide, self.report = guide, report
         held = is_exact(guide, report)
-        if held:  # what was looked at before does not count as a check of what was chosen by it
+        if held and twice:  # what was looked at before is no check of what was chosen by it
             self.latest = report = self._check(guide, report)
             held = is_exact(guide, report)
-            self.guide, self.report = guide, report
+            self.guide, self.report, self.refuted = guide, report, ""
         self._note(name, report.verdict)
         return held
 
@@ -211,14 +219,19 @@ class _Climb:
         """Whether chains agree, where the checks do not say that there is more than they reach."""
         if self.latest.missed or len(mixing.modes) > 1:
             return False
-        chains = _chains(flow, self.latest, mixing.problem, self.seed, most_leaps)
+        self.refuted = ""
+        chains = chains_over(flow, self.latest, mixing.problem, self.seed, most_leaps)
         if chains is None:
             return False
         given = self.latest, chains, mixing.problem
         other = (apart(*given) or unsettled(*given)) if chains.level == "good" else ""
         self._note(f"{chains.num_chains} chains", f"{chains.verdict}{other and f'; but {other}'}")
         self.chains = None if other else chains
-        return chains.level == "good" and not other
+        if chains.level == "good":
+            self.refuted = other and f"do not trust: {other}"
+        else:
+            self.refuted = chains.verdict
+        return not self.refuted
 
     def _note(self, name: str, verdict: str) -> None:
         now = time.perf_counter()
@@ -237,9 +250,9 @@ class _Climb:
         else:
             draws, ess = report.resample(self.num, seed=self.seed), report.ess
             level, verdict = report.level, report.verdict
-            if level in TRUSTED and not is_exact(self.guide, report):
-                level = "bad"
-                verdict = f"do not trust: the tails of {report.marginals.worst[1]} are not settled"
+            if level in TRUSTED and (self.refuted or not is_exact(self.guide, report)):
+                level, tails = "bad", f"the tails of {report.marginals.worst[1]} are not settled"
+                verdict = self.refuted or f"do not trust: {tails}"
         error = 1 / math.sqrt(ess) if level in TRUSTED else math.inf
         if self.reason:
             verdict += f"; {self.reason}"
@@ -268,24 +281,3 @@ def _made(model: Callable, dim: int) -> AutoFlow:
     """A guide for so many latents."""
     made = AutoStructuredFlow if _is_wide(dim) else AutoSylvesterFlow
     return made(model, num_layers=LAYERS, tails=True)
-
-
-def _chains(
-    flow: AutoFlow, report: Report, problem: BoundModel, seed: int, most_leaps: float
-) -> Chains | None:
-    """Chains over the flow; None where it is too far from the posterior for any.
-
-    They propose its draws where these do for weights. In many latents they may do for none though
-    the flow is off by little in each: then it is HMC alone, from starts that are spread.
-    """
-    even = report.ess_fraction >= LEAST_SHARE
-    # Where the search for modes is coarse, chains in one of them would agree.
-    if _is_wide(flow.latent_dim) or (
-        not even and report.ess_fraction < math.exp(-NATS_EACH * flow.latent_dim)
-    ):
-        return None
-    num, each = (CHAINS, CHAIN_DRAWS) if even else (CHAINS // 2, CHAIN_DRAWS // 2)
-    options = {} if even else {"method": "HMC", "spread": True}
-    with seeded(seed), pyro.validation_enabled(False):
-        given = problem.model, flow, problem.args, problem.kwargs
-        return Sampler(*given, each, num, **options).run_on(each, most_leaps)
