@@ -97,6 +97,7 @@ class Objective:
         steady: ``weight`` of a step as a tensor ↦ its loss, by the same operations of the device
             in every step and without a look at their results; not finite where ``loss`` may differ.
         weight: what ``steady`` takes in a step.
+        skips: whether a step whose ``steady`` is not finite is left out, as ``loss`` is not then.
         recordable: whether a step may be recorded: not where it calls a function of the caller's,
             whose calls may differ by more than their arguments.
     """
@@ -114,6 +115,7 @@ class Objective:
     processes: Processes = ALONE
     steady: Callable[[Tensor], Tensor] | None = None
     weight: Callable[[int], float] = lambda step: 1.0
+    skips: bool = False
     recordable: bool = True
 
     @property

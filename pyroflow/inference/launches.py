@@ -6,6 +6,7 @@ so nothing in it may be read by the host, and what changes from step to step is 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ class Launches:
     """The steps of an optimiser as launches of one graph, for as long as their losses are finite.
 
     A step whose loss or gradient is not finite has no effect, as the graph tells Adam, and is the
-    last one of this kind: the objective's own loss knows better what to do then.
+    last one of this kind: the objective's own loss knows better what to do then, unless it skips.
 
     Args:
         objective: with a ``steady`` loss.
@@ -80,7 +81,7 @@ class Launches:
             after(step)
         losses = self.losses[: len(rates)].tolist()
         self._outdate()  # no launch does
-        if not bool(self.losses[: len(rates)].isfinite().all()):
+        if not (self.objective.skips or all(map(math.isfinite, losses))):
             self._end("one launch a step, until a loss or gradient was not finite")
         return losses
 
