@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from rezende_mohamed_2015.results import Options
+from rezende_mohamed_2015.side_by_side import MOST_RUNS
 from rezende_mohamed_2015.tables import frame
 
 EXPERIMENTS = {
@@ -20,6 +22,21 @@ EXPERIMENTS = {
     "sylvester": "Sylvester flows on the same model of MNIST; needs --data",
     "cifar": "patches of natural images (Table 3); needs --data",
 }
+
+
+class Device(str, Enum):
+    """Where to compute."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Draws(str, Enum):
+    """When training images are drawn from their grey values."""
+
+    fresh = "fresh"
+    static = "static"
+
 
 app = typer.Typer(add_completion=False)
 
@@ -46,7 +63,20 @@ def reproduce(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data files.")] = None,
     only: Annotated[
-        str | None, typer.Option(help='Runs to do: "planar K=8,NICE", parts of labels.')
+        str | None,
+        typer.Option(help='Runs to do, in this order: "planar K=8,NICE", parts of labels.'),
+    ] = None,
+    device: Annotated[
+        Device | None, typer.Option(help="By default a GPU if there is one; mnist and sylvester.")
+    ] = None,
+    draws: Annotated[
+        Draws, typer.Option(help="Training images anew in every batch, or drawn once; likewise.")
+    ] = Draws.fresh,
+    jobs: Annotated[
+        int, typer.Option(min=1, max=MOST_RUNS // 2, help="Runs at a time, on a GPU.")
+    ] = 1,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="After so many no new run begins.")
     ] = None,
 ) -> None:
     """Repeat an experiment of the paper."""
@@ -55,7 +85,17 @@ def reproduce(
     parts = tuple(part.strip() for part in (only or "").split(",") if part.strip())
     if only is not None and not parts:
         raise typer.BadParameter(f"--only must name parts of labels, got {only!r}")
-    options = Options(out=out, quick=quick, seeds=seeds, data=data, only=parts)
+    options = Options(
+        out=out,
+        quick=quick,
+        seeds=seeds,
+        data=data,
+        only=parts,
+        device=device and device.value,
+        draws=draws.value,
+        jobs=jobs,
+        seconds=seconds,
+    )
     try:
         report = experiment(name).run(options)
     except (ValueError, OSError) as error:

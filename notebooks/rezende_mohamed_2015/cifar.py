@@ -108,7 +108,12 @@ def study(
         layers=partial(layers, latent, hidden),
         schedule=schedule,
         samples=samples,
-        facts={"latent": latent, "hidden": hidden, "max_log_scale": MAX_LOG_SCALE},
+        facts={
+            "schedule": vars(schedule),
+            "latent": latent,
+            "hidden": hidden,
+            "max_log_scale": MAX_LOG_SCALE,
+        },
     )
 
 

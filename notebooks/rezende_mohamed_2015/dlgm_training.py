@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count, check_positive
@@ -21,8 +16,9 @@ from pyroflow.inference.fit import Objective
 from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.inference.schedule import LearningRateSchedule
 from pyroflow.inference.trainer import MAX_SKIPPED, Trainer
-from pyroflow.seeds import between_draws, seeded
+from pyroflow.seeds import seeded
 from rezende_mohamed_2015.dlgm import DLGM
+from rezende_mohamed_2015.dlgm_objective import AnnealedBound, noise_seed
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,11 @@ class Schedule:
         """β_t of equation 20."""
         return min(1.0, 0.01 + t / self.annealing)
 
+    def in_batches_of(self, size: int) -> Schedule:
+        """The same images in all, and the same share of them at falling rates, in other batches."""
+        updates, cool_down = (n * self.batch_size // size for n in (self.updates, self.cool_down))
+        return replace(self, updates=updates, cool_down=cool_down, batch_size=size)
+
 
 class Progress(NamedTuple):
     """How far a training came: updates, seconds over all sessions, and those left out."""
@@ -71,6 +72,7 @@ class Progress(NamedTuple):
     seconds: float
     skipped: int
     free_energy: float  # a running mean over training batches, in nats
+    launches: str  # whether updates were one launch each, on a GPU, or why not; else empty
 
 
 def train(
@@ -78,63 +80,63 @@ def train(
     images: Tensor,
     schedule: Schedule,
     *,
+    fresh: bool = False,
     seed: int = 0,
     checkpoint: Path | None = None,
     every: int = 1000,
     processes: Processes = ALONE,
     progress: bool = True,
     name: str = "",
+    between: Callable[[], None] = lambda: None,
 ) -> Progress:
     """Train on the annealed bound of equation 20, one sample of z for each image and update.
 
     The batches and the noise of an update depend on ``seed``, on its number and, the noise, on
     the process. So a run that goes on from a checkpoint ends where an unbroken run ends.
 
+    On one GPU, without a checkpoint, an update is one launch: the batches are the same ones, and
+    the noise is that of one generator for the whole run.
+
     Args:
         dlgm: the model, with its inference network; trained in place.
-        images: shape (N, X), of any dtype that converts to the parameters'.
+        images: shape (N, X), of any dtype that converts to the parameters'; if they are ``fresh``,
+            grey values in uint8.
         schedule: how long and how fast.
+        fresh: draw each pixel from its grey value, x ~ Bernoulli(grey/255), anew in every batch.
         seed: of the order of the images and of the noise.
         checkpoint: file to go on from, if there is one, and to keep the state in; None for none.
         every: updates between checkpoints.
         processes: the processes that share each batch.
         progress: show a progress bar.
         name: of the run, in the progress bar.
+        between: called after every update, or after some that are launches.
 
     Raises:
         ValueError: If there are fewer images than in a batch, the processes cannot share a batch
-            evenly, or the checkpoint is damaged, of another schedule, seed, number of processes,
-            model or set of images.
+            evenly, images for fresh draws are not in uint8, or the checkpoint is damaged, of
+            another schedule, seed, number of processes, model or set of images.
         FloatingPointError: If 100 updates in a row have no finite gradient.
     """
-    batches = _batches(images, schedule.batch_size, seed, processes)
-    free_energy = torch.tensor(math.nan, dtype=torch.float64, device="cpu")
-    running: list[Iterator[Tensor]] = []  # from the first update on, once it is known which that is
-
-    def loss(t: int) -> Tensor:
-        if not running:
-            running.append(batches(t))
-        x = next(running[0]).to(dlgm.centre)
-        with seeded(_noise_seed(seed, processes.rank, t)), between_draws():
-            terms = dlgm(x)
-        found = terms.bound(schedule.beta(t)).mean()
-        free_energy.fill_(_running_mean(free_energy.item(), terms.bound().mean().item()))
-        return found
-
+    bound = AnnealedBound(dlgm, images, schedule, seed, processes, fresh)
     settings = {
         "schedule": vars(schedule),
+        "fresh": fresh,
         "seed": seed,
         "processes": processes.count,
         "images": digest(images),
     }
     objective = Objective(
         list(dlgm.parameters()),
-        loss,
+        bound.loss,
         score=None,
-        buffers=[*dlgm.buffers(), free_energy],
+        buffers=[*dlgm.buffers(), bound.free_energy],
         groups=_groups(dlgm, schedule),
         max_norm=schedule.max_norm,
         processes=processes,
+        steady=bound.steady,
+        weight=float,
+        skips=True,
+        recordable=False,  # so that a run that is broken off ends as an unbroken one, to the bit
     )
     trainer = UnmarkedTrainer(
         objective,
@@ -146,14 +148,15 @@ def train(
         checkpoint=checkpoint if processes.writes else None,
         save_every=every,
     )
-    trainer.free_energy = free_energy
-    done = trainer.run()
+    trainer.free_energy, trainer.between = bound.free_energy, between
+    with seeded(noise_seed(seed, processes.rank)):  # of launches; other updates have their own
+        done = trainer.run()
     if trainer.state.stopped:
         raise FloatingPointError(
             f"{name or 'training'}: no finite gradient in {MAX_SKIPPED} updates up to "
             f"{done.steps - 1}; lower lr={schedule.lr} or flow_lr={schedule.flow_lr}"
         )
-    return Progress(done.steps, done.seconds, done.skipped, free_energy.item())
+    return Progress(done.steps, done.seconds, done.skipped, bound.free_energy.item(), done.launches)
 
 
 class UnmarkedTrainer(Trainer):
@@ -163,6 +166,7 @@ class UnmarkedTrainer(Trainer):
     """
 
     free_energy: Tensor
+    between: Callable[[], None]
 
     def _resume(self) -> None:
         try:
@@ -174,8 +178,9 @@ class UnmarkedTrainer(Trainer):
         pass
 
     def _show(self, bar: tqdm) -> None:
+        self.between()
         bar.mininterval = 5.0
-        bar.update()
+        bar.update(self.state.step - bar.n)
         if self.state.step % self.save_every == 0:
             bar.set_postfix(F=f"{self.free_energy.item():.2f}")
 
@@ -201,38 +206,3 @@ def _groups(dlgm: DLGM, schedule: Schedule) -> list[dict[str, Any]]:
     others = [p for p in dlgm.parameters() if id(p) not in ours]
     groups = [{"params": others, "peak": schedule.lr}, {"params": flow, "peak": schedule.flow_lr}]
     return [g for g in groups if g["params"]]
-
-
-def _batches(images: Tensor, size: int, seed: int, processes: Processes) -> Any:
-    """A function from the number of updates done to this process's share of the batches to come."""
-    if size % processes.count:
-        raise ValueError(f"batch_size {size} cannot be shared by {processes.count} processes")
-    if len(images) < size:
-        raise ValueError(f"images must be at least batch_size {size}, got {len(images)}")
-    sampler = DistributedSampler(
-        range(len(images)), processes.count, processes.rank, seed=seed, drop_last=True
-    )
-    shares = BatchSampler(sampler, size // processes.count, drop_last=True)
-    options = {"batch_size": None, "generator": torch.Generator()}  # else it draws a seed
-    loader = DataLoader(TensorDataset(images), sampler=shares, **options)
-
-    def after(updates: int) -> Iterator[Tensor]:
-        epoch, done = divmod(updates, len(shares))
-        while True:
-            sampler.set_epoch(epoch)
-            for (x,) in islice(loader, done, None):
-                yield x
-            epoch, done = epoch + 1, 0
-
-    return after
-
-
-def _noise_seed(*parts: int) -> int:
-    """Of the 32 bits that torch's generator on the CPU takes in."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-def _running_mean(mean: float, value: float) -> float:
-    if not math.isfinite(value):
-        return mean
-    return value if math.isnan(mean) else mean + 0.002 * (value - mean)

@@ -33,24 +33,33 @@ def curves(runs: Sequence[Run], kind: str, name: str) -> dict[int, float]:
     return frame[(frame.kind == kind) | (frame.K == 0)].groupby("K")[name].mean().to_dict()
 
 
+def by_draws(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs on fresh draws of the training images, and those on static ones, where any are."""
+    found = {draws: [run for run in runs if run["draws"] == draws] for draws in ("fresh", "static")}
+    return {draws: some for draws, some in found.items() if some}
+
+
 def draw(runs: Sequence[Run]) -> Figure:
     """The three panels of Figure 4: bound, KL and −ln p(x) against K; the paper's dashed.
 
-    Bars are one standard error over the test images. It is much the same for all K, whose images
-    are the same: the differences between lengths are more certain than the bars say.
+    Those on fresh draws of the training images are full, those on static ones, as the paper's are,
+    empty. Bars are one standard error over the test images. It is much the same for all K, whose
+    images are the same: the differences between lengths are more certain than the bars say.
     """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for ax, (name, title) in zip(figure.subplots(1, 3), NAMES.items(), strict=True):
         for kind, colour in {"planar": "C0", "NICE": "C1"}.items():
-            ours, errors = curves(runs, kind, name), curves(runs, kind, f"{name}_se")
-            style = {"fmt": "o-", "markersize": 4, "capsize": 3, "color": colour}
-            ax.errorbar(
-                list(ours),
-                list(ours.values()),
-                list(errors.values()),
-                label=f"{kind}, pyroflow",
-                **style,
-            )
+            for draws, some in by_draws(runs).items():
+                ours, errors = curves(some, kind, name), curves(some, kind, f"{name}_se")
+                style = {"fmt": "o-", "markersize": 4, "capsize": 3, "color": colour}
+                style |= {} if draws == "fresh" else {"markerfacecolor": "white", "linewidth": 0.8}
+                ax.errorbar(
+                    list(ours),
+                    list(ours.values()),
+                    list(errors.values()),
+                    label=f"{kind}, pyroflow, {draws}",
+                    **style,
+                )
             ax.plot(LENGTHS, PAPER[kind][name], "--", color=colour, label=f"{kind}, the paper")
         ax.set(title=title, xlabel="flow length K", ylabel="nats", xticks=LENGTHS)
     ax.legend(frameon=False)

@@ -28,9 +28,13 @@ class Options:
         quick: a short run, to see that everything works; its numbers mean nothing.
         seeds: how many seeds, 0, 1, ...; None for the experiment's own number.
         data: folder of the data files, for the experiments that read some.
-        only: parts of the labels of the runs to do; all of them if there are none. A part that
-            ends in a digit ends a number: "K=1" is no part of "K=10".
-        progress: show progress bars.
+        only: parts of the labels of the runs to do, in their order; all runs if there are none. A
+            part that ends in a digit ends a number: "K=1" is no part of "K=10".
+        device: where to compute; None for a GPU if there is one.
+        draws: of the training images: "fresh" in every batch, or "static", once for all.
+        jobs: runs at a time, on a GPU.
+        seconds: after which no new run begins; None for no limit.
+        progress: show progress bars, or on a GPU a line as a run begins and ends.
     """
 
     out: Path
@@ -38,6 +42,10 @@ class Options:
     seeds: int | None = None
     data: Path | None = None
     only: tuple[str, ...] = ()
+    device: str | None = None
+    draws: str = "fresh"
+    jobs: int = 1
+    seconds: float | None = None
     progress: bool = True
 
     def selected(self, runs: Iterable[Run]) -> list[Run]:
@@ -51,7 +59,8 @@ class Options:
             if not any(_is_part(part, name) for name in labels):
                 raise ValueError(f"--only {part!r} is part of no run; there are {list(labels)}")
         parts = self.only or ("",)
-        return [run for name, run in labels.items() if any(_is_part(part, name) for part in parts)]
+        names = [name for part in parts for name in labels if _is_part(part, name)]
+        return [labels[name] for name in dict.fromkeys(names)]
 
 
 def label(run: Run) -> str:
@@ -74,7 +83,7 @@ class Results:
 
     A run is written as soon as it is finished, in one move, so that an interrupted experiment
     keeps what it has and goes on from there. Processes that do different runs may share a file.
-    Each run has the machine that it was done on.
+    Each run has the machine that it was done on, this one unless it says so.
 
     Args:
         path: The file; read if it exists.
@@ -155,8 +164,10 @@ class Results:
             )
 
 
-def machine() -> str:
+def machine(device: torch.device | None = None) -> str:
     """Where a run is done, for the reader of its seconds."""
+    if device is not None and device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     threads = torch.get_num_threads()
     return (
         f"{platform.machine()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}, "

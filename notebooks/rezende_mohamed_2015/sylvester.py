@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def run(options: Options) -> dict[str, Any] | None:
     """
     flows = [{"kind": kind, "M": M, "L": LENGTH // M} for kind, M in UNITS.items()]
     study = mnist.study("sylvester", flows, layers, options)
-    study = replace(study, schedule=replace(study.schedule, flow_lr=FLOW_LR))
+    schedules = _at_rate(study.facts["schedules"], FLOW_LR)
+    schedule = replace(study.schedule, flow_lr=FLOW_LR)
+    study = replace(study, schedule=schedule, facts={**study.facts, "schedules": schedules})
     beside = planar(options.out / "mnist.json", settings(study, options.quick))
     report = run_study(study, options)
     if report is not None:
@@ -60,11 +63,17 @@ def planar(file: Path, ours: dict[str, Any]) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     report = json.loads(file.read_text())
-    theirs = report["settings"]
-    rate = {"flow_lr": ours["schedule"]["flow_lr"]}
-    if theirs | {"schedule": theirs["schedule"] | rate} != ours:
+    theirs, ours = (
+        settings | {"schedules": _at_rate(settings.get("schedules", {}), FLOW_LR)}
+        for settings in (report["settings"], ours)
+    )
+    if theirs != ours:
         return []
     return [run for run in report["runs"] if (run["kind"], run["K"]) == ("planar", LENGTH)]
+
+
+def _at_rate(schedules: Mapping[str, Any], flow_lr: float) -> dict[str, Any]:
+    return {draws: {**schedule, "flow_lr": flow_lr} for draws, schedule in schedules.items()}
 
 
 def layers(kind: str, M: int, L: int) -> list[Transform]:
@@ -89,4 +98,4 @@ def draw(report: dict[str, Any]) -> Figure:
 
 
 def _label(run: Run) -> str:
-    return label({c: run[c] for c in ("kind", "K", "M", "L", "seed") if c in run})
+    return label({c: run[c] for c in ("kind", "K", "M", "L", "draws", "seed") if c in run})

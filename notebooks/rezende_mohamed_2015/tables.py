@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from rezende_mohamed_2015 import cifar, figure1, figure3, sylvester
-from rezende_mohamed_2015.mnist_drawing import LENGTHS
+from rezende_mohamed_2015.mnist_drawing import LENGTHS, by_draws
 from rezende_mohamed_2015.mnist_drawing import PAPER as MNIST
 
 Report = Mapping[str, Any]
@@ -96,7 +96,7 @@ def _mnist(report: Report) -> pd.DataFrame:
     }
     kinds = list(MNIST)
     runs = sorted(report["runs"], key=lambda run: (kinds.index(run["kind"]), run["K"]))
-    return _scored(runs, ["kind", "K"], theirs, "the paper")
+    return _of_draws(runs, ["kind", "K"], theirs, "the paper")
 
 
 def _cifar(report: Report) -> pd.DataFrame:
@@ -108,7 +108,33 @@ def _cifar(report: Report) -> pd.DataFrame:
 def _sylvester(report: Report) -> pd.DataFrame:
     runs = [{"M": 1, "L": run.get("K")} | run for run in [*report["planar"], *report["runs"]]]
     theirs = {(run["kind"], run["M"], run["L"]): sylvester.THEIRS[run["kind"]] for run in runs}
-    return _scored(runs, ["kind", "M", "L"], theirs, "2018, a stronger model: −ELBO / −ln p")
+    whose = "2018, a stronger model: −ELBO / −ln p"
+    return _of_draws(runs, ["kind", "M", "L"], theirs, whose)
+
+
+def _of_draws(
+    runs: Iterable[Report], columns: list[str], theirs: Mapping[tuple, str], whose: str
+) -> pd.DataFrame:
+    """The rows of flows on fresh draws of the training images, then of those on static ones."""
+    tables = []
+    for draws, some in by_draws(list(runs)).items():
+        table = _scored(some, columns, theirs, whose)
+        groups = [found for _, found in pd.DataFrame(some).groupby(columns, sort=False)]
+        table.insert(len(columns), "draws", draws)
+        place = table.columns.get_loc("−ln p") + 1
+        more = [_number(_column(found, "nll_more").mean(), 2) for found in groups]
+        table.insert(place, "−ln p, S = 5,000", more)
+        largest = [_number(_column(found, "free_energy_largest").max(), 0) for found in groups]
+        table.insert(place, "largest −ELBO", largest)
+        batch = [found.batch_size.iloc[0] for found in groups]
+        table.insert(table.columns.get_loc("updates") + 1, "batch", batch)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _column(found: pd.DataFrame, name: str) -> pd.Series:
+    """A column that not all runs have, or none."""
+    return found[name] if name in found else pd.Series(dtype=float)
 
 
 def _scored(

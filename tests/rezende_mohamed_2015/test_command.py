@@ -78,11 +78,17 @@ def test_hands_the_options_on(
     assert made_up.options == Options(Path("there"), quick=True, seeds=3, data=Path("mnist"))
     reproduce("mnist", "--out", "there", "--quick", "--only", " planar K=2, NICE,")
     assert made_up.options.only == ("planar K=2", "NICE")
+    given = ("--device", "cuda", "--draws", "static", "--jobs", 4, "--seconds", 30)
+    reproduce("mnist", "--out", "there", *given)
+    options = {"device": "cuda", "draws": "static", "jobs": 4, "seconds": 30.0}
+    assert made_up.options == Options(Path("there"), **options)
+    for refused in (("--device", "tpu"), ("--draws", "new"), ("--jobs", 0), ("--seconds", -1)):
+        assert reproduce("mnist", *refused)[0] == 2
 
 
 def test_only_some_runs(made_up: Experiment, tmp_path: Path) -> None:
     assert reproduce("figure3", "--out", tmp_path, "--only", "NICE,K=8")[0] == 0
-    assert made_up.done == LABELS[1:]
+    assert made_up.done == LABELS[:0:-1]
 
 
 def test_only_that_matches_nothing(made_up: Experiment, tmp_path: Path) -> None:

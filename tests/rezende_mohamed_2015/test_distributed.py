@@ -16,7 +16,7 @@ from two_processes import torchrun
 from pyroflow.inference.processes import Processes, processes
 from pyroflow.seeds import seeded
 from pyroflow.transforms import ConditionalPlanar
-from rezende_mohamed_2015 import dlgm_training
+from rezende_mohamed_2015 import dlgm_objective, dlgm_training
 from rezende_mohamed_2015.dlgm import DLGM
 from rezende_mohamed_2015.dlgm_training import Schedule
 
@@ -57,14 +57,14 @@ def by_one_process() -> DLGM:
     """The mean of both shares' gradients, with the noise that each process has."""
     dlgm = small(seed=0)
     optimiser = torch.optim.Adam(dlgm_training._groups(dlgm, SCHEDULE), fused=True)
-    shares = [dlgm_training._batches(images(), 10, 0, Processes(rank, 2))(0) for rank in range(2)]
+    shares = [dlgm_objective.batches(images(), 10, 0, Processes(rank, 2))(0) for rank in range(2)]
     for t in range(SCHEDULE.updates):
         for group in optimiser.param_groups:
             group["lr"] = SCHEDULE.rate(t) * group["peak"]
         optimiser.zero_grad()
         for rank, share in enumerate(shares):
             x = next(share).to(dlgm.centre)
-            torch.manual_seed(dlgm_training._noise_seed(0, rank, t))
+            torch.manual_seed(dlgm_objective.noise_seed(0, rank, t))
             (dlgm(x).bound(SCHEDULE.beta(t)).mean() / 2).backward()
         clip_grad_norm_(dlgm.parameters(), SCHEDULE.max_norm)
         optimiser.step()

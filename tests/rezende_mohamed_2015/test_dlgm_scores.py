@@ -54,6 +54,7 @@ def test_scores_by_integration() -> None:
     assert found["nll"] == pytest.approx(nll.mean().item(), abs=0.02)
     assert found["kl"] == pytest.approx(kl.mean().item(), abs=0.03)
     assert found["free_energy"] == pytest.approx((nll + kl).mean().item(), abs=0.03)
+    assert found["free_energy_largest"] == pytest.approx((nll + kl).max().item(), abs=0.1)
     for name, values in {"nll": nll, "kl": kl, "free_energy": nll + kl}.items():
         assert found[f"{name}_se"] == pytest.approx((values.std() / 7**0.5).item(), rel=0.05)
 
@@ -71,7 +72,7 @@ def test_few_samples_are_a_bound() -> None:
 
 def test_weights_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     dlgm, x = small()
-    monkeypatch.setattr(dlgm_scores, "CHUNK", 21)
+    monkeypatch.setitem(dlgm_scores.CHUNK, "cpu", 21)
     weights = log_weights(dlgm, x, 11)
     assert weights.shape == (11, 7)
     assert not weights.requires_grad

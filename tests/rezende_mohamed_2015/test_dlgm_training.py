@@ -12,7 +12,7 @@ from dlgm_cases import IMAGES, LENGTHS, SCHEDULE, parameters, small, trained
 from torch import Tensor
 
 from pyroflow.inference.processes import Processes
-from rezende_mohamed_2015 import dlgm_training
+from rezende_mohamed_2015 import dlgm_objective
 from rezende_mohamed_2015.dlgm import Terms
 from rezende_mohamed_2015.dlgm_training import Schedule, train
 
@@ -89,7 +89,7 @@ def test_every_update_has_its_beta(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_image_once_an_epoch() -> None:
     """All but the rest of 5 that no batch of 10 takes, in another order each time."""
     numbers = torch.arange(35)[:, None]
-    batches = dlgm_training._batches(numbers, 10, 0, Processes())(0)
+    batches = dlgm_objective.batches(numbers, 10, 0, Processes())(0)
     epochs = [torch.cat([next(batches) for _ in range(3)]).flatten().tolist() for _ in range(2)]
     for epoch in epochs:
         assert len(set(epoch)) == len(epoch) == 30
@@ -98,7 +98,7 @@ def test_every_image_once_an_epoch() -> None:
 
 def test_processes_share_a_batch() -> None:
     numbers = torch.arange(40)[:, None]
-    shares = [dlgm_training._batches(numbers, 10, 0, Processes(r, 2))(0) for r in range(2)]
+    shares = [dlgm_objective.batches(numbers, 10, 0, Processes(r, 2))(0) for r in range(2)]
     epoch = [torch.cat([next(share) for _ in range(4)]).flatten() for share in shares]
     assert epoch[0].shape == epoch[1].shape == (20,)
     assert torch.equal(torch.cat(epoch).sort().values, torch.arange(40))
@@ -107,17 +107,17 @@ def test_processes_share_a_batch() -> None:
 @pytest.mark.parametrize("done", [0, 1, 3, 7])
 def test_batches_go_on_where_they_were(done: int) -> None:
     numbers = torch.arange(35)[:, None]
-    unbroken = dlgm_training._batches(numbers, 10, 0, Processes())(0)
+    unbroken = dlgm_objective.batches(numbers, 10, 0, Processes())(0)
     for _ in range(done):
         next(unbroken)
-    resumed = dlgm_training._batches(numbers, 10, 0, Processes())(done)
+    resumed = dlgm_objective.batches(numbers, 10, 0, Processes())(done)
     for _ in range(4):
         assert torch.equal(next(unbroken), next(resumed))
 
 
 def test_processes_and_updates_have_noise_of_their_own() -> None:
     parts = product(range(3), range(4), range(50))  # seed, rank, update
-    assert len({dlgm_training._noise_seed(*part) for part in parts}) == 600
+    assert len({dlgm_objective.noise_seed(*part) for part in parts}) == 600
 
 
 def test_seeds_differ_and_repeat() -> None:

@@ -33,7 +33,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quick(out: Path, data: Path | None, *only: str, module: Any = mnist) -> dict[str, Any]:
-    return module.run(Options(out=out, quick=True, data=data, only=only, progress=False))
+    options = {"only": only, "draws": "static", "progress": False}
+    return module.run(Options(out=out, quick=True, data=data, **options))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_networks_start_alike_whatever_the_flow(data: Path) -> None:
 
 def test_images_are_drawn_once_and_not_cut_at_a_threshold(data: Path) -> None:
     """Larochelle & Murray's way: each pixel by its grey, from a fixed seed, for both sets."""
-    options = Options(out=data, data=data)
+    options = Options(out=data, data=data, draws="static")
     study, again = (mnist.study("mnist", [], mnist.layers, options) for _ in range(2))
     images = image_files.mnist(data)
     for ours, same, grey, seed in (
@@ -126,6 +127,22 @@ def test_images_are_drawn_once_and_not_cut_at_a_threshold(data: Path) -> None:
         assert ours.unique().tolist() == [0, 1]
         assert (ours.bool() != (grey > 127)).float().mean() > 0.02
         assert ours.float().mean() == pytest.approx((grey / 255.0).mean().item(), rel=0.02)
+    assert study.grey is None
+
+
+def test_fresh_draws_are_of_the_grey_values_and_all_else_of_the_static_draw(data: Path) -> None:
+    fresh, static = (
+        mnist.study("mnist", [], mnist.layers, Options(out=data, data=data, draws=draws))
+        for draws in ("fresh", "static")
+    )
+    assert torch.equal(fresh.grey, image_files.mnist(data).train_images)
+    assert torch.equal(fresh.test, static.test)
+    assert torch.equal(fresh.model([]).centre, static.model([]).centre)
+    assert dlgm_study.settings(fresh, False) == dlgm_study.settings(static, False)
+    asked = [(draws, K) for draws in ("fresh", "static") for K in (0, 10, 80)]
+    more = {"fresh": fresh, "static": static}
+    found = [more[draws].more_samples({"kind": "planar", "K": K}) for draws, K in asked]
+    assert found == [5000, 0, 5000, 0, 0, 0]
 
 
 def test_flows_are_what_their_columns_say(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +154,7 @@ def test_flows_are_what_their_columns_say(data: Path, monkeypatch: pytest.Monkey
         *(("planar", K) for K in (0, 10, 20, 40, 80)),
         *(("NICE", K) for K in (10, 20, 40, 80)),
     ]
+    assert {flow.pop("draws") for flow in (first, *others)} == {"fresh"}
     assert make(**first) == []
     for flow in others:
         (layers,) = make(**flow)
@@ -158,8 +176,10 @@ def test_other_images_are_another_file(
 def test_the_real_run_is_the_papers_but_for_its_schedule() -> None:
     assert (mnist.LATENT, mnist.HIDDEN, mnist.SAMPLES) == (40, 400, 200)
     assert mnist.LENGTHS == (10, 20, 40, 80)
-    assert mnist.SCHEDULE.batch_size == 100
-    assert mnist.SCHEDULE.updates < 500_000
+    for schedule in mnist.SCHEDULES.values():
+        assert schedule.batch_size == 100
+        assert schedule.updates < 500_000
+        assert schedule.cool_down == 0.675 * schedule.updates
 
 
 def test_pixels_start_at_their_mean() -> None:
@@ -184,7 +204,7 @@ def test_another_schedule_is_another_file(
     short: tuple[Path, dict[str, Any]], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mnist, "Schedule", lambda *_, **__: Schedule(60, lr=1e-3, flow_lr=1e-3))
-    with pytest.raises(ValueError, match=r"mnist\.json is of a run with schedule="):
+    with pytest.raises(ValueError, match=r"mnist\.json is of a run with schedules="):
         quick(short[0], data, *ONLY)
 
 
@@ -204,9 +224,14 @@ def test_sylvester_stands_beside_the_planar_flow_of_mnist(tmp_path: Path, data: 
     assert found["nll"] < found["free_energy"] < 784 * math.log(2)
     assert (tmp_path / "sylvester.png").stat().st_size > 5_000
     table = frame("sylvester", report)
-    assert table.iloc[:, 6].tolist() == ["86.06 / 81.91", "83.32 / 80.22"]
+    assert table.iloc[:, 9].tolist() == ["86.06 / 81.91", "83.32 / 80.22"]
     assert table["parameters"][0] == f"{planar['parameters']:,}"
     assert table["−ln p"][1].startswith(f"{found['nll']:.2f}")
+
+
+def with_static(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    schedules = settings["schedules"]
+    return schedules | {"static": schedules["static"] | changes}
 
 
 def test_sylvester_stands_beside_no_other_model(
@@ -223,8 +248,8 @@ def test_sylvester_stands_beside_no_other_model(
         ({}, [beside]),
         ({"quick": True}, []),
         ({"digests": ["0", "1"]}, []),
-        ({"schedule": ours["schedule"] | {"updates": 7}}, []),
-        ({"schedule": ours["schedule"] | {"flow_lr": 7.0}}, [beside]),
+        ({"schedules": with_static(ours, updates=7)}, []),
+        ({"schedules": with_static(ours, flow_lr=7.0)}, [beside]),
     ):
         report = {"settings": ours | change, "runs": [beside, *others]}
         file.write_text(json.dumps(report))
@@ -232,8 +257,10 @@ def test_sylvester_stands_beside_no_other_model(
     asked = []
     monkeypatch.setattr(sylvester, "run_study", lambda study, _: asked.append(study))
     sylvester.run(Options(out=tmp_path, data=data))
-    rates = {**vars(mnist.SCHEDULE), "flow_lr": sylvester.FLOW_LR}
-    assert vars(asked[0].schedule) == rates
+    for draws, schedule in mnist.SCHEDULES.items():
+        rates = {**vars(schedule), "flow_lr": sylvester.FLOW_LR}
+        assert asked[0].facts["schedules"][draws] == rates
+        assert draws != "fresh" or vars(asked[0].schedule) == rates
 
 
 @pytest.mark.parametrize("kind", sylvester.UNITS)
@@ -255,10 +282,14 @@ def test_sylvester_flows_start_near_the_identity_and_move_every_latent(kind: str
 # the figure
 
 
-def runs_of(values: dict[tuple[str, int, int], float]) -> list[dict[str, Any]]:
+def runs_of(
+    values: dict[tuple[str, int, int], float], draws: str = "fresh"
+) -> list[dict[str, Any]]:
     errors = {"free_energy_se": 0.1, "kl_se": 0.1, "nll_se": 0.1}
     return [
-        {"kind": kind, "K": K, "seed": seed, "free_energy": v + 5, "kl": 5.0, "nll": v} | errors
+        {"kind": kind, "K": K, "draws": draws, "seed": seed, "free_energy": v + 5, "kl": 5.0}
+        | {"nll": v}
+        | errors
         for (kind, K, seed), v in values.items()
     ]
 
@@ -270,13 +301,19 @@ def test_curves_are_means_over_seeds_and_share_their_start() -> None:
 
 
 def test_the_figure_has_ours_and_theirs() -> None:
-    figure = mnist_drawing.draw(runs_of({("planar", 0, 0): 90.0, ("NICE", 20, 0): 88.0}))
+    values = {("planar", 0, 0): 90.0, ("NICE", 20, 0): 88.0}
+    worse = {flow: nll + 1 for flow, nll in values.items()}
+    figure = mnist_drawing.draw([*runs_of(worse, "static"), *runs_of(values)])
     bound, kl, nll = figure.axes
     for ax, paper in ((bound, 96.75), (kl, 6.83), (nll, 89.9)):
         dashed = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
         assert dashed["planar, the paper"][0] == dashed["NICE, the paper"][0] == paper
-    planar, nice = nll.containers
-    assert (planar.get_label(), nice.get_label()) == ("planar, pyroflow", "NICE, pyroflow")
+    planar, _, nice, static = nll.containers
+    labels = [container.get_label() for container in nll.containers]
+    assert labels == [
+        f"{k}, pyroflow, {d}" for k in ("planar", "NICE") for d in ("fresh", "static")
+    ]
+    assert list(static[0].get_ydata()) == [91.0, 89.0]
     (line, _, (bars,)) = nice
     assert list(line.get_ydata()) == [90.0, 88.0]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [

@@ -32,7 +32,7 @@ RUNS = [
         (("planar",), RUNS[:2]),
         (("K=2",), [RUNS[0], RUNS[2]]),  # and not K=20
         (("K=20",), RUNS[1:2]),
-        (("NICE", "U1 planar K=2"), [RUNS[0], RUNS[2]]),
+        (("NICE", "U1 planar K=2"), [RUNS[2], RUNS[0]]),  # in the order that they are asked for
         (("planar", "U1"), RUNS[:2]),
     ],
 )
