@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count
 from pyroflow.inference.processes import ALONE, Processes
-from pyroflow.seeds import seeded
+from pyroflow.seeds import between_draws, seeded
 from rezende_mohamed_2015.dlgm import DLGM
 
 BATCH = {"cpu": 100, "cuda": 1000}  # images scored at once
@@ -66,7 +66,8 @@ def scores(
     check_count("samples", samples, 2)
     mine = images[processes.rank :: processes.count]
     quiet = not (progress and processes.writes)
-    with seeded(seed + processes.rank), tqdm(total=len(mine), desc="scores", disable=quiet) as bar:
+    bar = tqdm(total=len(mine), desc="scores", disable=quiet)
+    with bar, seeded(seed + processes.rank), between_draws():
         parts = []
         for x in mine.split(BATCH[dlgm.centre.device.type]):
             weights = log_weights(dlgm, x.to(dlgm.centre), samples).double()

@@ -129,9 +129,9 @@ def run(out: Path, data: Path, **options: Any) -> dict[str, Any]:
 def test_runs_end_as_they_would_alone(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    alone = run(tmp_path / "alone", data)["runs"]
-    together = run(tmp_path / "together", data, jobs=3, progress=True)["runs"]
-    assert [(r["kind"], r["K"]) for r in together] == [("planar", 0), ("planar", 10), ("NICE", 10)]
+    alone = run(tmp_path / "alone", data, only=ONLY[:2])["runs"]
+    together = run(tmp_path / "together", data, only=ONLY[:2], jobs=2, progress=True)["runs"]
+    assert [(r["kind"], r["K"]) for r in together] == [("planar", 0), ("planar", 10)]
     timed = {"seconds", "seconds_of_scoring"}
     for found, expected in zip(together, alone, strict=True):
         assert {k: v for k, v in found.items() if k not in timed} == {
@@ -143,7 +143,7 @@ def test_runs_end_as_they_would_alone(
         assert found.get("more_samples") == (None if found["K"] == 10 else 20)
     assert not list((tmp_path / "together" / "checkpoints" / "mnist").iterdir())
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 4
     assert sum("planar K=10 fresh seed=0: −ELBO" in line for line in lines) == 1
 
 
