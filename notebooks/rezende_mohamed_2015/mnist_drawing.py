@@ -46,7 +46,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     empty. Bars are one standard error over the test images. It is much the same for all K, whose
     images are the same: the differences between lengths are more certain than the bars say.
     """
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
     for ax, (name, title) in zip(figure.subplots(1, 3), NAMES.items(), strict=True):
         for kind, colour in {"planar": "C0", "NICE": "C1"}.items():
             for draws, some in by_draws(runs).items():
@@ -62,5 +62,5 @@ def draw(runs: Sequence[Run]) -> Figure:
                 )
             ax.plot(LENGTHS, PAPER[kind][name], "--", color=colour, label=f"{kind}, the paper")
         ax.set(title=title, xlabel="flow length K", ylabel="nats", xticks=LENGTHS)
-    ax.legend(frameon=False)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
