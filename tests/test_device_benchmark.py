@@ -66,12 +66,15 @@ def test_wrong_values_and_places_are_seen() -> None:
 def test_steps_and_speed_are_counted() -> None:
     _, measure = next(steps("cpu", quick=True))
     assert measure()["steps a second"] > 0
-    _, measure = next(speed("cpu", quick=True))
-    record = measure()
-    assert record["train / floor"] == pytest.approx(
-        record["train, ms"] / record["floor, train, ms"]
-    )
-    assert record["held / (N K)"] > 0
+    records = [measure() for _, measure in speed("cpu", quick=True)]
+    for record in records:
+        assert record["train / floor"] == pytest.approx(
+            record["train, ms"] / record["floor, train, ms"]
+        )
+        off = [value for name, value in record.items() if name.startswith("error")]
+        assert len(off) == 7
+        assert 0 < max(off) < 1e-4
+    assert records[0]["held / (N K)"] > 0
 
 
 def test_a_fit_is_judged_by_the_evidence() -> None:

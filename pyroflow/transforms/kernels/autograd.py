@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyroflow.transforms.bijection import Bijection, Pair, Parameters
-from pyroflow.transforms.kernels import compiled, per_point, reference, shared
+from pyroflow.transforms.kernels import compiled, per_point, reference, serving, shared
 from pyroflow.transforms.kernels.units import TANH, Activation, Tanh, Units, constrain, softplus
 
 Pass = shared.Pass | per_point.Pass
@@ -70,13 +70,17 @@ def evaluate_stack(
         return image, Intermediates(log_det, a=a)
     if kernels is per_point:
         units = Units(*[t if t is None else t.flatten(0, units.W.dim() - 3) for t in units[:4]])
+    flat = z if z.dim() == 2 else z.reshape(-1, z.shape[-1])
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # neither records a Function
-    fast = units.s is None and not tracing
-    rows = _constrain_rows(units.W.detach(), units.U.detach()) if fast else None
-    if units.s is None and rows is None:
+    rows, able = None, False
+    if not tracing:
+        usual, kernels = kernels, serving(kernels, flat)
+        able = kernels is not usual  # those of a GPU make û themselves
+        if units.s is None and not able:
+            rows = _constrain_rows(units.W.detach(), units.U.detach())
+    if units.s is None and rows is None and not able:
         u_hat, s = constrain(units.W, units.U)
         units = units._replace(U=u_hat, s=s)
-    flat = z if z.dim() == 2 else z.reshape(-1, z.shape[-1])
     if tracing:
         (image, log_det, *_), done = compiled.stack(flat, *units, inverse), None
     else:
@@ -176,7 +180,8 @@ class _Pass(Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         *tensors, done, ctx.call = inputs
         image = done.image.detach()
-        read = image if ctx.call.kernels is per_point else None  # then nobody may edit it
+        own = ctx.call.kernels.Pass is per_point.Pass
+        read = image if own else None  # then nobody may edit it
         ctx.save_for_backward(*tensors, read, *done[2:])
         ctx.set_materialize_grads(False)
         return image, done.log_det.detach()

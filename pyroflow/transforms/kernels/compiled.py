@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflow.transforms.kernels import per_point, shared
+from pyroflow.transforms.kernels import per_point, serving, shared
 from pyroflow.transforms.kernels.units import Units
 
 
@@ -20,7 +20,7 @@ def stack(
 
     The units are :class:`~.units.Units` that all points share, or one set a point.
     """
-    kernels = shared if W.dim() == 2 else per_point
+    kernels = serving(shared if W.dim() == 2 else per_point, z)
     done = (kernels.inverse if inverse else kernels.forward)(z, Units(W, U, b, s, size))
     return done.image.contiguous(), done.log_det, done.h, done.pq
 
@@ -32,8 +32,8 @@ def stack_gradients(
     """The gradients in z, W, Û, b and s, given a pass with its gradients as log-determinant."""
     z, W, U, b, s = inputs
     grad_image, image, grad_log_det, h, pq = found
-    kernels = shared if W.dim() == 2 else per_point
-    own = (W @ U.T,) if kernels is shared else ()
+    kernels = serving(shared if W.dim() == 2 else per_point, z)
+    own = (W @ U.T,) if W.dim() == 2 else ()
     done = kernels.Pass(image, grad_log_det, h, pq, *own)
     units, options = Units(W, U, b, s, size), {"inverse": inverse, "needs": (True, True)}
     grads = kernels.gradients(z, units, done, grad_image, grad_log_det, **options)

@@ -47,7 +47,7 @@ def forward(x: Tensor, units: Units) -> Pass:
     """Evaluate y = x + Ûᵀ tanh(a) and log |det dy/dx| at x, shape (N, D)."""
     W, U, b, _, size = units
     G = torch.mm(W, U.T)
-    coupling = _earlier(G, size)
+    coupling = earlier(G, size)
     # In p = σ(2a) the system reads 2a = 2 (W x + b − Σ_j G_kj) + 4 Σ_j G_kj p_j.
     bias = torch.sub(b, coupling.sum(1)).unsqueeze(1)
     A = torch.addmm(bias, W, x.T, beta=2, alpha=2)
@@ -108,7 +108,7 @@ def gradients(
             if needs[1]:
                 grad_s = torch.linalg.vecdot(pq, E).unsqueeze(1).mul_(4)
             C.addcmul_(E.mul_(h), 1 - s, value=8)
-    coupling = G.triu(1).T if inverse else _earlier(G, size).T
+    coupling = G.triu(1).T if inverse else earlier(G, size).T
     C = _linear(C, factor, coupling, 4 * sign, 1 if inverse else size, upper=not inverse)
     grad_z = torch.addmm(grad_image, C.T, W) if needs[0] else None
     if not needs[1]:
@@ -117,7 +117,7 @@ def gradients(
     if inverse:
         lost = grad_G.diagonal().unsqueeze(1)
         grad_s = lost.neg() if grad_s is None else grad_s.sub_(lost)
-    grad_G = grad_G.triu_(1) if inverse else _earlier(grad_G, size)
+    grad_G = grad_G.triu_(1) if inverse else earlier(grad_G, size)
     grad_W = torch.addmm(torch.mm(C, z), grad_G, U, alpha=sign)
     grad_U = torch.addmm(torch.mm(grad_G.T, W), h, grad_image)
     grad_U = grad_U.neg_() if inverse else grad_U
@@ -134,7 +134,7 @@ def _finish(z: Tensor, A: Tensor, P: Tensor, units: Units, G: Tensor, sign: int)
     return Pass(image, det.log_().sum(0), h, pq, G)
 
 
-def _earlier(G: Tensor, size: int) -> Tensor:
+def earlier(G: Tensor, size: int) -> Tensor:
     """G with zeros where unit k does not see the shift of unit j: j in k's own layer or later."""
     G = G.tril(-1)
     if size > 1:

@@ -36,7 +36,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 PARTS: dict[str, tuple[Part, float]] = {
     "values": (values, 45.0),
     "steps": (steps, 95.0),
-    "speed": (speed, 50.0),
+    "speed": (speed, 80.0),
     "by default": (by_default, 60.0),
     "tests": (suite, 90.0),
     "fits": (fits, 130.0),

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from ..posteriordb.models import ROOT
 from .parts import Cases, Record
 
-FILES = ("tests/test_devices.py",)
+FILES = ("tests/transforms/test_cuda_kernels.py", "tests/test_devices.py")
 
 
 def suite(device: str, quick: bool) -> Cases:
