@@ -28,6 +28,7 @@ def serving(kernels: ModuleType, z: Tensor) -> ModuleType:
 def _has_triton() -> bool:
     """Whether Triton is there and finds what it needs, a compiler of C for one."""
     try:
-        return import_module("triton").runtime.driver.active.get_current_target().backend == "cuda"
+        target = import_module("triton").runtime.driver.active.get_current_target()
+        return target.backend == "cuda" and target.arch >= 70
     except Exception:  # whatever it is, torch's own operations are at hand
         return False

@@ -71,11 +71,7 @@ class Own(Ours):
     def __init__(self, problem: Problem) -> None:
         _, D, K = problem.shape
         self.parameters = [p.requires_grad_() for p in problem.parameters]
-        self.family = pf.Planar(D, K).to(problem.x.dtype)
-
-    @property
-    def transform(self) -> pf.transforms.Conditioned:
-        return self.family.at(*self.parameters)
+        self.transform = pf.Planar(D, K).to(problem.x.dtype).at(*self.parameters)
 
 
 class OwnFloor(Contender):
