@@ -178,7 +178,7 @@ class _Climb:
 
     def _holds(self, guide: AutoFlow | MixtureGuide, name: str, twice: bool = True) -> bool:
         """Whether the guide's draws hold two checks, or one; the better guide so far is kept."""
-        self.latest = report = self._check(guide)
+        self.latest = report = self._check(guide, most=3 if twice else 1)
         # A guide that was trained on is no longer the one that its earlier report is of.
         if self.report is None or guide is self.guide or rank(report) >= rank(self.report):
             self.guide, self.report = guide, report
@@ -190,10 +190,13 @@ class _Climb:
         self._note(name, report.verdict)
         return held
 
-    def _check(self, guide: AutoFlow | MixtureGuide, before: Report | None = None) -> Report:
+    def _check(
+        self, guide: AutoFlow | MixtureGuide, before: Report | None = None, most: int = 3
+    ) -> Report:
+        """What at most so many sets of draws say."""
         self.checks += 1
         seed = self.seed + 1000 * self.checks
-        return checked((self.model, guide, self.args, self.kwargs), CHECKED, seed, 3, before)
+        return checked((self.model, guide, self.args, self.kwargs), CHECKED, seed, most, before)
 
     def _by_mixture(self, mixing: Mixing) -> bool:
         """Whether a mixture holds: a part at each mode, and one for what is wider than the flow."""
