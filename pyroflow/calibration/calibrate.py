@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from tqdm.auto import tqdm
 
+from pyroflow.calibration.batched import Batched, Simulated
 from pyroflow.calibration.result import Calibration, summarise
 from pyroflow.checks import check_count, check_fraction
 from pyroflow.inference.guide import fit_guide
@@ -20,6 +21,7 @@ from pyroflow.model.draws import draw
 from pyroflow.model.records import Values, is_factor
 from pyroflow.seeds import one_at_a_time, seeded
 
+PARTICLES = 32  # of the default fit
 # The names of sites whose values become data, each with the model's argument that takes them too.
 SimulatedSites = dict[str, str | None]
 
@@ -64,10 +66,13 @@ def calibrate(
         num_simulations: M.
         num_samples: The guide's draws for each p.
         fit: Called as fit(model, guide, args, kwargs); by default
-            :func:`~pyroflow.fit_guide` with 32 particles.
+            :func:`~pyroflow.fit_guide` with 32 particles, or, of a flow over all latents and a
+            model that can be recorded with its data as inputs, the same for all data sets at once
+            (``fits`` of the result says so), without a stop rule.
         steps: Of the default fit.
         level: False alarm rate of all verdicts together, which is shared out evenly.
-        seed: Makes the result reproducible, without touching the global generator.
+        seed: Makes the result reproducible, without touching the global generator. The data sets
+            of a seed do not depend on how the guides are fitted.
         progress: Show a progress bar.
 
     Returns:
@@ -97,27 +102,55 @@ def calibrate(
     check_count("num_samples", num_samples, 1)
     check_count("steps", steps, 1)
     check_fraction("level", level)
-    fit = fit or partial(fit_guide, steps=steps, num_particles=32, progress=False)
     args, kwargs = tuple(args), dict(kwargs or {})
     with seeded(seed):  # by itself, as this run of the model is no simulation
         sites = _sites_to_simulate(BoundModel(model, None, args, kwargs), data)
     lifted = poutine.condition(model, data=dict.fromkeys(sites))
-    rows = []
-    with seeded(seed):
-        for _ in tqdm(range(num_simulations), desc="calibrate", disable=not progress):
-            # A store of its own, or each guide would go on from the parameters of the last.
-            with pyro.get_param_store().scope():
-                with torch.no_grad(), poutine.block():
-                    truth = poutine.trace(lifted).get_trace(*args, **kwargs)
-                values = {name: truth.nodes[name]["value"] for name in sites}
-                observed = poutine.condition(model, data=values)
-                arguments = _with_data(model, args, kwargs, sites, values)
-                guide = make_guide(observed)
-                fit(observed, guide, *arguments)
-                draws = draw(BoundModel.for_weights(observed, guide, *arguments), num_samples).sites
-            below = {n: (v < truth.nodes[n]["value"]).double().sum(0) for n, v in draws.items()}
-            rows.append({n: (count + 0.5) / (num_samples + 1) for n, count in below.items()})
-        return summarise({n: torch.stack([row[n] for row in rows]) for n in rows[0]}, level)
+
+    def bound_to(values: Values) -> tuple[Callable, tuple, dict[str, Any]]:
+        observed = poutine.condition(model, data=values)
+        return observed, *_with_data(model, args, kwargs, sites, values)
+
+    def simulate(number: int) -> Simulated:
+        with seeded(seeds[number]), torch.no_grad(), poutine.block():
+            nodes = poutine.trace(lifted).get_trace(*args, **kwargs).nodes
+        truth = {n: node["value"] for n, node in nodes.items() if node["type"] == "sample"}
+        values = {name: truth[name] for name in sites}
+        return Simulated(truth, values, *bound_to(values))
+
+    def fitted(number: int) -> Values:
+        # A store of its own, or each guide would go on from the parameters of the last.
+        with pyro.get_param_store().scope():
+            truth, _, observed, *arguments = simulate(number)
+            guide = make_guide(observed)
+            alone(observed, guide, *arguments)
+            draws = draw(BoundModel.for_weights(observed, guide, *arguments), num_samples).sites
+        return {n: (v < truth[n]).double().sum(0) for n, v in draws.items()}
+
+    alone = fit or partial(fit_guide, steps=steps, num_particles=PARTICLES, progress=False)
+    options = {"steps": steps, "num_particles": PARTICLES, "num_samples": num_samples}
+    batched, found = Batched(simulate, bound_to, make_guide, **options), {}
+    bar = tqdm(total=num_simulations, desc="calibrate", disable=not progress)
+    with seeded(seed), bar:
+        seeds = torch.randint(2**31, (num_simulations,), device="cpu").tolist()
+        if fit is None:
+            found = batched.below(range(num_simulations), bar.update)
+        fits = _how(len(found), num_simulations, batched.why or "by the fit given")
+        for number in range(num_simulations):
+            if number not in found:
+                found[number] = fitted(number)
+                bar.update()
+        rows = [found[number] for number in range(num_simulations)]
+        below = {n: torch.stack([row[n] for row in rows]) for n in rows[0]}
+        return summarise({n: (b + 0.5) / (num_samples + 1) for n, b in below.items()}, level, fits)
+
+
+def _how(together: int, num: int, why: str) -> str:
+    """How data sets were fitted, in words."""
+    if together == num:
+        return "together"
+    some = f"{together} together, {num - together} " if together else ""
+    return f"{some}one by one: {why}"
 
 
 def _sites_to_simulate(

@@ -32,6 +32,8 @@ class Calibration:
         ks_statistics: Largest distance of the distribution functions of p and 1 − p.
         verdicts: By site, in words.
         level: The false alarm rate of all verdicts together.
+        fits: How the data sets were fitted: "together", or how many of them were, and why others
+            one by one.
     """
 
     probabilities: dict[str, Tensor]
@@ -40,6 +42,7 @@ class Calibration:
     ks_statistics: dict[str, Tensor]
     verdicts: dict[str, str]
     level: float
+    fits: str
 
     @property
     def calibrated(self) -> bool:
@@ -91,7 +94,7 @@ class Calibration:
     __repr__ = __str__
 
 
-def summarise(probabilities: Values, level: float) -> Calibration:
+def summarise(probabilities: Values, level: float, fits: str) -> Calibration:
     """The tests of every scalar, and what they say of each site."""
     tests = {name: symmetry_test(p) for name, p in probabilities.items()}
     symmetry = {name: p_value for name, (_, p_value) in tests.items()}
@@ -102,7 +105,7 @@ def summarise(probabilities: Values, level: float) -> Calibration:
         for name, p in probabilities.items()
     }
     statistics = {name: statistic for name, (statistic, _) in tests.items()}
-    return Calibration(probabilities, symmetry, dispersion, statistics, verdicts, level)
+    return Calibration(probabilities, symmetry, dispersion, statistics, verdicts, level, fits)
 
 
 def symmetry_test(probabilities: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pyroflow.guides.structured import AutoStructuredFlow
+from pyroflow.inference.ascent import LENGTHS
 from pyroflow.inference.centring import GAIN
-from pyroflow.inference.gaussian_start import LENGTHS, normal_pairs
+from pyroflow.inference.gaussian_start import normal_pairs
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.transforms import Arrowhead
 

@@ -11,13 +11,12 @@ from torch.distributions import Distribution
 
 from pyroflow.guides.flow_guide import FlowGuide
 from pyroflow.guides.mixture import FlowMixture
+from pyroflow.inference.ascent import Points, ascend
 from pyroflow.inference.gaussian_start import (
     PATHS,
     Gaussian,
-    Points,
     _scored,
     _starts,
-    ascend,
     moved_on,
     normal_pairs,
     paths_in,

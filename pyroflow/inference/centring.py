@@ -92,21 +92,58 @@ def _by_formula(
 ) -> list[tuple[Gaussian, Place]]:
     """The Gaussians in the coordinates that the best one so far suggests."""
     coordinates.set(*place)
+    num = max(log_joint.runs.few(DRAWS, 128), 4 * len(place.z))
+    at, factor, z = read_at(coordinates, gaussian, num)
+    coordinates.set(torch.ones_like(at), at)
+    tried = suggested(coordinates, at, factor, z, *log_joint.values_and_gradients(z))
+    found = []
+    for start, place in tried:
+        coordinates.set(*place)
+        found.append((moved_on(log_joint, start, log_joint.runs.few(MOVES, 6), test), place))
+    return found
+
+
+def read_at(
+    coordinates: Coordinates, gaussian: Gaussian, num: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In the latents, of a Gaussian in x: its location, a factor of its covariance, and draws."""
+    noise = normal_pairs(num, gaussian.loc)
     at, slopes = coordinates(gaussian.loc), _slopes(coordinates, gaussian.loc)
-    suggested = _suggested(log_joint, coordinates, gaussian, at)
-    if suggested is None:
+    z = coordinates(gaussian.loc + noise @ gaussian.scale.mT)
+    return at, slopes @ gaussian.scale, z
+
+
+def suggested(
+    coordinates: Coordinates,
+    at: Tensor,
+    factor: Tensor,
+    z: Tensor,
+    value: Tensor,
+    gradient: Tensor,
+) -> list[tuple[Gaussian, Place]]:
+    """A Gaussian in the coordinates that it suggests, by the formula and by its mean by site.
+
+    Args:
+        coordinates: which this sets.
+        at: its location in the latents, (D,).
+        factor: of its covariance there, (D, D).
+        z: draws of it there, (S, D).
+        value: the log joint at z, (S,).
+        gradient: its gradient there, (S, D).
+    """
+    around = _around(coordinates, at, z, value, gradient)
+    if around is None:
         return []
-    c, downstream = suggested
+    c, downstream = around
     means = {name: part.mean() for name, part in coordinates.by_site(c).items()}
     found = []
     for wanted in (c, spread(coordinates, means)):
         place = Place(wanted, at, downstream)
         coordinates.set(*place)
         loc = coordinates.inv(at)
-        scale = torch.linalg.solve(_slopes(coordinates, loc), slopes @ gaussian.scale)
+        scale = torch.linalg.solve(_slopes(coordinates, loc), factor)
         if bool(scale.isfinite().all() & loc.isfinite().all()):
-            start = Gaussian(loc, scale, -torch.inf)
-            found.append((moved_on(log_joint, start, log_joint.runs.few(MOVES, 6), test), place))
+            found.append((Gaussian(loc, scale, -torch.inf), place))
     return found
 
 
@@ -114,8 +151,8 @@ def _slopes(coordinates: Coordinates, x: Tensor) -> Tensor:
     return torch.autograd.functional.jacobian(coordinates, x)
 
 
-def _suggested(
-    log_joint: LogJoint, coordinates: Coordinates, gaussian: Gaussian, at: Tensor
+def _around(
+    coordinates: Coordinates, at: Tensor, z: Tensor, value: Tensor, gradient: Tensor
 ) -> tuple[Tensor, dict[str, Downstream]] | None:
     """The formula's c, shape (D,), and what follows from each site, around ``at`` (D,).
 
@@ -125,10 +162,6 @@ def _suggested(
     None where too few gradients are finite.
     """
     dim = len(at)
-    noise = normal_pairs(max(log_joint.runs.few(DRAWS, 128), 4 * dim), at)
-    z = coordinates(gaussian.loc + noise @ gaussian.scale.mT)
-    coordinates.set(torch.ones_like(at), at)
-    value, gradient = log_joint.values_and_gradients(z)
     finite = value.isfinite() & gradient.isfinite().all(-1)
     z, gradient = z[finite], gradient[finite]
     if len(z) < 2 * dim:

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflow.guides import AutoFlow
-from pyroflow.inference.objectives import bound_scores, edge_factors
+from pyroflow.inference.ascent import Points, ascend, evaluated
+from pyroflow.inference.objectives import edge_factors, mean_scores
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.seeds import drawing, seeded
 
@@ -32,11 +33,6 @@ MOVED_BY, LEAST_MOVED_BY = 256, 16  # draws behind a move, and of them inside th
 TESTED_BY = 512  # draws on which they are compared
 LARGEST = 1e12  # location of a sound Gaussian
 MOMENT_DRAWS = 4096  # behind the moments of layers that are not the identity
-
-# of the ascent
-LENGTHS = (4.0, 2.0, 1.0, 0.5, 0.25, 1 / 16, 1 / 64, 1 / 1024)  # of a step, all tried at once
-FLAT, FLAT_STEPS = 1e-4, 2  # nats; a path ends with so many steps in a row that gain less
-FLATTEST = 1e-6  # of a curvature, in the units of the scale before
 
 
 class Gaussian(NamedTuple):
@@ -91,7 +87,8 @@ def paths_in(dim: int) -> int:
 def lower_factor(factor: Tensor) -> Tensor:
     """The lower triangle with positive diagonal that has the same product with its transpose."""
     upper = torch.linalg.qr(factor.mT).R
-    return (upper * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(upper).unsqueeze(-1)).mT
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(upper)
+    return (upper * signs.unsqueeze(-1)).mT
 
 
 def normal_pairs(num: int, like: Tensor) -> Tensor:
@@ -128,22 +125,28 @@ def _along(points: Points, num: int) -> list[tuple[Tensor, Tensor, int]]:
     return chosen
 
 
+def bounds(
+    log_joint: LogJoint, loc: Tensor, scale: Tensor, noise: Tensor, own: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Bounds on fixed draws of N(loc, scale scaleᵀ), (C, D) and (C, D, D), and if draws are lost.
+
+    A bound is −∞ where it is not finite; ``own`` is as in :func:`evaluated`.
+    """
+    draws = loc.unsqueeze(1) + noise @ scale.mT
+    log_q = -noise.square().sum(-1) / 2 - noise.shape[-1] / 2 * math.log(2 * math.pi)
+    log_weights = evaluated(log_joint, draws, own)[0] - log_q
+    bound = torch.linalg.slogdet(scale).logabsdet - mean_scores(log_weights.mT)
+    lost = ~log_weights.isfinite().all(1)
+    return bound.where(bound.isfinite(), -torch.inf), lost
+
+
 def _scored(
     log_joint: LogJoint, loc: Tensor, scale: Tensor, noise: Tensor
 ) -> tuple[list[Gaussian], Tensor]:
-    """The Gaussians N(loc, scale scaleᵀ), shapes (C, D) and (C, D, D), with bounds on fixed draws.
-
-    The bound is −∞ where it is not finite. The second value is whether draws of each were lost.
-    """
-    draws = loc.unsqueeze(1) + noise @ scale.mT
-    value, _ = log_joint.values_and_gradients(draws.flatten(0, 1))
-    log_q = -noise.square().sum(-1) / 2 - noise.shape[-1] / 2 * math.log(2 * math.pi)
-    log_weights = value.reshape(draws.shape[:2]) - log_q
-    bound = torch.linalg.slogdet(scale).logabsdet
-    bound = bound - torch.stack([bound_scores(row).mean() for row in log_weights])
-    bound = bound.where(bound.isfinite(), -torch.inf).tolist()
-    found = [Gaussian(*parts) for parts in zip(loc, scale, bound, strict=True)]
-    return found, ~log_weights.isfinite().all(1)
+    """The Gaussians N(loc, scale scaleᵀ) with their bounds, and whether draws of each were lost."""
+    bound, lost = bounds(log_joint, loc, scale, noise)
+    found = zip(loc, scale, bound.tolist(), strict=True)
+    return [Gaussian(*parts) for parts in found], lost
 
 
 def moved_on(
@@ -154,37 +157,65 @@ def moved_on(
     tick: Callable[[], Any] = int,
 ) -> Gaussian:
     """Move a Gaussian to its optimum by natural gradients, unless that lowers its bound."""
-    loc, scale = start.loc, start.scale
+    given = start.loc.unsqueeze(0), start.scale.unsqueeze(0)
+    (loc,), (scale,), (bound,) = moved_together(log_joint, *given, rounds, test, tick)
+    return Gaussian(loc, scale, bound.item())
+
+
+def moved_together(
+    log_joint: LogJoint,
+    loc: Tensor,
+    scale: Tensor,
+    rounds: int,
+    test: Tensor,
+    tick: Callable[[], Any] = int,
+    own: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of G Gaussians, (G, D) and (G, D, D): locations, triangles and bounds.
+
+    ``own`` is as in :func:`evaluated`, of each Gaussian.
+    """
+    start, (num, dim) = (loc, scale), loc.shape
+    going = torch.ones(num, dtype=torch.bool, device=loc.device)
     for t in range(rounds):
         tick()
-        noise = normal_pairs(max(log_joint.runs.few(MOVED_BY, 64), 4 * len(loc)), loc)
-        value, gradient = log_joint.values_and_gradients(loc + noise @ scale.mT)
+        noise = normal_pairs(max(log_joint.runs.few(MOVED_BY, 64), 4 * dim), loc.flatten())
+        noise = noise.unflatten(1, loc.shape).movedim(0, 1)
+        value, gradient = evaluated(log_joint, loc.unsqueeze(1) + noise @ scale.mT, own)
         inside = value.isfinite() & gradient.isfinite().all(-1)
-        if int(inside.sum()) < max(LEAST_MOVED_BY, 2 * len(loc)):
+        going = going & (inside.sum(1) >= max(LEAST_MOVED_BY, 2 * dim))
+        if not bool(going.any()):
             break
+        pull = gradient @ scale
+        shift, slope = pull.mean(1), _slope(noise, pull)
+        log_weights = (value + noise.square().sum(-1) / 2).where(inside, -torch.inf)
+        for i in (going & ~inside.all(1)).nonzero().flatten().tolist():
+            shift[i], slope[i] = _cut(noise[i], log_weights[i], pull[i])
+        shift, slope = (
+            t.where(going.reshape(-1, *[1] * (t.dim() - 1)), 0.0) for t in (shift, slope)
+        )
         rate = 1 / (2 + t / 4)  # falling as 1/t averages the noise of the draws
-        if bool(inside.all()):
-            shift, slope = gradient.mean(0) @ scale, _slope(noise, gradient @ scale)
-        else:
-            log_weights = (value + noise.square().sum(-1) / 2).where(inside, -torch.inf)
-            shift, slope = _cut(noise, log_weights, gradient @ scale)
-        loc, scale = _moved(loc, scale, shift, slope, rate)
-    both = (torch.stack(parts) for parts in zip(start[:2], (loc, scale), strict=True))
-    best = max(_scored(log_joint, *both, test)[0], key=lambda g: g.bound)
-    return best._replace(scale=lower_factor(best.scale))
+        moved = _moved(loc, scale, shift, slope, rate)
+        loc = moved[0].where(going[:, None], loc)
+        scale = moved[1].where(going[:, None, None], scale)
+    before, after = (bounds(log_joint, *place, test, own)[0] for place in (start, (loc, scale)))
+    better = after > before
+    loc = loc.where(better[:, None], start[0])
+    scale = scale.where(better[:, None, None], start[1])
+    return loc, lower_factor(scale), torch.maximum(before, after)
 
 
 def _moved(
     loc: Tensor, scale: Tensor, gradient: Tensor, slope: Tensor, rate: float
 ) -> tuple[Tensor, Tensor]:
     """One natural-gradient step of at most one standard deviation, in whitened coordinates."""
-    identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+    identity = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
     precision = (1 - rate) * identity + rate * (slope + slope.mT) / 2
     values, vectors = torch.linalg.eigh(precision)
-    values = values.clamp(0.25, 4.0)
-    shift = rate * (vectors / values) @ vectors.mT @ gradient
-    shift = shift / max(1.0, float(torch.linalg.vector_norm(shift)))
-    return loc + scale @ shift, scale @ (vectors / values.sqrt()) @ vectors.mT
+    values = values.clamp(0.25, 4.0).unsqueeze(-2)
+    shift = rate * (vectors / values) @ vectors.mT @ gradient.unsqueeze(-1)
+    shift = shift / torch.linalg.vector_norm(shift, dim=-2, keepdim=True).clamp(min=1.0)
+    return loc + (scale @ shift).squeeze(-1), scale @ (vectors / values.sqrt()) @ vectors.mT
 
 
 def _slope(noise: Tensor, gradient: Tensor) -> Tensor:
@@ -234,67 +265,3 @@ def layers_inside(guide: Callable) -> set[Tensor]:
         return set()
     inside = [t for t in guide.flow.parts if t is not guide.affine]
     return {p for t in inside for p in t.parameters() if p.requires_grad}
-
-
-class Points(NamedTuple):
-    """Where the paths stood, in order."""
-
-    z: Tensor  # shape (T, P, D)
-    value: Tensor  # the log density, shape (T, P)
-    scale: Tensor  # F with F Fᵀ = |∇² log p|⁻¹, shape (T, P, D, D)
-
-
-@torch.no_grad()
-def ascend(
-    log_joint: LogJoint, starts: Tensor, steps: int, tick: Callable[[], Any] = int
-) -> Points:
-    """At most so many steps of Newton's method from P starts (P, D), evaluated as batches.
-
-    The Hessian's eigenvalues are taken by their absolute values (Dauphin et al. 2014), so every
-    step ascends; of several lengths the best is taken. Hessians are differences of gradients in
-    the units of the last scale, so latents of any magnitude are alike. Paths end without gains.
-    """
-    z, dim = starts, starts.shape[-1]
-    scale = torch.eye(dim, dtype=z.dtype, device=z.device).expand(len(z), dim, dim)
-    lengths = z.new_tensor(LENGTHS)
-    value = log_joint.values_and_gradients(z)[0]
-    least = FLAT + log_joint.runs.dear * torch.finfo(z.dtype).eps * value.abs()  # of long sums
-    flat, found = torch.zeros(len(z), dtype=torch.long, device=z.device), []
-    for step in range(steps):
-        going = (flat < FLAT_STEPS).nonzero().squeeze(-1)
-        if not len(going):
-            break
-        part, rescaled = z[going], scale[going]
-        for _ in range(2 if step == 0 else 1):  # the first one again, in units that fit
-            gradient, rescaled = rescale(log_joint, part, rescaled)
-        scale = scale.index_copy(0, going, rescaled)
-        found.append(Points(z, value, scale))
-        tick()
-        direction = (rescaled @ rescaled.mT @ gradient.unsqueeze(-1)).squeeze(-1)
-        trials = part + lengths[:, None, None] * direction
-        values, gradients = log_joint.values_and_gradients(trials.reshape(-1, dim))
-        finite = values.isfinite() & gradients.isfinite().all(-1)
-        best, index = values.where(finite, -torch.inf).reshape(len(lengths), -1).max(0)
-        gain = best - value[going]
-        flat[going] = torch.where(gain > least[going], 0, flat[going] + 1)
-        better = (gain > 0).nonzero().squeeze(-1)
-        z = z.index_copy(0, going[better], trials[index[better], better])
-        value = value.index_copy(0, going[better], best[better])
-    return Points(*(torch.stack(parts) for parts in zip(*found, strict=True)))
-
-
-def rescale(log_joint: LogJoint, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient at z (P, D), and F with F Fᵀ = |∇² log p|⁻¹; where not finite, F before."""
-    num, dim = z.shape
-    step = torch.finfo(z.dtype).eps ** (1 / 4)  # of so little, one side will do
-    points = torch.cat([z.unsqueeze(1), z.unsqueeze(1) + step * scale.mT], 1)
-    _, gradients = log_joint.values_and_gradients(points.reshape(-1, dim))
-    gradients = gradients.reshape(num, dim + 1, dim)
-    curvature = (gradients[:, :1] - gradients[:, 1:]) @ scale / step
-    curvature = (curvature + curvature.mT) / 2
-    largest = torch.finfo(z.dtype).max ** 0.5  # beyond it the eigenvalues do not converge
-    finite = (curvature.abs() < largest).flatten(1).all(1)[:, None, None]
-    flat = torch.eye(dim, dtype=z.dtype, device=z.device)
-    values, vectors = torch.linalg.eigh(curvature.where(finite, flat))
-    values = values.abs().clamp(min=FLATTEST)
-    return gradients[:, 0], scale @ (vectors / values.sqrt().unsqueeze(-2)) @ vectors.mT

@@ -156,6 +156,14 @@ def bound_scores(log_weights: Tensor, group_size: int = 1) -> Tensor:
     return torch.where(alive, scores, scores[alive].mean()) - _log_share(grouped)
 
 
+def mean_scores(log_weights: Tensor) -> Tensor:
+    """The mean of :func:`bound_scores`, in groups of 1, of each column of (S, C); ∞ if all lost."""
+    inside = log_weights.isfinite()
+    share = inside.to(log_weights).mean(0)
+    mean = log_weights.where(inside, 0.0).sum(0) / inside.sum(0)
+    return (-mean - (1 + LOST) * share.log()).nan_to_num(torch.inf, torch.inf)
+
+
 def nothing_left(scores: Tensor, dim: int = 1) -> str:
     """Why a fit may end with these negative log weights, shape (S,); empty while it may not.
 

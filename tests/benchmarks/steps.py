@@ -2,8 +2,9 @@
 
 And of a full affine layer alone beside ``AutoMultivariateNormal``, both in Pyro's SVI, with 1,000
 latents; of fits of 1,500 steps that are recorded after the first, beside steps as they come, with
-all that a fit does between its steps; and of an amortised guide at 1,000 rows, beside the same
-with a table for its network, and Pyro's SVI of it. ``python tests/benchmarks/steps.py`` writes
+all that a fit does between its steps; of an amortised guide at 1,000 rows, beside the same with a
+table for its network, and Pyro's SVI of it; and of ``calibrate``, beside its fits one by one.
+``python tests/benchmarks/steps.py`` writes
 ``notebooks/results/steps.json``: medians over rounds in which all contenders take turns, and the
 ratios of their times to ours.
 """
@@ -128,7 +129,14 @@ def many(fit: Callable[[], pf.Fit], first: int) -> float:
     return found.seconds / found.steps
 
 
-def compare(contenders: dict[str, Callable[[], float]]) -> dict[str, dict]:
+def calibrated(num: int, fit: Callable | None = None) -> float:
+    """Seconds a data set of ``calibrate``."""
+    start = time.perf_counter()
+    pf.calibrate(model, pf.AutoPlanarFlow, num_simulations=num, fit=fit, **QUIET)
+    return (time.perf_counter() - start) / num
+
+
+def compare(contenders: dict[str, Callable[[], float]], unit: str = "step") -> dict[str, dict]:
     """Medians, and their ratios to the time of "pyroflow" in the same round."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
@@ -136,7 +144,7 @@ def compare(contenders: dict[str, Callable[[], float]]) -> dict[str, dict]:
             pyro.clear_param_store()
             times[name].append(contender())
     medians = {name: statistics.median(values) for name, values in times.items()}
-    found = {"milliseconds a step": {name: round(1e3 * t, 3) for name, t in medians.items()}}
+    found = {f"milliseconds a {unit}": {name: round(1e3 * t, 3) for name, t in medians.items()}}
     found["times ours"] = {name: round(t / medians["pyroflow"], 2) for name, t in medians.items()}
     ratios = {
         n: sorted(t / o for t, o in zip(v, times["pyroflow"], strict=True))
@@ -164,6 +172,9 @@ def main() -> None:
         found[f"{fit.__name__.replace('_', ' ')}, 1,500 steps"] = compare(
             {name: partial(many, fit, first) for name, first in ways.items()}
         )
+    alone = partial(pf.fit_guide, steps=500, num_particles=32, progress=False)
+    ways = {"pyroflow": partial(calibrated, 100), "one by one": partial(calibrated, 5, alone)}
+    found["calibration by 100 data sets"] = compare(ways, "data set")
     found |= {
         "particles": PARTICLES,
         "threads": torch.get_num_threads(),

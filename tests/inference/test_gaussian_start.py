@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.inference.gaussian_start import (
-    Gaussian,
-    ascend,
-    best_gaussian,
-    initialize,
-    rescale,
-)
+from pyroflow.inference.ascent import ascend, rescale
+from pyroflow.inference.gaussian_start import Gaussian, best_gaussian, initialize
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.log_joint import LogJoint
 from pyroflow.model.runs import Runs

@@ -39,7 +39,7 @@ PARTS: dict[str, tuple[Part, float]] = {
     "speed": (speed, 80.0),
     "by default": (by_default, 60.0),
     "tests": (suite, 90.0),
-    "fits": (fits, 130.0),
+    "fits": (fits, 190.0),
 }
 
 

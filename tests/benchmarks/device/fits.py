@@ -22,6 +22,7 @@ from .parts import Cases, Record
 
 SCHOOLS = "eight_schools-centred_10"  # whose evidence is that of the other form too
 DRAWS, LAYERS, STEPS = 128, 16, 600
+SIMULATED = 1000  # data sets of a calibration
 EARLY = 20  # steps, over which rounding has not grown
 QUIET = {"progress": False, "seed": 0}
 GUIDES = {
@@ -44,6 +45,7 @@ def fits(device: str, quick: bool) -> Cases:
         partial(of_guide, groups, pf.AutoStructuredFlow, (y, s), *options),
     )
     yield "logistic regression", partial(of_posterior, device, 500 if quick else 100_000)
+    yield "calibration, eight schools", partial(of_calibration, at, 20 if quick else SIMULATED)
 
 
 def of_density(device: str, steps: int | None) -> Record:
@@ -81,6 +83,14 @@ def of_posterior(device: str, rows: int) -> Record:
     with torch.device("cpu"):
         judged = scale.judge("logistic", x.cpu(), y.cpu(), there)
     return {"gap": judged["KL"], "level": post.level, "seconds in all": seconds}
+
+
+def of_calibration(args: tuple, num: int) -> Record:
+    """Seconds that the fits to so many simulated data sets take, and the verdict."""
+    start = time.perf_counter()
+    found = pf.calibrate(schools, pf.AutoPlanarFlow, args, num_simulations=num, **QUIET)
+    seconds = {"seconds in all": time.perf_counter() - start}
+    return {"data sets": num, "fits": found.fits, "calibrated": found.calibrated, **seconds}
 
 
 def course(fit: pf.Fit) -> Record:
