@@ -87,15 +87,13 @@ def _starts(log_joint: LogJointOfData, start: Tensor, paths: int) -> Tensor:
 
 def _along(points: Points) -> tuple[Tensor, Tensor, Tensor]:
     """Points spread over each path, one after the other, their scales, and if they are new."""
-    moved = points.value[1:] != points.value[:-1]
-    steps = torch.arange(1, len(moved) + 1, device=moved.device).unsqueeze(1)
-    last = (
-        (moved * steps).amax(0) if len(moved) else moved.new_zeros(moved.shape[1], dtype=torch.long)
-    )
-    share = torch.linspace(1, 0, ALONG, device=moved.device)
+    steps = torch.arange(len(points.value), device=points.z.device).unsqueeze(1)
+    moved = points.value != points.value.roll(1, 0)
+    last = (moved * steps).amax(0)  # of step 0 nothing counts
+    share = torch.linspace(1, 0, ALONG, device=steps.device)
     at = (last.unsqueeze(1) * share).round().long()
     fresh = torch.cat([torch.ones_like(at[:, :1]), at.diff()], 1) != 0
-    path = torch.arange(len(at), device=moved.device).unsqueeze(1)
+    path = torch.arange(len(at), device=steps.device).unsqueeze(1)
     return *(t[at, path].flatten(0, 1) for t in (points.z, points.scale)), fresh.flatten()
 
 
@@ -119,10 +117,8 @@ def best_starts(log_joint: LogJointOfData, start: Tensor) -> Gaussians:
     going = [i for i in whose if math.isfinite(best[i][0].bound)]
     test, num = normal_pairs(TESTED_BY, start[0]), max(AROUND, 4 * start.shape[1])
     for _ in range(CENTRED):
-        before, tried = (
-            {i: best[i][0].bound for i in going},
-            _suggested(log_joint, best, going, num),
-        )
+        before = {i: best[i][0].bound for i in going}
+        tried = _suggested(log_joint, best, going, num)
         for way in zip(*tried.values(), strict=True):
             at = {i: each for i, each in zip(going, way, strict=True) if each is not None}
             if not at:
@@ -155,9 +151,8 @@ def _put(
 def _keep_better(
     best: list[tuple[Gaussian, Place]], whose: list[int], found: Gaussians, places: Sequence[Place]
 ) -> None:
-    for i, loc, scale, bound, place in zip(
-        whose, *found[:2], found[2].tolist(), places, strict=True
-    ):
+    rows = zip(whose, *found[:2], found[2].tolist(), places, strict=True)
+    for i, loc, scale, bound, place in rows:
         if bound > best[i][0].bound:
             best[i] = Gaussian(loc, scale, bound), place
 
@@ -175,7 +170,6 @@ def _suggested(
         return {}
     z = torch.stack([z for *_, z in read.values()])
     there = evaluated(log_joint, z, torch.tensor(going, device=z.device))
-    found = {
-        i: suggested(coordinates, *read[i], *both) for i, *both in zip(going, *there, strict=True)
-    }
+    rows = zip(going, *there, strict=True)
+    found = {i: suggested(coordinates, *read[i], *both) for i, *both in rows}
     return {i: (each + [None, None])[:2] for i, each in found.items()}

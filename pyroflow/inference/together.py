@@ -58,11 +58,18 @@ def train(
 ) -> Tensor:
     """Train M flows by as many bounds at once, each as :class:`Trainer` would.
 
-    All ends in the states with the best bounds on fixed draws. Of each flow a step without a finite
-    loss or gradient is left out.
+    All end in the states with the best bounds on fixed draws. A gradient that is not finite counts
+    as zero, for its own flow alone.
+
+    Args:
+        flows: where they start.
+        log_joint: of the data set of each.
+        steps: of Adam.
+        num_particles: draws of a step.
+        lr: highest learning rate.
 
     Returns:
-        The negative bounds in the end, shape (M,); ∞ where steps in a row had to be left out.
+        The negative bounds in the end, shape (M,); ∞ where many gradients in a row were not finite.
     """
     return _Training(flows, log_joint, LearningRateSchedule(steps), num_particles, lr).run()
 
