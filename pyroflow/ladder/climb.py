@@ -138,7 +138,7 @@ class _Climb:
         with seeded(self.seed):
             self.flow.setup(*self.args, **self.kwargs)
             flow = self.flow = _made(self.model, self.flow.latent_dim)
-            problem = self._problem(flow)
+            problem = _problem(self.model, flow, self.args, self.kwargs)
             bound = LogJointBound(problem, "elbo", 1, None, seed=self.seed)
         make = partial(_made, self.model, flow.latent_dim)
         mixing = Mixing(problem, (flow, bound), make, self.seed)
@@ -161,20 +161,6 @@ class _Climb:
                 return
             if not fit.steps and len(mixing.parts) < 2:  # with nothing left to gain
                 return
-
-    def _problem(self, guide: AutoFlow) -> BoundModel:
-        problem, valid = inspected(self.model, guide, self.args, self.kwargs)
-        check_latents(problem)
-        check_whole(problem)
-        if problem.learns:
-            raise ValueError(
-                "the model has parameters (pyro.param, or of a PyroModule), and a posterior is of "
-                "its latents alone: train them by fit_guide with a guide, or give them priors by "
-                "pyro.sample"
-            )
-        if not valid and guide.latent_dim > WIDEST_WARM_START:
-            refuse_nonfinite(problem)
-        return problem
 
     def _holds(self, guide: AutoFlow | MixtureGuide, name: str, twice: bool = True) -> bool:
         """Whether the guide's draws hold two checks, or one; the better guide so far is kept."""
@@ -274,6 +260,22 @@ class _Climb:
             self.args,
             self.kwargs,
         )
+
+
+def _problem(model: Callable, guide: AutoFlow, args: tuple, kwargs: dict) -> BoundModel:
+    """Model and guide, found to fit together."""
+    problem, valid = inspected(model, guide, args, kwargs)
+    check_latents(problem)
+    check_whole(problem)
+    if problem.learns:
+        raise ValueError(
+            "the model has parameters (pyro.param, or of a PyroModule), and a posterior is of "
+            "its latents alone: train them by fit_guide with a guide, or give them priors by "
+            "pyro.sample"
+        )
+    if not valid and guide.latent_dim > WIDEST_WARM_START:
+        refuse_nonfinite(problem)
+    return problem
 
 
 def _is_wide(dim: int) -> bool:
