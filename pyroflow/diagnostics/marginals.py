@@ -13,7 +13,7 @@ from pyroflow.model.records import Record, Values
 from pyroflow.model.supports import bijection, preimage
 
 LIMIT = 0.1  # of a standard deviation in a mean, and of itself in a standard deviation
-SURE = 2.0  # standard errors
+SURE, SURE_OF = 2.0, 256  # standard errors, of so many latents at most; more where these are more
 # What the k-hats of weight times a latent or its square may exceed the threshold by, where two
 # kinds of draws are compared: the largest of many is high by its noise, and the square adds to
 # any tail.
@@ -174,11 +174,14 @@ def disagreement(
 ) -> tuple[float, str]:
     """The largest difference of two sets of moments, and its words; above 1 it is too large.
 
-    In units of ``LIMIT`` above what standard errors of the differences (D,) explain.
+    In units of ``LIMIT`` above what standard errors of the differences (D,) explain. Of more than
+    256 latents it is so many errors that one is exceeded by chance as often as with 256.
     """
     mean = (one.mean - other.mean) / other.sd
     sd = (one.sd / other.sd).log()
-    over = torch.stack([mean.abs() - SURE * errors[0], sd.abs() - SURE * errors[1]]) / LIMIT
+    chance = torch.special.ndtr(mean.new_tensor(-SURE)) * min(1.0, SURE_OF / len(names))
+    sure = -torch.special.ndtri(chance)
+    over = torch.stack([mean.abs() - sure * errors[0], sd.abs() - sure * errors[1]]) / LIMIT
     over = over.nan_to_num(torch.inf)
     index = int(over.max(0).values.argmax())
     worst = over[:, index].max().item()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pyroflow as pf
 from pyroflow.diagnostics import Report
-from pyroflow.diagnostics.marginals import Columns, disagreement, marginals
+from pyroflow.diagnostics.marginals import Columns, Moments, disagreement, marginals
 from pyroflow.diagnostics.psis import pareto_smooth, tail_shapes
 from pyroflow.diagnostics.wider import wide_draws
 from pyroflow.model.bound import BoundModel
@@ -288,6 +288,19 @@ class TestParts:
         assert size == pytest.approx(math.log(1.5) / 0.1)
         assert words == "the sd of c by a factor of 1.50"
         assert disagreement(one.names, one.smoothed, one.smoothed, none)[0] <= 0
+
+    def test_thousands_of_latents_do_not_disagree_by_chance(self) -> None:
+        num, error = 10_000, 0.05
+        names, one, noise = [str(i) for i in range(num)], torch.ones(num), torch.full((num,), error)
+        exact = Moments(torch.zeros(num), one, noise, noise)
+        for seed in range(5):
+            torch.manual_seed(seed)
+            off = exact._replace(mean=error * torch.randn(num), sd=(error * torch.randn(num)).exp())
+            assert disagreement(names, off, exact, (noise, noise))[0] < 1
+        off.mean[17] = 0.4
+        size, words = disagreement(names, off, exact, (noise, noise))
+        assert size > 1
+        assert words == "the mean of 17 by 0.40 sd"
 
     @pytest.mark.parametrize("df", [None, 5.0])
     def test_wider_draws_have_the_density_that_they_are_weighed_by(self, df: float | None) -> None:
