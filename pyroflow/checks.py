@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T, P = TypeVar("T"), ParamSpec("P")
 
 
 def check_count(name: str, value: int, minimum: int) -> int:
@@ -39,6 +44,49 @@ def check_fraction(name: str, value: float) -> float:
     if not isinstance(value, Real) or not 0 < value < 1:
         raise ValueError(f"{name} must be a fraction between 0 and 1, got {value!r}")
     return value
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raise ``ValueError`` if it is a name that torch has for no device."""
+    try:
+        if isinstance(device, str):
+            torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be a device of torch, such as 'cpu', 'cuda' (an NVIDIA GPU) or 'mps', "
+            f"got {device!r}"
+        ) from error
+
+
+def known_options(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function name the option that was meant, where a keyword is none."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        check_option_names(function.__name__, options, known)
+        return function(*args, **options)
+
+    return call
+
+
+def check_option_names(
+    function: str, options: Iterable[str], known: list[str], of_model: Collection[str] = ()
+) -> None:
+    """Raise ``TypeError`` for a keyword that a function does not take, with the way out."""
+    for name in options:
+        if name in known:
+            continue
+        close = get_close_matches(name, known, n=1)
+        if name in of_model and "kwargs" in known:
+            way_out = f"it is an argument of the model: give kwargs={{{name!r}: ...}}"
+        elif name in ("optim", "optimizer"):
+            way_out = "its optimiser is its own: set lr= and steps=, or train by Pyro's SVI"
+        elif close:
+            way_out = f"did you mean {close[0]}?"
+        else:
+            way_out = f"it takes {', '.join(known)}"
+        raise TypeError(f"{function} has no option {name!r}: {way_out}")
 
 
 def check_data(

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyroflow.arviz import labels
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import pareto_smooth, systematic
+from pyroflow.guides.arguments import data_into_args
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.draws import Draws, draw
@@ -28,14 +29,15 @@ if TYPE_CHECKING:
     from xarray import Dataset, DataTree
 
 
+@data_into_args("num_samples")
 @one_at_a_time
 def to_arviz(
     model: Callable,
     guide: Callable,
+    *data: Any,
     args: tuple = (),
     kwargs: dict[str, Any] | None = None,
     num_samples: int = 1000,
-    *,
     resample: bool = False,
     seed: int | None = 0,
     dims: labels.Dims | None = None,
@@ -68,7 +70,9 @@ def to_arviz(
     Args:
         model: A Pyro model.
         guide: A guide for its latents, fitted.
-        args: Arguments of both, with the data.
+        data: Arguments of both, with the data, as in Pyro's ``svi.step(x, y)``. A tuple or list in
+            first place is taken as ``args``, and a dict or None after it as ``kwargs``.
+        args: The same as a tuple: for a model whose first argument is a tuple or list.
         kwargs: Keyword arguments of both.
         num_samples: S.
         resample: Whether the draws are resampled by ``weight``, so that they follow the posterior
@@ -187,7 +191,7 @@ def _tried(ahead: list[Runs], latents: dict[str, Tensor], size: int, groups: str
             return runs.evaluate(latents, size)
         except FAILURES as error:
             why = f"{groups} left out, as the model cannot be sampled: {error!r}"
-    warnings.warn(why, stacklevel=5)
+    warnings.warn(why, stacklevel=6)
     return {}
 
 

@@ -10,11 +10,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
+from torch import nn
 from tqdm.auto import tqdm
 
 from pyroflow.calibration.batched import Batched, Simulated
 from pyroflow.calibration.result import Calibration, summarise
-from pyroflow.checks import check_count, check_fraction
+from pyroflow.checks import check_count, check_fraction, known_options
 from pyroflow.inference.guide import fit_guide
 from pyroflow.model.bound import BoundModel, signature_of
 from pyroflow.model.draws import draw
@@ -26,6 +27,7 @@ PARTICLES = 32  # of the default fit
 SimulatedSites = dict[str, str | None]
 
 
+@known_options
 @one_at_a_time
 def calibrate(
     model: Callable,
@@ -102,6 +104,12 @@ def calibrate(
     check_count("num_samples", num_samples, 1)
     check_count("steps", steps, 1)
     check_fraction("level", level)
+    if isinstance(make_guide, nn.Module) or not callable(make_guide):
+        raise TypeError(
+            "make_guide must make a new guide for each data set, such as AutoPlanarFlow or "
+            "lambda model: AutoPlanarFlow(model, 8), got "
+            f"{type(make_guide).__name__}, made already"
+        )
     args, kwargs = tuple(args), dict(kwargs or {})
     with seeded(seed):  # by itself, as this run of the model is no simulation
         sites = _sites_to_simulate(BoundModel(model, None, args, kwargs), data)
@@ -123,6 +131,12 @@ def calibrate(
         with pyro.get_param_store().scope():
             truth, _, observed, *arguments = simulate(number)
             guide = make_guide(observed)
+            if not callable(guide):
+                raise TypeError(
+                    "make_guide must return a guide when it is called with a model, got "
+                    f"{type(guide).__name__}: for a guide that is a function itself, give "
+                    "lambda model: guide"
+                )
             alone(observed, guide, *arguments)
             draws = draw(BoundModel.for_weights(observed, guide, *arguments), num_samples).sites
         return {n: (v < truth[n]).double().sum(0) for n, v in draws.items()}

@@ -17,6 +17,7 @@ from pyroflow.diagnostics.rows import RowWeights, Weighed
 from pyroflow.diagnostics.verdict import advice_on_fit, is_undecided, judge
 from pyroflow.diagnostics.wider import WideReport, wide_draws
 from pyroflow.guides import AutoStructuredFlow
+from pyroflow.guides.arguments import data_into_args
 from pyroflow.guides.flow_guide import FlowGuide
 from pyroflow.inference.census import WIDEST, Mode, census, starts_around
 from pyroflow.inference.missed import Missed, missed_by, modes_missed, shares_missed
@@ -34,10 +35,12 @@ NUMBERS = 2**25  # in a set of draws of all rows
 POINTS, FEW_POINTS = 128, 16  # at which the log joint is evaluated at a time, and of many rows
 
 
+@data_into_args("num_samples", "seed", "max_sets")
 @one_at_a_time
 def diagnose(
     model: Callable,
     guide: Callable,
+    *data: Any,
     args: tuple = (),
     kwargs: dict[str, Any] | None = None,
     num_samples: int = 10_000,
@@ -64,7 +67,9 @@ def diagnose(
     Args:
         model: A Pyro model.
         guide: A fitted guide for it, of any kind.
-        args: Positional arguments of model and guide.
+        data: Arguments of model and guide, as in Pyro's ``svi.step(x, y)``. A tuple or list in
+            first place is taken as ``args``, and a dict or None after it as ``kwargs``.
+        args: The same as a tuple: for a model whose first argument is a tuple or list.
         kwargs: Keyword arguments of model and guide.
         num_samples: Draws of a set, at least 100; fewer, down to 1,000, where the data are many.
         seed: Makes the report reproducible, without touching the global generator; None for other

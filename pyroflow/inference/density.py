@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflow.checks import check_count, check_data, check_fraction
+from pyroflow.checks import check_count, check_data, check_fraction, known_options
 from pyroflow.flows import Flow
 from pyroflow.inference.fit import Fit, Objective, check_options, trainable
 from pyroflow.inference.processes import held, processes
@@ -23,6 +23,7 @@ CONDITIONAL = {"steps": 2000, "polish": 0, "lr": 0.005}
 POLISHED_ROWS = 20_000  # as many as keep an evaluation within tens of milliseconds
 
 
+@known_options
 def fit_density(
     flow: Flow,
     data: Any,
@@ -87,7 +88,8 @@ def fit_density(
     polish = defaults["polish"] if polish is None else polish
     lr = defaults["lr"] if lr is None else lr
     check_count("polish", polish, 0)
-    check_options(steps=steps, batch_size=batch_size, lr=lr, seed=seed, checkpoint=checkpoint)
+    options = {"lr": lr, "seed": seed, "checkpoint": checkpoint, "device": device}
+    check_options(steps=steps, batch_size=batch_size, **options)
     check_fraction("holdout", holdout)
     ours = processes()
     seed, checkpoint, progress = ours.options(seed, checkpoint, progress)

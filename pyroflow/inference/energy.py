@@ -12,6 +12,7 @@ import torch
 from pyro.distributions import TransformedDistribution
 from torch import Tensor
 
+from pyroflow.checks import known_options
 from pyroflow.flows import Flow, draw_from, log_prob_at_fixed
 from pyroflow.inference.fit import Fit, Objective, check_options, trainable
 from pyroflow.inference.objectives import bound_scores, cut_loss
@@ -25,6 +26,7 @@ SCORED_DRAWS = 4096
 RISE = 2.3  # nats that an energy must gain far out: half of what the heaviest proper tail gains
 
 
+@known_options
 def fit_energy(
     flow: Flow,
     energy: Callable[[Tensor], Tensor],
@@ -76,7 +78,8 @@ def fit_energy(
         10
     """
     steps = _default_steps(annealing) if steps is None else steps
-    check_options(steps=steps, num_particles=num_particles, lr=lr, seed=seed, checkpoint=checkpoint)
+    options = {"lr": lr, "seed": seed, "checkpoint": checkpoint, "device": device}
+    check_options(steps=steps, num_particles=num_particles, **options)
     _check_annealing(annealing, steps)
     if not isinstance(flow, Flow):
         raise TypeError(f"flow must be a pyroflow.Flow, got {type(flow).__name__}")
@@ -195,7 +198,7 @@ def _warn_of_flat_axes(flow: Flow, energy: Callable) -> None:
             f"{flow.input_dim - 1}) from 100 to 1,000,000: exp(−U) can then hardly have a finite "
             "integral, and mass leaks away without end. Contain it: add a term that rises outside "
             "the region of interest, such as 8 * (z.abs() - 4).relu().square().sum(-1)",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyroflow.checks import check_count, check_positive, differing
+from pyroflow.checks import check_count, check_device, check_positive, differing
 from pyroflow.guides import AmortizedPlanarGuide, AutoFlow
 from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.io import read_data, write_data
@@ -215,6 +215,7 @@ def check_options(**options: Any) -> None:
         if name in options:
             check_count(name, options[name], 1)
     check_positive("lr", options["lr"])
+    check_device(options["device"])
     seed, checkpoint = options["seed"], options["checkpoint"]
     if seed is not None and check_count("seed", seed, 0) >= 2**63:
         raise ValueError(f"seed must be below 2**63, got {seed}")

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoStructuredFlow
+from pyroflow.guides.arguments import data_into_args
 from pyroflow.inference.fit import Fit, check_options, check_precision, has_path, missing
 from pyroflow.inference.gaussian_start import TICKS
 from pyroflow.inference.guide_fit import RATE, GuideFit, refuse_nonfinite
@@ -29,13 +30,14 @@ STEPS = 3000
 TRIES = 3  # draws that a model may fail before it is refused
 
 
+@data_into_args()
 @one_at_a_time
 def fit_guide(
     model: Callable,
     guide: Callable,
+    *data: Any,
     args: tuple = (),
     kwargs: dict[str, Any] | None = None,
-    *,
     steps: int | None = None,
     num_particles: int | None = None,
     lr: float = RATE,
@@ -78,7 +80,9 @@ def fit_guide(
     Args:
         model: a Pyro model.
         guide: a guide for it, such as :class:`~pyroflow.AutoPlanarFlow`; trained in place.
-        args: positional arguments of model and guide.
+        data: arguments of model and guide, as in Pyro's ``svi.step(x, y)``. A tuple or list in
+            first place is taken as ``args``, and a dict or None after it as ``kwargs``.
+        args: the same as a tuple: for a model whose first argument is a tuple or list.
         kwargs: keyword arguments of model and guide.
         steps: the most optimiser steps; by default 3000. A guide that grows takes them anew at
             each depth, and is annealed at the first.
@@ -122,7 +126,7 @@ def fit_guide(
         >>> sorted(guide.median())
         ['z']
     """
-    options = {"lr": lr, "seed": seed, "checkpoint": checkpoint}
+    options = {"lr": lr, "seed": seed, "checkpoint": checkpoint, "device": device}
     check_options(steps=_or_one(steps), num_particles=_or_one(num_particles), **options)
     _check_objective(objective, group_size, num_particles)
     ours = processes()
@@ -182,7 +186,7 @@ def fit_guide(
                 f"the guide is at one mode: {missing(found.missed, found.missed_share)}. Take "
                 "posterior, which fits one flow at each mode and mixes them, or let guides start "
                 "at each (init_loc_fn)",
-                stacklevel=3,
+                stacklevel=4,
             )
         return found
 
@@ -200,7 +204,7 @@ def _by_log_joint(problem: BoundModel, *args: Any, **options: Any) -> LogJointBo
         warnings.warn(
             "the fit is by Pyro's traces, of the rows that each step has alone, and keeps the last "
             f"state, as no log joint of all rows is to be had: {why}",
-            stacklevel=4,
+            stacklevel=5,
         )
         return None
 

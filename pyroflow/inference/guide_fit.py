@@ -283,7 +283,7 @@ def _warn_of_mixing(site: str | None) -> None:
             "is: its control flow or its indices depend on the latents. The fit is not to be "
             "trusted there; diagnose runs the draws one by one. Write the model with "
             "torch.where, and with indices from the right, as in z[..., 0]",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

@@ -14,6 +14,7 @@ from pyroflow.checks import check_count
 from pyroflow.diagnostics import Report
 from pyroflow.diagnostics.diagnose import checked
 from pyroflow.guides import AutoFlow, AutoStructuredFlow, AutoSylvesterFlow
+from pyroflow.guides.arguments import data_into_args
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.inference.guide import inspected
 from pyroflow.inference.guide_fit import WIDEST_WARM_START, fit_flow, refuse_nonfinite
@@ -40,12 +41,13 @@ LAYERS = 6  # of the flow
 MOST_LEAPS = 16  # of a trajectory of chains that go on, where more steps of the fit are left
 
 
+@data_into_args()
 @one_at_a_time
 def posterior(
     model: Callable,
+    *data: Any,
     args: tuple = (),
     kwargs: dict[str, Any] | None = None,
-    *,
     seed: int = 0,
     num_samples: int = 10_000,
     progress: bool = True,
@@ -69,7 +71,9 @@ def posterior(
 
     Args:
         model: a Pyro model.
-        args: its positional arguments.
+        data: its arguments, as in Pyro's ``svi.step(x, y)``. A tuple or list in
+            first place is taken as ``args``, and a dict or None after it as ``kwargs``.
+        args: the same as a tuple: for a model whose first argument is a tuple or list.
         kwargs: its keyword arguments.
         seed: makes the result reproducible, without touching the global generator.
         num_samples: draws, at least 1,000; those of chains are fewer where latents are thousands.
@@ -79,7 +83,7 @@ def posterior(
         Draws and verdict, the guide, and how it was reached.
 
     Raises:
-        TypeError: If the model is not callable, or args no tuple.
+        TypeError: If the model is not callable, or the arguments are no tuple and dict.
         RuntimeError: If the model has no latents.
         ValueError: If a latent is discrete, a plate subsamples, the latents change from run to run,
             or the log density is finite nowhere near the start (each names the site); if the
@@ -97,11 +101,7 @@ def posterior(
     """
     check_count("num_samples", num_samples, 1000)
     check_count("seed", seed, 0)
-    if not callable(model):
-        raise TypeError(f"model must be a Pyro model, a callable, got {type(model).__name__}")
-    if not isinstance(args, tuple | list):
-        raise TypeError(f"args must be a tuple, as in args=(y,), got {type(args).__name__}")
-    climb = _Climb(model, tuple(args), dict(kwargs or {}), seed, num_samples, progress)
+    climb = _Climb(model, args, dict(kwargs or {}), seed, num_samples, progress)
     try:
         climb.run()
     except KeyboardInterrupt:

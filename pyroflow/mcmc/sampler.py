@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
+from pyroflow.guides.arguments import data_into_args
 from pyroflow.mcmc.chains import Chains, Recorded, is_short, judge, result, times_as_long
 from pyroflow.mcmc.convergence import LEAST_DRAWS
 from pyroflow.mcmc.hmc import HMC
@@ -40,16 +41,17 @@ MOST_THIN, MARGIN = 4, 1.2  # steps to a draw, and by how much they exceed what 
 Kernel = Independence | HMC | RowWise
 
 
+@data_into_args("num_samples", "num_chains", "seed")
 @one_at_a_time
 def mcmc(
     model: Callable,
     guide: AutoFlow,
+    *data: Any,
     args: tuple = (),
     kwargs: dict[str, Any] | None = None,
     num_samples: int = 1000,
     num_chains: int | None = None,
     seed: int | None = 0,
-    *,
     warmup: int | None = None,
     method: str = "auto",
     wide: float = 0.05,
@@ -93,15 +95,15 @@ def mcmc(
     Args:
         model: A Pyro model.
         guide: A guide of the :class:`~pyroflow.AutoFlow` family, fitted to it.
-        args: Positional arguments of model and guide.
+        data: Arguments of model and guide, as in Pyro's ``svi.step(x, y)``. A tuple or list in
+            first place is taken as ``args``, and a dict or None after it as ``kwargs``.
+        args: The same as a tuple: for a model whose first argument is a tuple or list.
         kwargs: Keyword arguments of model and guide.
         num_samples: Draws of each chain, at least 4.
         num_chains: C; by default 128, 16 of more than 256 latents, and 8 where each point takes a
             run of the model.
-        seed: Makes the draws reproducible, without touching the global generator; None for others
-            each time.
-        warmup: Steps before those, which are left out; by default 100, and 400 where HMC does
-            half of them or all.
+        seed: Makes draws reproducible without touching the global generator; None for new draws.
+        warmup: Steps before those, left out; by default 100, and 400 where HMC does half or all.
         method: One of the four above, or "auto".
         wide: Part of the proposals that come from the wider distribution, from 0 to below 1.
         progress: Show a progress bar.
@@ -245,9 +247,7 @@ def check_guide(guide: AutoFlow) -> None:
         )
 
 
-def _bound(
-    model: Callable, guide: AutoFlow, args: tuple, kwargs: dict[str, Any] | None
-) -> BoundModel:
+def _bound(model: Callable, guide: AutoFlow, args: tuple, kwargs: dict | None) -> BoundModel:
     """Model and guide, found to fit together."""
     check_guide(guide)
     check_latents(start := BoundModel(model, args=args, kwargs=kwargs))

@@ -59,7 +59,7 @@ class BoundModel:
         guide_runs: the guide, which samples its latents.
 
     Raises:
-        ValueError: If the guide does not sample a latent site of the model.
+        ValueError: If the guide does not sample a latent site of the model, or has the data.
 
     Example:
         >>> from pyroflow import AutoPlanarFlow
@@ -132,6 +132,7 @@ class BoundModel:
         self.observed = [name for name, site in sampled.items() if _has_data(site)]
         if self.guide_trace is not None:
             _check_covered(self)
+            _check_not_swapped(self)
         self.plates = _plates(self.model_trace)
         guided = _plates(self.guide_trace or Trace())
         frames = [*self.plates.values(), *guided.values()]
@@ -186,6 +187,16 @@ def _check_covered(bound: BoundModel) -> None:
                 "write a mixture distribution, or enumerate it and train with Pyro's "
                 "TraceEnum_ELBO and SVI"
             )
+
+
+def _check_not_swapped(bound: BoundModel) -> None:
+    nodes = prune_subsample_sites(bound.guide_trace).nodes.items()
+    guided = [name for name, site in nodes if site["type"] == "sample" and _has_data(site)]
+    if guided and not bound.observed:
+        raise ValueError(
+            f"model and guide are swapped: the second has data at site {guided[0]!r}, and the "
+            "first has none: call with (model, guide, ...)"
+        )
 
 
 def check_whole(bound: BoundModel) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pyroflow.checks import check_device
 from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow
 from pyroflow.guides.mixture import MixtureGuide
@@ -117,7 +118,8 @@ def load(
         FileNotFoundError: If there is no such file.
         OSError: If it is a folder, or a file that must not be read.
         ValueError: If the file is not of :func:`save`, is damaged (a checksum tells), claims more
-            than it holds, or is of a later version; if the model has other latents, by site.
+            than it holds, or is of a later version; if the model has other latents, by site; if
+            torch has no such device.
         TypeError: If the model is not callable, or is given for a flow.
         RuntimeError: If the device is not there.
 
@@ -137,6 +139,7 @@ def load(
     """
     if model is not None and not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
+    check_device(device)
     path, device = Path(path), torch.empty(0, device=device).device  # fails on one that is not here
     file = _read(path, device)
     if file["kind"] == "flow" and model is not None:

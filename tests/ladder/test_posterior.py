@@ -193,7 +193,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="num_samples"):
         pf.posterior(gaussian, seed=0, num_samples=10)
     with pytest.raises(TypeError, match="args must be a tuple"):
-        pf.posterior(rows, torch.zeros(5), seed=0)
+        pf.posterior(rows, args=torch.zeros(5), seed=0)
     with pytest.raises(TypeError, match="model must be a Pyro model"):
         pf.posterior(None, seed=0)
 
