@@ -14,7 +14,7 @@ from pyro.optim import PyroOptim
 
 from pyroflow.checks import check_option_names
 from pyroflow.flows import Flow
-from pyroflow.model.bound import signature_of
+from pyroflow.model.arguments import arrays_at_fault, parameters_of
 
 T, P = TypeVar("T"), ParamSpec("P")
 
@@ -38,24 +38,22 @@ def data_into_args(*positional: str) -> Callable[[Callable[P, T]], Callable[P, T
         def call(*given: Any, **options: Any) -> T:
             led, data = given[: len(leading)], given[len(leading) :]
             named = dict(zip(leading, led, strict=False)) | options
-            check_option_names(name, options, known, _keywords(named.get("model")))
+            check_option_names(name, options, known, parameters_of(named.get("model")))
             _refuse_misplaced(name, data)
             options = _with_args(name, data, options, ("args", "kwargs", *positional))
             if named.keys() >= set(leading):
                 check_kinds(name, named["model"], named.get("guide", _no_guide))
-            return function(*led, **options)
+            try:
+                return function(*led, **options)
+            except Exception as error:
+                given = options.get("args", ()), options.get("kwargs") or {}
+                if said := arrays_at_fault(named.get("model"), *given):
+                    raise TypeError(said) from error
+                raise
 
         return call
 
     return decorate
-
-
-def _keywords(model: object) -> list[str]:
-    """What a model takes by keyword."""
-    try:
-        return list(signature_of(model).parameters)
-    except (TypeError, ValueError):
-        return []
 
 
 def _with_args(name: str, data: tuple, options: dict, slots: tuple[str, ...]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pyroflow.inference.objectives import DRAWS, OBJECTIVES, LogJointBound
 from pyroflow.inference.processes import held, processes
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, described
 from pyroflow.inference.trace_bound import TraceBound
+from pyroflow.model.arguments import warn_of_forgotten_data
 from pyroflow.model.bound import BoundModel, check_latents
 from pyroflow.seeds import one_at_a_time, seeded
 
@@ -113,10 +114,16 @@ def fit_guide(
         that the guide does not draw, they are in ``missed``, and a warning says so.
 
     Raises:
+        TypeError: If the model fails by an array that is no tensor, or what is given is no model,
+            guide or argument (here and in the other functions of a model).
         ValueError: If a latent site is discrete or not sampled by the guide, if the density is
             finite nowhere near the start (both name the sites), if the latents are not those that
             the guide was made for, the guide has no parameters, an option is out of range, or the
             checkpoint is of another fit or in use by one.
+
+    Warns:
+        UserWarning: If the model observes nothing, as its data were not given; if the guide is at
+            one of several modes.
 
     Example:
         >>> from pyroflow import AutoPlanarFlow
@@ -139,6 +146,7 @@ def fit_guide(
             settings["log joint of a draw"] = start.fingerprint
         if set_up:
             guide.check_model(start.model_trace)  # whether it was made for these latents
+        warn_of_forgotten_data(model, args, kwargs or {})
         problem, valid = inspected(model, guide, args, kwargs)
         check_latents(problem)
         if isinstance(guide, nn.Module):

@@ -31,6 +31,7 @@ from pyroflow.ladder.checks import (
 from pyroflow.ladder.mixing import Mixing
 from pyroflow.ladder.result import Posterior, Rung
 from pyroflow.mcmc import Chains
+from pyroflow.model.arguments import warn_of_forgotten_data
 from pyroflow.model.bound import BoundModel, check_latents, check_whole
 from pyroflow.seeds import between_draws, one_at_a_time, seeded
 
@@ -101,6 +102,7 @@ def posterior(
     """
     check_count("num_samples", num_samples, 1000)
     check_count("seed", seed, 0)
+    warn_of_forgotten_data(model, args, kwargs or {})
     climb = _Climb(model, args, dict(kwargs or {}), seed, num_samples, progress)
     try:
         climb.run()

@@ -82,7 +82,7 @@ class BoundModel:
         self.given, self.model = model, PriorsAtLatents()(model)
         self.runs = Runs(self.model, self.args, self.kwargs)
         if guide is None:
-            self.model_trace, self.learns = _run_at_start(model, self.args, self.kwargs, start)
+            self.model_trace, self.learns = run_at_start(model, self.args, self.kwargs, start)
         else:
             self._run_at_draw()
         self._read(prune_subsample_sites(self.model_trace))
@@ -244,8 +244,8 @@ def check_sites(bound: BoundModel) -> None:
             )
 
 
-def _run_at_start(
-    model: Callable, args: tuple, kwargs: dict[str, Any], start: Values | None
+def run_at_start(
+    model: Callable, args: tuple, kwargs: dict[str, Any], start: Values | None = None
 ) -> tuple[Trace, bool]:
     """A run at the given latents where they fit, else at draws; and whether it has parameters."""
 
