@@ -44,11 +44,11 @@ class ModuleGuide(KnownRows, AutoGuide):
 
     Attributes:
         latents: after the first call, the table of the model's latents.
-        plate: the plate whose rows have latents of their own, which may subsample.
+        local_plates: those whose rows have latents of their own, which may subsample.
     """
 
     latents: Latents
-    plate: str | None = None
+    local_plates: tuple[str, ...] = ()
     _unpickled: tuple[str, ...] = ("_model",)  # what no pickle holds
 
     def setup(self, *args: Any, **kwargs: Any) -> ModuleGuide:
@@ -99,7 +99,7 @@ class ModuleGuide(KnownRows, AutoGuide):
                 "the sites to infer"
             )
         self.set_latents(self._in_full(latents))
-        refuse_subsampled(self.latents, self.plate)
+        refuse_subsampled(self.latents, self.local_plates)
         refuse_moving_supports(self.model, self.latents, args, kwargs)
 
     def start(self) -> Tensor:

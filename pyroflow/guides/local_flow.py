@@ -120,5 +120,11 @@ class LocalFlow(nn.Module):
         planar = self.planar[0].at(*values[:3])
         return dist.TransformedDistribution(self.base(), [planar, self.affine.at(*values[3:])])
 
+    @property
+    def untouched(self) -> bool:
+        """Whether all rows still have one Gaussian."""
+        last = [] if self.linear is None else [self.linear.nn.weight]
+        return not any(bool(t.any()) for t in (self.shift, self.stretch, *self.tables, *last))
+
     def _start(self) -> list[Tensor]:
         return [self.w, self.u, self.b, *self.affine.trained(), self.shift, self.stretch]

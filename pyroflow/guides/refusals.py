@@ -5,7 +5,7 @@ Each function raises ``ValueError`` with the way out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -32,16 +32,20 @@ _CONSTANT = [value for value in vars(constraints).values() if isinstance(value, 
 _LARGEST_TRIED = 1000  # of the sizes that are offered to a transform which refuses the latents
 
 
-def refuse_subsampled(latents: Latents, plate: str | None) -> None:
-    """For a latent in a plate that subsamples, other than the one whose rows the guide knows.
+def refuse_subsampled(latents: Latents, plates: Sequence[str]) -> None:
+    """For a latent in a plate that subsamples, other than those whose rows the guide knows.
 
     A vector of all latents has no place for those of rows that were not drawn.
     """
-    pairs = [(site, frame) for site in latents for frame in site.plates if frame.name != plate]
+    pairs = [(site, frame) for site in latents for frame in site.plates if frame.name not in plates]
     for site, frame in pairs:
         if frame.full_size is not None and frame.size < frame.full_size:
-            reason = f"the guide has local latents for plate {plate!r} only. Run"
-            if plate is None:
+            reason = (
+                f"the guide has local latents for plate {', '.join(map(repr, plates))} only. Name "
+                f"it too, plate={[*plates, frame.name]}, if its rows have latents of their own; or "
+                "run"
+            )
+            if not plates:
                 reason = (
                     f"the guide would use the same {frame.size} latents for whichever rows are "
                     "drawn. Use pyroflow.AutoStructuredFlow, which knows all rows, or "

@@ -8,11 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
-from pyro.poutine.runtime import NonlocalExit
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Size, Tensor, nn
 
 from pyroflow.guides.refusals import refuse_varying_support
@@ -118,23 +115,15 @@ class Rows:
         """Values by site at unconstrained ones (*B, rows, D), with the dimensions right of them."""
         return self.latents.constrain(local.unflatten(-1, (*(1,) * self.trailing, -1)))[0]
 
-    def check_size(self, size: int, plate: str) -> None:
-        """Raise ``ValueError`` for a plate of other rows than those that were learned."""
-        if size != self.size:
-            raise ValueError(
-                f"plate {plate!r} has {size} rows, and with context=None the guide learned those "
-                f"of {self.size}: new rows need a context, such as context='name of the argument "
-                "with their data'"
-            )
-
 
 def _row_starts(site: LatentSite, plate: str, dim: int) -> Tensor:
     """The unconstrained start values of a local site, shape (B, *event)."""
     others = [frame.name for frame in site.plates if frame.name != plate]
     if others:
         raise ValueError(
-            f"site {site.name!r} lies in plate {others[0]!r} as well as in {plate!r}: nested "
-            f"plates are not supported; in place of plate {others[0]!r} make its dimension one of "
+            f"site {site.name!r} lies in plate {others[0]!r} as well as in {plate!r}, and "
+            "AmortizedPlanarGuide takes latents in one plate each. Use AutoStructuredFlow, which "
+            f"has rows inside rows; or in place of plate {others[0]!r} make its dimension one of "
             "the site's event, with .expand([...]).to_event(1)"
         )
     refuse_varying_support(site)
@@ -262,29 +251,3 @@ def _with_rows(label: str, value: Any) -> Tensor:
     if value.dim() == 0:
         raise ValueError(f"context: {label} must have rows, got a single number")
     return value
-
-
-@torch.no_grad()
-def draw_of(
-    model: Callable, plate: str, values: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """How a model's plate draws its rows: the sizes and indices that ``pyro.plate`` takes.
-
-    Only the model knows the size that new data give its plate, and the indices that it may
-    pick itself (``subsample=``), which a guide that drew its own would override. It runs up to
-    there, with ``values`` for its latents, so that none has to be drawn.
-    """
-    given = poutine.condition(model, data=values)
-    until = poutine.escape(
-        given, lambda site: site["name"] == plate and isinstance(site["fn"], _Subsample)
-    )
-    try:
-        with poutine.block():
-            until(*args, **kwargs)
-    except NonlocalExit as stopped:
-        fn, index = stopped.site["fn"], stopped.site["value"]
-        return {"size": fn.size, "subsample_size": fn.subsample_size, "subsample": index}
-    raise ValueError(
-        f"plate {plate!r} was not opened with a size in this run of the model: the guide needs "
-        f"pyro.plate({plate!r}, size) in every run"
-    )

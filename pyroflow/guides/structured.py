@@ -16,9 +16,8 @@ from pyroflow.flows.flow import FlowDistribution
 from pyroflow.guides.base import Values
 from pyroflow.guides.layered import AutoSylvesterFlow, Depth
 from pyroflow.guides.refusals import Centring, refuse_bound_rows
-from pyroflow.guides.rows import draw_of
 from pyroflow.guides.structure import places_of, structure_of
-from pyroflow.model.at_hand import Rows, dims_of, places_at_hand, with_rows
+from pyroflow.model.at_hand import Rows, dims_of, draws_of, places_at_hand, with_rows
 from pyroflow.transforms import Arrowhead, Leading, SinhArcsinh
 from pyroflow.transforms.rowwise import at_rows, rows_of
 
@@ -109,10 +108,8 @@ class AutoStructuredFlow(AutoSylvesterFlow):
         alone = self.alone or self._model is None
         if not self.subsampling.plates or alone or self.master is not None:
             return values, plates
-        starts = {site.name: site.value for site in self.drawn(self.subsampling)}
-        index = {}
-        for name in self.subsampling.plates:
-            drawn = draw_of(self.model, name, starts, args, kwargs)
+        index, names = {}, list(self.subsampling.plates)
+        for name, drawn in draws_of(self.model, names, self.latents, args, kwargs).items():
             plates[name] = pyro.plate(name, **drawn, dim=self._prototype_frames[name].dim)
             index[name] = plates[name].indices
         for site in self.latents:

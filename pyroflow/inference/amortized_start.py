@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroflow.guides import AmortizedPlanarGuide, AutoStructuredFlow
+from pyroflow.guides.plate_rows import PlateRows
 from pyroflow.guides.structure import places_of
 from pyroflow.inference.structured_start import structured_start
 from pyroflow.model.bound import BoundModel
@@ -39,8 +40,8 @@ def amortized_start(bound: BoundModel, guide: AmortizedPlanarGuide, num: int) ->
     table = AutoStructuredFlow(bound.given)
     with drawing():
         problem = bound.with_guide(table)
-    kinds = [frozenset([guide.plate])]
-    if table.subsampling.parts > MOST_PARTS or table.kinds != kinds:
+    kinds = [frozenset([plate]) for plate in guide.local_plates]
+    if table.subsampling.parts > MOST_PARTS or {*table.kinds} != {*kinds}:
         return False
     table.find_coordinates(bound.args, bound.kwargs, table.subsampling)
     try:
@@ -52,31 +53,28 @@ def amortized_start(bound: BoundModel, guide: AmortizedPlanarGuide, num: int) ->
         return False
     with drawing(), torch.no_grad():
         z = table.get_posterior().sample((min(DRAWS, max(64, NUMBERS // table.latent_dim)),))
-    first, (places,) = places_of(guide.latents, kinds)
+    first, places = places_of(guide.latents, kinds)
     shared = z[:, first]
     if len(first):
         guide.global_guide.affine.standardize(shared)
         with torch.no_grad():
             shared = guide.global_guide.affine.inv(shared.clone())
-    rows = z[:, places]
-    _least_squares(bound, guide, shared, rows)
-    if guide.local_flow.net is not None:
-        _regress(bound, guide, shared, rows)
+    for part, own in zip(guide.parts, places, strict=True):
+        _least_squares(bound, part, shared, z[:, own])
+        if part.flow.net is not None:
+            _regress(bound, part, shared, z[:, own])
     return True
 
 
 @torch.no_grad()
-def _least_squares(
-    bound: BoundModel, guide: AmortizedPlanarGuide, shared: Tensor, rows: Tensor
-) -> None:
+def _least_squares(bound: BoundModel, part: PlateRows, shared: Tensor, rows: Tensor) -> None:
     """The Gaussian of each row of draws (S, N, d), linear in the globals' (S, G).
 
     Tables have all of it. A network starts at what rows have in common; the location is linear in
     their features.
     """
-    flow, loc, v = guide.local_flow, rows.mean(0), shared
-    if not guide._conditioned:
-        v = shared[:, :0]
+    flow, loc = part.flow, rows.mean(0)
+    v = shared[:, : flow.shift.shape[-1]]  # none where the rows do not depend on them
     middle = v.mean(0)
     spread = (rows - loc).flatten(1)
     slopes = torch.linalg.pinv(v - middle) @ spread  # (G, N d)
@@ -94,8 +92,8 @@ def _least_squares(
     common = [*flow.affine.trained(), flow.shift, flow.stretch]
     for parameter, each in zip(common, found, strict=True):
         parameter.copy_(each.mean(0))
-    if guide.context is not None:
-        features = guide.context(guide.context.rows(bound.args, bound.kwargs), loc)
+    if part.context is not None:
+        features = part.context(part.context.rows(bound.args, bound.kwargs), loc)
         design = features / features.shape[-1]
         weight = torch.linalg.pinv(design - design.mean(0)) @ (found[0] - found[0].mean(0))
         flow.linear.nn.weight.copy_(weight.mT)
@@ -104,10 +102,10 @@ def _least_squares(
         table.copy_(each - parameter)
 
 
-def _regress(bound: BoundModel, guide: AmortizedPlanarGuide, shared: Tensor, rows: Tensor) -> None:
+def _regress(bound: BoundModel, part: PlateRows, shared: Tensor, rows: Tensor) -> None:
     """Fit what each row has to draws of its numbers (S, N, d), given the globals' (S, G)."""
-    parameters = [*guide.local_flow.parameters()]
-    parameters += [] if guide.context is None else [*guide.context.parameters()]
+    parameters = [*part.flow.parameters()]
+    parameters += [] if part.context is None else [*part.context.parameters()]
     adam = torch.optim.Adam(parameters, lr=RATE)
     before = math.inf
     for length in CYCLES:
@@ -115,7 +113,7 @@ def _regress(bound: BoundModel, guide: AmortizedPlanarGuide, shared: Tensor, row
         for step in range(length):
             adam.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / length)) / 2
             with torch.enable_grad():
-                loss = _minus_log_density(bound, guide, shared, rows)
+                loss = _minus_log_density(bound, part, shared, rows)
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -126,16 +124,15 @@ def _regress(bound: BoundModel, guide: AmortizedPlanarGuide, shared: Tensor, row
         before = now
 
 
-def _minus_log_density(
-    bound: BoundModel, guide: AmortizedPlanarGuide, shared: Tensor, rows: Tensor
-) -> Tensor:
+def _minus_log_density(bound: BoundModel, part: PlateRows, shared: Tensor, rows: Tensor) -> Tensor:
     """Of some rows, by the number, in some draws, up to a constant: its mean."""
     num, size = rows.shape[:2]
     with drawing():
         index = torch.randperm(size, device="cpu")[:ROWS].to(rows.device)
         drawn = torch.randint(num, (AT_ONCE,), device="cpu").to(rows.device)
     counts = rows.new_ones(len(index))
-    given = guide.rows_given(index, counts, bound.args, bound.kwargs, sparse=False)
+    at = bound.args, bound.kwargs
+    given = part.given(index, counts, shared.shape[1], *at, sparse=False)
     layers, affine = given._map_parameters()[:3], given._map_parameters()[3:]
     parts = [*(t[:, :0] for t in layers), *affine]  # without planar layers, so far none
     given = RowsGiven(Planar(rows.shape[2], 0), parts, counts)

@@ -30,7 +30,8 @@ class MinibatchBound(LogJointBound):
         sizes = Subsampling.of(self.problem.model_trace)
         if not isinstance(guide, AmortizedPlanarGuide):
             return draws, max(SCORED_LEAST, scored // sizes.parts)
-        _, rows = sizes.plates.get(guide.plate, (0, guide.rows.size))
+        at_hand = [sizes.plates.get(p.plate, (0, p.rows.size)) for p in guide.parts]
+        rows = sum(B for _, B in at_hand)
         return min(draws, max(FEWEST, LAYERED // rows)), min(scored, SCORED_LEAST)
 
     def _make_log_joint(self, num: int) -> LogJointInFull:

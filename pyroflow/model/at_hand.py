@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import NonlocalExit
+from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
 
@@ -166,3 +169,52 @@ def dims_of(
 ) -> list[tuple[int, str]]:
     """The dimensions, from the left, of some plates among those around a site."""
     return [(batch + frame.dim, frame.name) for frame in plates if frame.name in names]
+
+
+class _UntilDrawn(Messenger):
+    """Gives a model's latents values, and ends its run once some plates have drawn their rows.
+
+    Of the values, in a table, there are as many rows as the plates of the run have.
+    """
+
+    def __init__(self, plates: Sequence[str], latents: Latents) -> None:
+        super().__init__()
+        self.left, self.sites, self.found = set(plates), latents.sites, {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.sites:
+            sizes = {frame.name: frame.size for frame in msg["cond_indep_stack"]}
+            (site,) = with_rows(Latents([self.sites[msg["name"]]]), sizes)
+            msg["value"], msg["is_observed"] = site.value, True
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        fn, name = msg["fn"], msg["name"]
+        if name in self.left and isinstance(fn, _Subsample):
+            sizes = {"size": fn.size, "subsample_size": fn.subsample_size}
+            self.found[name] = sizes | {"subsample": msg["value"]}
+            self.left.remove(name)
+            if not self.left:
+                raise NonlocalExit(msg)
+
+
+@torch.no_grad()
+def draws_of(
+    model: Callable, plates: Sequence[str], latents: Latents, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """How a model's plates draw their rows: by name the sizes and indices ``pyro.plate`` takes.
+
+    Only the model knows the size that new data give its plates, and the indices that it may
+    pick itself (``subsample=``), which a guide that drew its own would override. It runs up to
+    there, with values for its latents, so that none has to be drawn.
+    """
+    until = _UntilDrawn(plates, latents)
+    try:
+        with poutine.block(), until:
+            model(*args, **kwargs)
+    except NonlocalExit:
+        return until.found
+    plate = min(until.left)
+    raise ValueError(
+        f"plate {plate!r} was not opened with a size in this run of the model: the guide needs "
+        f"pyro.plate({plate!r}, size) in every run"
+    )

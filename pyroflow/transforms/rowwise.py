@@ -27,30 +27,38 @@ class RowsGiven(Bijection, TransformModule):
         parameters: of B rows of d numbers, those of K planar layers w, u (B, K, d) and b (B, K);
             a (B, d), s before the softplus, A (B, d, d), E and F (B, d, G).
         counts: how often each row counts in the log-determinant, shape (B,).
+        start: where ε_1 begins in x; after v by default. The numbers between, and those after
+            ε_B, stay as they are.
     """
 
     event_dims = {"w": 3, "u": 3, "b": 2, "offset": 2, "raw_scale": 2, "lower": 3}
     event_dims |= {"shift": 3, "stretch": 3}
 
-    def __init__(self, planar: Planar, parameters: Parameters, counts: Tensor) -> None:
+    def __init__(
+        self, planar: Planar, parameters: Parameters, counts: Tensor, start: int | None = None
+    ) -> None:
         Bijection.__init__(self)
         self.planar, self.counts = (planar,), counts  # in a tuple, so as not to be registered
         vars(self).update(zip(self.event_dims, parameters, strict=True))
         self.size = self.shift.shape[-1]
+        self.start = self.size if start is None else start
+        self.end = self.start + self.offset.numel()
 
     def _check(self, name: str, value: Tensor, parameters: Parameters) -> None:
         """Nothing: what it is given has been made for it."""
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[..., : self.size], x[..., self.size :].unflatten(-1, self.offset.shape)
+        rows = x[..., self.start : self.end].unflatten(-1, self.offset.shape)
+        return x[..., : self.size], rows
 
     def _affine(self, v: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Location and scale of the rows, (*S, B, d) each."""
         offset, raw_scale, _, shift, stretch = parameters
         return offset + _from(shift, v), softplus(raw_scale) * _from(stretch, v).exp()
 
-    def _result(self, v: Tensor, rows: Tensor, held: Any, scale: Tensor) -> tuple[Tensor, Any]:
-        return torch.cat([v, rows.flatten(-2)], -1), (held, scale)
+    def _result(self, x: Tensor, rows: Tensor, held: Any, scale: Tensor) -> tuple[Tensor, Any]:
+        parts = [x[..., : self.start], rows.flatten(-2), x[..., self.end :]]
+        return torch.cat(parts, -1), (held, scale)
 
     def _forward(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, Any]:
         (planar,), layers, rest = self.planar, parameters[:3], parameters[3:]
@@ -58,7 +66,7 @@ class RowsGiven(Bijection, TransformModule):
         loc, scale = self._affine(v, rest)
         e, held = planar._forward(e, layers)
         rows = loc + scale * (e + _times(rest[2].tril(-1), e))
-        return self._result(v, rows, held, scale)
+        return self._result(x, rows, held, scale)
 
     def _invert(
         self, y: Tensor, parameters: Parameters, cached: Pair | None
@@ -75,7 +83,7 @@ class RowsGiven(Bijection, TransformModule):
             }
             cached = cached._replace(**inner)
         e, held = planar._invert(e, layers, cached)
-        return self._result(v, e, held, scale)
+        return self._result(y, e, held, scale)
 
     def _log_det(self, intermediates: tuple[Any, Tensor]) -> Tensor:
         (planar,), (held, scale) = self.planar, intermediates

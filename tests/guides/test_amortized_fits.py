@@ -62,7 +62,7 @@ def test_draws_are_scored_as_by_pyro(context: str | None, batch: int | None, opt
     values, _ = guide.latents.constrain(z)
     above = guide.global_guide
     g = above.latents.unconstrain({n: values[n] for n in above.latents.sites}, z)[0]
-    inner = guide.rows.latents
+    inner = guide.parts[0].rows.latents
     rows = {n: values[n].squeeze(-1) for n in inner.sites}
     local = torch.stack([rows["z"], rows["s"].log()], -1)
     features = None if guide.context is None else guide.context(y, z)

@@ -58,7 +58,7 @@ def test_several_constrained_sites_have_their_jacobians(context: str | None) -> 
             site = model_trace.nodes[name]
             log_ratio = log_ratio + site["fn"].log_prob(site["value"])
             log_ratio = log_ratio - trace.nodes[name]["fn"].log_prob(site["value"])
-        local = trace.nodes["_AmortizedPlanarGuide_local"]
+        local = trace.nodes["_AmortizedPlanarGuide_local_rows"]
         weights.append((log_ratio - local["fn"].log_prob(local["value"])).exp())
         t = trace.nodes["t"]["value"]
     assert trace.nodes["s"]["value"].shape == (5000, 4)
