@@ -78,11 +78,15 @@ def refuse_bound_rows(
         for name in {frame.name for frame in site.plates} & sizes.keys():
             if not any(name in names for names in kinds):
                 N, B = sizes[name]
+                reason = (
+                    "and its rows depend on each other given the other latents, or are inside rows "
+                    "of another plate: run this plate in full, or let the outer one subsample"
+                )
+                if B == 1:
+                    reason = "and one row does not show whether rows interact: draw two or more"
                 raise ValueError(
                     f"site {site.name!r} is a latent in plate {name!r}, which subsamples {B} of "
-                    f"{N} rows, and its rows depend on each other given the other latents, or are "
-                    "inside rows of another plate: run this plate in full, or let the outer one "
-                    "subsample"
+                    f"{N} rows, {reason}"
                 )
 
 

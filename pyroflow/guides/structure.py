@@ -122,7 +122,7 @@ def _places(latents: Latents, names: Names, device: torch.device) -> Tensor:
         places = torch.arange(start, start + size, device=device)
         places = places.reshape(site.unconstrained_shape)
         start += size
-        dims = _rows_of(site)
+        dims = {frame.name: frame.dim for frame in site.plates}  # of one row at hand as well
         if not names <= dims.keys():
             continue
         batch = len(site.batch_shape)

@@ -38,8 +38,11 @@ def amortized_start(bound: BoundModel, guide: AmortizedPlanarGuide, num: int) ->
         num: points at which the log joint of some rows is evaluated side by side.
     """
     table = AutoStructuredFlow(bound.given)
-    with drawing():
-        problem = bound.with_guide(table)
+    try:
+        with drawing():
+            problem = bound.with_guide(table)
+    except FAILURES:  # such as rows that interact, or one row at a time, of which none can tell
+        return False
     kinds = [frozenset([plate]) for plate in guide.local_plates]
     if table.subsampling.parts > MOST_PARTS or {*table.kinds} != {*kinds}:
         return False

@@ -115,6 +115,15 @@ def test_random_effects_are_found(context: str | None, batch: int | None) -> Non
         assert guide.median(y[:3])["z"].shape == (3,)
 
 
+def test_one_row_at_a_time_is_enough() -> None:
+    guide = exact_guide("y")
+    problem = BoundModel(rows_model, guide, (Y, 1))
+    scores = MinibatchBound(problem, "elbo", 1, 8, seed=0).score()
+    torch.testing.assert_close(scores, torch.full_like(scores, LOSS))
+    fit = pf.fit_guide(rows_model, guide, (Y, 1), steps=2, seed=0, progress=False)
+    assert fit.best_loss == pytest.approx(LOSS, abs=1e-6)
+
+
 def test_a_minibatch_as_context_is_fitted_by_traces() -> None:
     guide = exact_guide("y")
     index = torch.tensor([11, 2, 7])

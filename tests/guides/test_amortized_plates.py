@@ -261,6 +261,19 @@ def test_plates_that_cross_end_at_the_best_factorised_gaussian() -> None:
     assert report.log_evidence == pytest.approx(evidence, abs=0.3)
 
 
+@pytest.mark.parametrize("batch", [(3, 2), pytest.param((1, 4), marks=SLOW)])
+def test_plates_that_cross_are_fitted_where_both_subsample(batch: Batch) -> None:
+    """Without the start, which has no rows that interact, nor one row at a time."""
+    model, context, (y,) = CASES["crossed"]
+    guide = pf.AmortizedPlanarGuide(model, PLATES, context, num_layers=1, global_layers=1)
+    before = Trace_ELBO(num_particles=500, vectorize_particles=True, max_plate_nesting=2)
+    before = before.loss(model, guide, y)
+    fit = pf.fit_guide(model, guide, (y, batch), steps=60, seed=0, progress=False)
+    assert fit.best_loss < before - 3
+    report = pf.diagnose(model, guide, (y, batch), num_samples=1000, max_sets=1)
+    assert report.elbo == pytest.approx(-fit.best_loss, abs=0.5)
+
+
 def test_its_report_is_of_all_rows_of_both_plates() -> None:
     report = pf.diagnose(beside, exact_guide(), (X, Y, (5, 3)), num_samples=1000)
     assert report.log_evidence == pytest.approx(log_evidence(), abs=1e-6)

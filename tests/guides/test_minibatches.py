@@ -324,6 +324,11 @@ def test_rows_that_are_not_apart_are_refused(model: Callable, expected: str) -> 
         pf.AutoStructuredFlow(model)(2)
 
 
+def test_one_row_does_not_show_whether_rows_interact() -> None:
+    with pytest.raises(ValueError, match=r"'theta'.* 1 of 23 rows.*draw two or more"):
+        pf.AutoStructuredFlow(groups(23)[0])(1)
+
+
 def test_rows_that_the_model_picks_are_fitted_by_traces() -> None:
     def model(index: Tensor) -> None:
         with pyro.plate("rows", 9, subsample_size=3, subsample=index):
