@@ -121,6 +121,8 @@ class Batched:
         first = guides[0]
         for guide in guides:
             problem.guide.latents.check(guide.prototype_trace)
+            if _form(guide) != _form(problem.guide):
+                raise ValueError("make_guide returns guides of several forms")
         data = {n: torch.stack([s.data[n] for s in simulated]) for n in simulated[0].data}
         with between_draws(), pyro.validation_enabled(False):
             first.find_coordinates(*simulated[0][3:])
@@ -135,7 +137,10 @@ class Batched:
                 raise ValueError("the model with its data as inputs says something else")
             flows, sound = _started(log_joint, start, guides)
             negative = train(flows, log_joint, self.steps, self.num_particles, RATE)
-            sound = sound & negative.isfinite() & torch.tensor(same, device=start.device)
+            # Where a prior depends on the data, so do the coordinates that draws are read in.
+            again = log_joint.agrees(flows.draw(1)[0].detach(), models)
+            sound = sound & negative.isfinite()
+            sound = sound & torch.tensor([same, again], device=start.device).all(0)
             truth = {n: torch.stack([s.truth[n] for s in simulated]) for n in first.latents.sites}
             below = self._below(flows, log_joint, truth)
         if not bool(sound.all()):
@@ -165,7 +170,7 @@ class Batched:
 
 def _refusal(problem: BoundModel) -> str:
     """Why a model and its guide are not fitted side by side with others; empty if they are."""
-    guide = problem.guide
+    guide, layers = problem.guide, problem.guide.flow.transforms()
     reasons = {
         "the model has parameters": problem.learns,
         "the model subsamples": bool(problem.subsampled),
@@ -174,11 +179,18 @@ def _refusal(problem: BoundModel) -> str:
         "the guide's centring is given": isinstance(guide.centring_given, dict),
         "the guide has no affine layer": not isinstance(guide.affine, Affine),
         "the latents are many": guide.latent_dim > WIDEST_WARM_START,
-        "the guide has transforms of others": not all(
-            isinstance(t, Bijection) for t in guide.flow.transforms()
-        ),
+        "the guide has transforms of others": not all(isinstance(t, Bijection) for t in layers),
+        "layers of the guide are one": len(set(map(id, layers))) < len(layers),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _form(guide: AutoFlow) -> list[object]:
+    """What guides that are fitted side by side have in common, beside the sizes of their layers."""
+    base = guide.flow.base
+    return [guide.centring_given, type(base), getattr(base, "df", None)] + [
+        type(t) for t in guide.flow.transforms()
+    ]
 
 
 def _started(

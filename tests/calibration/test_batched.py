@@ -54,6 +54,14 @@ def branching(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(z, 1.0 if y.mean() > 0 else 2.0).expand([3]).to_event(1), obs=y)
 
 
+def walk(x: Tensor, y: Tensor) -> None:
+    """The prior of ``level`` lies where the data x do, so that coordinates depend on these."""
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), 3.0).to_event(1), obs=x)
+    level = pyro.sample("level", dist.Normal(x, tau).to_event(1))
+    pyro.sample("y", dist.Normal(level, 2.0).to_event(1), obs=y)
+
+
 @contextmanager
 def spied() -> Iterator[list[tuple]]:
     """The flows, the log joint and the truth of each batch."""
@@ -279,3 +287,31 @@ def test_mean_scores_are_the_means_of_scores() -> None:
     log_weights[:5, 1], log_weights[2:9, 2], log_weights[:, 3] = -torch.inf, torch.nan, torch.nan
     expected = torch.stack([bound_scores(column).mean() for column in log_weights.unbind(1)])
     torch.testing.assert_close(mean_scores(log_weights), expected)
+
+
+def test_coordinates_that_depend_on_the_data_are_noticed() -> None:
+    """Only the data set that they were recorded with may be fitted with others."""
+    args = (torch.zeros(3),) * 2
+    result = pf.calibrate(walk, pf.AutoPlanarFlow, args, **QUICK)
+    assert "one by one" in result.fits
+    alone = pf.calibrate(walk, partial(pf.AutoPlanarFlow, centring=None), args, **QUICK)
+    assert alone.fits == "together"
+
+
+def test_guides_of_several_forms_are_fitted_one_by_one() -> None:
+    options = iter([{}, {"centring": None}, {"base_df": 30.0}, {"base_df": 31.0}] * 2)
+    made = []
+
+    def make(model: Callable) -> pf.AutoPlanarFlow:
+        made.append(pf.AutoPlanarFlow(model, 1, **next(options)))
+        return made[-1]
+
+    result = pf.calibrate(normal, make, (torch.zeros(ROWS, 2),), **QUICK)
+    assert result.fits.startswith("one by one: make_guide returns guides of several forms")
+
+    def tied(dim: int) -> list[pf.Planar]:
+        return [pf.Planar(dim)] * 2
+
+    make = partial(pf.AutoFlow, transforms=tied)
+    result = pf.calibrate(normal, make, (torch.zeros(ROWS, 2),), **QUICK)
+    assert result.fits == "one by one: layers of the guide are one"
