@@ -235,7 +235,7 @@ def test_many_independent_rows_are_treated_as_such() -> None:
     assert post.log_evidence == pytest.approx(exact.evidence, abs=0.05)
 
 
-@pytest.mark.parametrize("refuted", [False, True])
+@pytest.mark.parametrize("refuted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_chains_of_rows_have_the_last_word(monkeypatch: pytest.MonkeyPatch, refuted: bool) -> None:
     """Where they cannot be run, a second set of draws has it."""
     exact, found = poisson_rows(12), []

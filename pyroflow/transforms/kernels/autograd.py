@@ -12,7 +12,8 @@ from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyroflow.transforms.bijection import Bijection, Pair, Parameters
-from pyroflow.transforms.kernels import compiled, per_point, reference, serving, shared
+from pyroflow.transforms.kernels import compiled, per_point, reference, shared
+from pyroflow.transforms.kernels.shared import serving
 from pyroflow.transforms.kernels.units import TANH, Activation, Tanh, Units, constrain, softplus
 
 Pass = shared.Pass | per_point.Pass

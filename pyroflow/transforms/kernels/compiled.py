@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflow.transforms.kernels import per_point, serving, shared
+from pyroflow.transforms.kernels import per_point, shared
+from pyroflow.transforms.kernels.shared import serving
 from pyroflow.transforms.kernels.units import Units
 
 

@@ -14,6 +14,9 @@ costs a quarter of a tanh, and the factors fold into the products.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -27,6 +30,7 @@ DENSE = 4_096  # numbers in a block below which one batched triangular solve bea
 NARROW = 512  # rows up to which an inverse block of 16 units stays in the cache
 FEW_STEPS, MANY_STEPS = 10, 16  # Newton steps for many rows, and for the few that are then left
 BOLD = 4  # steps before a step is held at the origin
+WIDEST = 2048  # an event that fits into the registers of a program
 EARLIEST_END = 3  # before that some element is hardly ever close enough: do not look
 
 
@@ -261,3 +265,25 @@ def _solve_in_turn(r: Tensor, coupling: Tensor, s: Tensor) -> Tensor:
         a[k] = monotone_root(r[k] - torch.mv(h.T, coupling[k]), s[k])
         torch.tanh(a[k], out=h[k])
     return a
+
+
+def serving(kernels: ModuleType, z: Tensor) -> ModuleType:
+    """``shared`` or ``per_point``, or on a GPU with Triton what does the same in few launches.
+
+    Those take units without s too. They are in no graph of operations that is being recorded.
+    """
+    served = z.is_cuda and z.dtype in (torch.float32, torch.float64) and 0 < z.shape[-1] <= WIDEST
+    if not (served and len(z) and torch._C._len_torch_dispatch_stack() == 0 and _has_triton()):
+        return kernels
+    name = kernels.__name__.rpartition(".")[2]
+    return import_module(f"{__package__}.cuda_{name}")
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether Triton is there and finds what it needs, a compiler of C for one."""
+    try:
+        target = import_module("triton").runtime.driver.active.get_current_target()
+        return target.backend == "cuda" and target.arch >= 70
+    except Exception:  # whatever it is, torch's own operations are at hand
+        return False

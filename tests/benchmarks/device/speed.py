@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 import pyroflow as pf
-from pyroflow.transforms.kernels import autograd, per_point, serving, shared
+from pyroflow.transforms.kernels import autograd, per_point, shared
+from pyroflow.transforms.kernels.shared import serving
 
 from ..speed.accuracy import check_agreement
 from ..speed.contenders import Contender, Floor, Ours
