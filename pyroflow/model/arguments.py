@@ -58,10 +58,11 @@ def _is_array(value: object) -> bool:
 
 
 def _tensor(array: Any, dtype: torch.dtype | None) -> Tensor:
-    """A tensor of torch's default dtype, or of whole numbers where no dtype is given."""
+    """A tensor of torch's default dtype and device, or of whole numbers where no dtype is given."""
     copied = np.array(array, order="C")
     fractions = copied.dtype.kind == "f"
-    return torch.tensor(copied, dtype=torch.get_default_dtype() if fractions else dtype)
+    dtype = torch.get_default_dtype() if fractions else dtype
+    return torch.tensor(copied, dtype=dtype, device=torch.get_default_device())
 
 
 def _way_out(wrong: dict[int | str, tuple[Any, Tensor]], names: list[str]) -> str:
