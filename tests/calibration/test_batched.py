@@ -292,9 +292,10 @@ def test_mean_scores_are_the_means_of_scores() -> None:
 def test_coordinates_that_depend_on_the_data_are_noticed() -> None:
     """Only the data set that they were recorded with may be fitted with others."""
     args = (torch.zeros(3),) * 2
-    result = pf.calibrate(walk, pf.AutoPlanarFlow, args, **QUICK)
+    few = QUICK | {"num_simulations": 2}
+    result = pf.calibrate(walk, pf.AutoPlanarFlow, args, **few)
     assert "one by one" in result.fits
-    alone = pf.calibrate(walk, partial(pf.AutoPlanarFlow, centring=None), args, **QUICK)
+    alone = pf.calibrate(walk, partial(pf.AutoPlanarFlow, centring=None), args, **few)
     assert alone.fits == "together"
 
 

@@ -247,6 +247,7 @@ def test_chains_of_rows_have_the_last_word(monkeypatch: pytest.MonkeyPatch, refu
 
     monkeypatch.setattr(climb, "_is_wide", lambda dim: True)
     monkeypatch.setattr(climb, "chains_over", chains_over)
+    monkeypatch.setattr(climb, "STEPS", (300,))
     post = pf.posterior(exact.model, **QUIET)
     assert (found[0].level, found[0].method) == ("good", "globals and rows")
     assert found[0].draws["mu"].std().item() == pytest.approx(exact.mu[1], rel=0.05)
