@@ -46,6 +46,13 @@ def check_fraction(name: str, value: float) -> float:
     return value
 
 
+def check_args(args: object) -> tuple:
+    """Return a model's positional arguments as a tuple; ``TypeError`` for a bare tensor, say."""
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"args must be a tuple, as in args=(y,), got {type(args).__name__}")
+    return tuple(args)
+
+
 def check_device(device: str | torch.device | None) -> None:
     """Raise ``ValueError`` if it is a name that torch has for no device."""
     try:

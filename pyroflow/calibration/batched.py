@@ -123,6 +123,9 @@ class Batched:
             problem.guide.latents.check(guide.prototype_trace)
             if _form(guide) != _form(problem.guide):
                 raise ValueError("make_guide returns guides of several forms")
+        layers = [t for guide in guides for t in guide.flow.transforms()]
+        if len(set(map(id, layers))) < len(layers):
+            raise ValueError("make_guide returns guides with layers that are used twice")
         data = {n: torch.stack([s.data[n] for s in simulated]) for n in simulated[0].data}
         with between_draws(), pyro.validation_enabled(False):
             first.find_coordinates(*simulated[0][3:])
@@ -180,7 +183,6 @@ def _refusal(problem: BoundModel) -> str:
         "the guide has no affine layer": not isinstance(guide.affine, Affine),
         "the latents are many": guide.latent_dim > WIDEST_WARM_START,
         "the guide has transforms of others": not all(isinstance(t, Bijection) for t in layers),
-        "layers of the guide are one": len(set(map(id, layers))) < len(layers),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -188,9 +190,13 @@ def _refusal(problem: BoundModel) -> str:
 def _form(guide: AutoFlow) -> list[object]:
     """What guides that are fitted side by side have in common, beside the sizes of their layers."""
     base = guide.flow.base
-    return [guide.centring_given, type(base), getattr(base, "df", None)] + [
-        type(t) for t in guide.flow.transforms()
-    ]
+    buffers = {n: b.tolist() for n, b in base.named_buffers()}
+    parts: list[object] = [guide.centring_given, type(base), buffers]
+    for t in guide.flow.transforms():
+        activation = getattr(t, "activation", None)
+        options = {n: v for n, v in vars(t).items() if isinstance(v, str | int | float)}
+        parts += [type(t), options, type(activation), getattr(activation, "negative_slope", None)]
+    return parts
 
 
 def _started(

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pyroflow.calibration.batched import Batched, Simulated
 from pyroflow.calibration.result import Calibration, summarise
-from pyroflow.checks import check_count, check_fraction, known_options
+from pyroflow.checks import check_args, check_count, check_fraction, known_options
 from pyroflow.inference.guide import fit_guide
 from pyroflow.model.bound import BoundModel, signature_of
 from pyroflow.model.draws import draw
@@ -110,7 +110,7 @@ def calibrate(
             "lambda model: AutoPlanarFlow(model, 8), got "
             f"{type(make_guide).__name__}, made already"
         )
-    args, kwargs = tuple(args), dict(kwargs or {})
+    args, kwargs = check_args(args), dict(kwargs or {})
     with seeded(seed):  # by itself, as this run of the model is no simulation
         sites = _sites_to_simulate(BoundModel(model, None, args, kwargs), data)
     lifted = poutine.condition(model, data=dict.fromkeys(sites))

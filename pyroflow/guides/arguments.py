@@ -12,7 +12,7 @@ from pyro.infer import ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.optim import PyroOptim
 
-from pyroflow.checks import check_option_names
+from pyroflow.checks import check_args, check_option_names
 from pyroflow.flows import Flow
 from pyroflow.model.arguments import arrays_at_fault, parameters_of
 
@@ -74,12 +74,10 @@ def _with_args(name: str, data: tuple, options: dict, slots: tuple[str, ...]) ->
     if twice := found.keys() & options.keys():
         raise TypeError(f"{name} got {', '.join(sorted(twice))} by position and by keyword too")
     found = {**found, **options}
-    args, kwargs = found.get("args", ()), found.get("kwargs")
-    if not isinstance(args, tuple | list):
-        raise TypeError(f"args must be a tuple, as in args=(y,), got {type(args).__name__}")
+    args, kwargs = check_args(found.get("args", ())), found.get("kwargs")
     if not isinstance(kwargs, Mapping | None):
         raise TypeError(f"kwargs must be a dict or None, got {type(kwargs).__name__} {way_out}")
-    return found | {"args": tuple(args)}
+    return found | {"args": args}
 
 
 def _refuse_misplaced(name: str, data: tuple) -> None:

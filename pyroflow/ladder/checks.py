@@ -109,8 +109,8 @@ def chains_over(
     the flow is off by little in each: then it is HMC alone, from starts that are spread. Where
     rows are independent given globals, each moves by itself, and the globals with all of them.
     """
-    even = report.ess_fraction >= LEAST_SHARE
-    if isinstance(flow, AutoStructuredFlow):
+    even, by_rows = report.ess_fraction >= LEAST_SHARE, isinstance(flow, AutoStructuredFlow)
+    if by_rows:
         each = int(CHAIN_NUMBERS / (CHAINS_BY_ROWS * flow.latent_dim))
         num, each = CHAINS_BY_ROWS, min(MOST_BY_ROWS, max(LEAST_BY_ROWS, each))
         options = {"method": "rows", "spread": not even}
@@ -127,7 +127,7 @@ def chains_over(
         try:
             sampler = Sampler(*given, each, num, **options)
         except FAILURES:
-            if "rows" in options.values():
-                return None  # its rows cannot be told apart
-            raise
+            if not by_rows:
+                raise
+            return None  # its rows cannot be told apart
         return sampler.run_on(each, most_leaps)

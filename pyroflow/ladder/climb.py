@@ -208,9 +208,9 @@ class _Climb:
 
     def _by_chains(self, flow: AutoFlow, mixing: Mixing, most_leaps: float) -> bool:
         """Whether chains agree, where the checks do not say that there is more than they reach."""
+        self.refuted = ""
         if self.latest.missed or len(mixing.modes) > 1:
             return False
-        self.refuted = ""
         chains = chains_over(flow, self.latest, mixing.problem, self.seed, most_leaps)
         if chains is None:
             return False

@@ -19,6 +19,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from pyroflow.checks import check_args
 from pyroflow.model.comparison import PROBES, differs, spread
 from pyroflow.model.latents import started_anywhere
 from pyroflow.model.priors import PriorsAtLatents
@@ -77,7 +78,7 @@ class BoundModel:
         kwargs: dict[str, Any] | None = None,
         start: Values | None = None,
     ) -> None:
-        self.guide, self.args, self.kwargs = guide, tuple(args), dict(kwargs or {})
+        self.guide, self.args, self.kwargs = guide, check_args(args), dict(kwargs or {})
         self.guide_trace: Trace | None = None
         self.given, self.model = model, PriorsAtLatents()(model)
         self.runs = Runs(self.model, self.args, self.kwargs)

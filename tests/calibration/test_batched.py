@@ -300,19 +300,31 @@ def test_coordinates_that_depend_on_the_data_are_noticed() -> None:
 
 
 def test_guides_of_several_forms_are_fitted_one_by_one() -> None:
-    options = iter([{}, {"centring": None}, {"base_df": 30.0}, {"base_df": 31.0}] * 2)
-    made = []
+    few = QUICK | {"num_simulations": 2}
 
-    def make(model: Callable) -> pf.AutoPlanarFlow:
-        made.append(pf.AutoPlanarFlow(model, 1, **next(options)))
-        return made[-1]
+    def one(dim: int) -> list[pf.Planar]:
+        return [pf.Planar(dim)]
 
-    result = pf.calibrate(normal, make, (torch.zeros(ROWS, 2),), **QUICK)
-    assert result.fits.startswith("one by one: make_guide returns guides of several forms")
+    def leaky(slope: float) -> Callable:
+        return lambda dim: [pf.Planar(dim, nonlinearity="leaky_relu", negative_slope=slope)]
+
+    for usual, other in (
+        ({}, {"centring": None}),
+        ({"base_df": 30.0}, {"base_df": 31.0}),
+        ({"transforms": leaky(0.1)}, {"transforms": leaky(0.2)}),
+    ):
+        options = iter([usual, other] * 2)  # once for the fits side by side, once one by one
+
+        def make(model: Callable) -> pf.AutoFlow:
+            given = {"transforms": one} | next(options)  # noqa: B023
+            return pf.AutoFlow(model, **given)
+
+        result = pf.calibrate(normal, make, (torch.zeros(ROWS, 2),), **few)
+        assert result.fits == "one by one: make_guide returns guides of several forms"
 
     def tied(dim: int) -> list[pf.Planar]:
         return [pf.Planar(dim)] * 2
 
     make = partial(pf.AutoFlow, transforms=tied)
-    result = pf.calibrate(normal, make, (torch.zeros(ROWS, 2),), **QUICK)
-    assert result.fits == "one by one: layers of the guide are one"
+    result = pf.calibrate(normal, make, (torch.zeros(ROWS, 2),), **few)
+    assert result.fits == "one by one: make_guide returns guides with layers that are used twice"

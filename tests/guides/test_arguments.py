@@ -14,6 +14,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 import pyroflow as pf
+from pyroflow.model.bound import BoundModel
 from pyroflow.targets import energy
 
 FIT = {"steps": 3, "num_particles": 8, "seed": 0, "progress": False}
@@ -245,4 +246,16 @@ def test_a_device_that_torch_does_not_know(tmp_path) -> None:  # noqa: ANN001
         lambda: pf.load(path, device="gpu"),
     ):
         with pytest.raises(ValueError, match=r"device of torch, such as 'cpu', 'cuda' .* 'gpu'$"):
+            call()
+
+
+def test_arguments_that_are_no_tuple_are_refused_wherever_a_model_is_run() -> None:
+    """A tensor would be taken apart, row by row."""
+    guide = made().setup(X, Y)
+    for call in (
+        lambda: pf.calibrate(regression, pf.AutoPlanarFlow, X, progress=False),
+        lambda: pf.diagnose(regression, guide, args=X),
+        lambda: BoundModel(regression, guide, X),
+    ):
+        with pytest.raises(TypeError, match="args must be a tuple, as in args=.y,., got Tensor"):
             call()

@@ -45,7 +45,7 @@ def by_triton(monkeypatch: pytest.MonkeyPatch) -> Callable:
 
     def path(z: Tensor, units: Units, inverse: bool) -> tuple[Tensor, Tensor]:
         with monkeypatch.context() as patch:
-            patch.setattr(autograd, "serving", lambda kernels, _: THERE[kernels])
+            patch.setattr(autograd, "kernels_for_device", lambda kernels, _: THERE[kernels])
             image, found = autograd.evaluate_stack(z, units, inverse)
         assert found.done is not None
         return image, found.log_det
@@ -209,7 +209,7 @@ def test_strides_and_wants(size: int, inverse: bool, by_triton: Callable) -> Non
 
 def test_planar_and_sylvester_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round trips, cached pairs and second derivatives, through the public calls."""
-    monkeypatch.setattr(autograd, "serving", lambda kernels, _: THERE[kernels])
+    monkeypatch.setattr(autograd, "kernels_for_device", lambda kernels, _: THERE[kernels])
     for t in (pf.Planar(3, 5), pf.Sylvester(3, 2, 2)):
         t = scatter(t, 1.0).to(DEVICE)
         x = torch.randn(9, 3, device=DEVICE, requires_grad=True)
@@ -231,7 +231,7 @@ def test_a_step_is_one_launch_of_a_graph(kernels: ModuleType) -> None:
     z, units = draw(int(kernels is shared), 50, 6, 4)
     z, units = z.to(DEVICE), moved(units, z.dtype)
     leaves = [t.requires_grad_() for t in units[:3]]
-    assert autograd.serving(kernels, z) is THERE[kernels]
+    assert autograd.kernels_for_device(kernels, z) is THERE[kernels]
     found = [torch.zeros_like(t) for t in leaves]
 
     def step() -> None:

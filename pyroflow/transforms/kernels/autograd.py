@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyroflow.transforms.bijection import Bijection, Pair, Parameters
 from pyroflow.transforms.kernels import compiled, per_point, reference, shared
-from pyroflow.transforms.kernels.shared import serving
+from pyroflow.transforms.kernels.shared import kernels_for_device
 from pyroflow.transforms.kernels.units import TANH, Activation, Tanh, Units, constrain, softplus
 
 Pass = shared.Pass | per_point.Pass
@@ -75,7 +75,7 @@ def evaluate_stack(
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # neither records a Function
     rows, able = None, False
     if not tracing:
-        usual, kernels = kernels, serving(kernels, flat)
+        usual, kernels = kernels, kernels_for_device(kernels, flat)
         able = kernels is not usual  # those of a GPU make û themselves
         if units.s is None and not able:
             rows = _constrain_rows(units.W.detach(), units.U.detach())

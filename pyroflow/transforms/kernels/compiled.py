@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroflow.transforms.kernels import per_point, shared
-from pyroflow.transforms.kernels.shared import serving
+from pyroflow.transforms.kernels.shared import kernels_for_device
 from pyroflow.transforms.kernels.units import Units
 
 
@@ -21,7 +21,7 @@ def stack(
 
     The units are :class:`~.units.Units` that all points share, or one set a point.
     """
-    kernels = serving(shared if W.dim() == 2 else per_point, z)
+    kernels = kernels_for_device(shared if W.dim() == 2 else per_point, z)
     done = (kernels.inverse if inverse else kernels.forward)(z, Units(W, U, b, s, size))
     return done.image.contiguous(), done.log_det, done.h, done.pq
 
@@ -33,7 +33,7 @@ def stack_gradients(
     """The gradients in z, W, Û, b and s, given a pass with its gradients as log-determinant."""
     z, W, U, b, s = inputs
     grad_image, image, grad_log_det, h, pq = found
-    kernels = serving(shared if W.dim() == 2 else per_point, z)
+    kernels = kernels_for_device(shared if W.dim() == 2 else per_point, z)
     own = (W @ U.T,) if W.dim() == 2 else ()
     done = kernels.Pass(image, grad_log_det, h, pq, *own)
     units, options = Units(W, U, b, s, size), {"inverse": inverse, "needs": (True, True)}

@@ -267,10 +267,11 @@ def _solve_in_turn(r: Tensor, coupling: Tensor, s: Tensor) -> Tensor:
     return a
 
 
-def serving(kernels: ModuleType, z: Tensor) -> ModuleType:
-    """``shared`` or ``per_point``, or on a GPU with Triton what does the same in few launches.
+def kernels_for_device(kernels: ModuleType, z: Tensor) -> ModuleType:
+    """``kernels``, which is ``shared`` or ``per_point``, or its counterpart in Triton for a GPU.
 
-    Those take units without s too. They are in no graph of operations that is being recorded.
+    Those in Triton take planar units without s too. While operations are recorded as a graph, as
+    by ``make_fx``, it is ``kernels``: Triton's launches would not be seen.
     """
     served = z.is_cuda and z.dtype in (torch.float32, torch.float64) and 0 < z.shape[-1] <= WIDEST
     if not (served and len(z) and torch._C._len_torch_dispatch_stack() == 0 and _has_triton()):

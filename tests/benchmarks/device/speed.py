@@ -12,7 +12,7 @@ from torch.utils.benchmark import Timer
 
 import pyroflow as pf
 from pyroflow.transforms.kernels import autograd, per_point, shared
-from pyroflow.transforms.kernels.shared import serving
+from pyroflow.transforms.kernels.shared import kernels_for_device
 
 from ..speed.accuracy import check_agreement
 from ..speed.contenders import Contender, Floor, Ours
@@ -43,7 +43,8 @@ def of_speed(shape: Shape, device: str, seconds: float) -> Record:
         problem = Problem.draw(shape)
         ours, floor = Ours(problem), Floor(problem)
     check_agreement("ours", *ours.forward(problem.x), reference(*problem.parameters, problem.x))
-    found = timed(ours, floor, problem, seconds, serving(shared, problem.x) is not shared)
+    by_triton = kernels_for_device(shared, problem.x) is not shared
+    found = timed(ours, floor, problem, seconds, by_triton)
     found |= errors(Ours, problem.parameters, problem)
     return found | {"held / (N K)": held(ours, problem, device)}
 
@@ -55,7 +56,8 @@ def of_own(shape: Shape, device: str, seconds: float) -> Record:
         ours, floor = Own(problem), OwnFloor(problem)
     with torch.no_grad():
         problem = Problem(shape, *problem.parameters, problem.x, ours(problem.y)[0])
-    found = timed(ours, floor, problem, seconds, serving(per_point, problem.x) is not per_point)
+    by_triton = kernels_for_device(per_point, problem.x) is not per_point
+    found = timed(ours, floor, problem, seconds, by_triton)
     return found | errors(Own, [p[:COMPARED] for p in problem.parameters], problem)
 
 
@@ -102,7 +104,7 @@ def timed(ours: Ours, floor: Contender, problem: Problem, seconds: float, other:
     }
     took = {name: milliseconds(call, seconds) for name, call in calls.items()}
     if other:
-        with patch.object(autograd, "serving", lambda kernels, _: kernels):
+        with patch.object(autograd, "kernels_for_device", lambda kernels, _: kernels):
             took |= {f"torch, {n}": milliseconds(call, seconds) for n, call in calls.items()}
     for name, call in (("forward", floor.forward), ("train", floor.train)):
         took[f"floor, {name}"] = milliseconds(partial(call, problem.x), seconds)
