@@ -52,6 +52,7 @@ paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MN
 	cd notebooks && $(PAPER) figure1
 	cd notebooks && $(PAPER) figure3
 	cd notebooks && $(PAPER) mnist --data $(abspath $(PYROFLOW_MNIST))
+	cd notebooks && $(PAPER) mnist_validation --data $(abspath $(PYROFLOW_MNIST))
 	cd notebooks && $(PAPER) mnist_speed
 	cd notebooks && $(PAPER) sylvester --data $(abspath $(PYROFLOW_MNIST))
 

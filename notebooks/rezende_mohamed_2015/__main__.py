@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "figure1": "planar and radial layers on a Gaussian and a uniform (Figure 1)",
     "figure3": "the four energies of Table 1, planar beside NICE (Figure 3)",
     "mnist": "a deep latent Gaussian model of MNIST (Figure 4, Table 2); needs --data",
+    "mnist_validation": "its draws of the training images, on images held out; needs --data",
     "mnist_speed": "an update of that model, beside one with Pyro's planar layers",
     "sylvester": "Sylvester flows on the same model of MNIST; needs --data",
     "cifar": "patches of natural images (Table 3); needs --data",

@@ -58,15 +58,27 @@ def run(options: Options) -> dict[str, Any] | None:
 
 
 def study(
-    name: str, flows: Sequence[Run], layers: Callable[..., list[Transform]], options: Options
+    name: str,
+    flows: Sequence[Run],
+    layers: Callable[..., list[Transform]],
+    options: Options,
+    held_out: float = 0.0,
 ) -> Study:
-    """A comparison of flows on binarised MNIST."""
+    """A comparison of flows on binarised MNIST.
+
+    With ``held_out``, this share of the training images, the last ones, takes the place of the
+    test images.
+    """
     if options.data is None:
         raise ValueError("--data must name the folder of the four MNIST files")
     check_choice("draws", options.draws, tuple(SCHEDULES))
     images = image_files.mnist(options.data)
     training = image_files.binarize(images.train_images, TRAIN_SEED)
     test = image_files.binarize(images.test_images, TEST_SEED)
+    if held_out:
+        first = len(training) - round(held_out * len(training))
+        test = image_files.binarize(images.train_images[first:], TEST_SEED)
+        training = training[:first]
     schedules, samples, more = SCHEDULES, SAMPLES, MORE_SAMPLES
     if options.quick:
         training, test, samples, more = training[:1000], test[:100], 10, 20
@@ -90,8 +102,12 @@ def study(
             "nice_hidden": NICE_HIDDEN,
         },
         grey=images.train_images[: len(training)] if fresh else None,
-        more_samples=lambda run: more if fresh and run.get("K") in MORE_LENGTHS else 0,
+        more_samples=lambda run: more if fresh and _has_more(run) else 0,
     )
+
+
+def _has_more(run: Run) -> bool:
+    return run.get("K") in MORE_LENGTHS and run["seed"] == 0
 
 
 def _on_device(schedule: Schedule, fresh: bool, options: Options) -> Schedule:

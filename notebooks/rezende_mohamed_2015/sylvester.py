@@ -84,16 +84,16 @@ def layers(kind: str, M: int, L: int) -> list[Transform]:
 def draw(report: dict[str, Any]) -> Figure:
     """−ELBO and −ln p(x), with two standard errors over the images."""
     runs = [*report["planar"], *report["runs"]]
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    figure = Figure(figsize=(7, 0.8 + 0.3 * len(runs)), layout="constrained")
     ax = figure.subplots()
     places = range(len(runs))
     for name, title, colour in (("free_energy", "$-$ELBO", "C7"), ("nll", "$-$ln p(x)", "C0")):
         values = [run[name] for run in runs]
         errors = [2 * run[f"{name}_se"] for run in runs]
-        ax.errorbar(places, values, errors, fmt="o", capsize=3, color=colour, label=title)
-    ax.set(xticks=places, ylabel="nats", xlim=(-0.5, len(runs) - 0.5))
-    ax.set_xticklabels([_label(run) for run in runs], fontsize=8)
-    ax.legend(frameon=False)
+        ax.errorbar(values, places, xerr=errors, fmt="o", capsize=3, color=colour, label=title)
+    ax.set(yticks=places, xlabel="nats", ylim=(len(runs) - 0.5, -0.5))
+    ax.set_yticklabels([_label(run) for run in runs], fontsize=8)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 

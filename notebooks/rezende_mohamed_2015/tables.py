@@ -99,6 +99,11 @@ def _mnist(report: Report) -> pd.DataFrame:
     return _of_draws(runs, ["kind", "K"], theirs, "the paper")
 
 
+def _mnist_validation(report: Report) -> pd.DataFrame:
+    table = _of_draws(report["runs"], ["kind", "K"], {}, "")
+    return table.drop(columns=["", "−ln p, S = 5,000"])
+
+
 def _cifar(report: Report) -> pd.DataFrame:
     theirs = {("planar", K): f"{nll:.1f}" for K, nll in cifar.PAPER.items()}
     runs = sorted(report["runs"], key=lambda run: run["K"])
@@ -180,6 +185,7 @@ TABLES: dict[str, Callable[[Report], pd.DataFrame]] = {
     "figure1": _figure1,
     "figure3": _figure3,
     "mnist": _mnist,
+    "mnist_validation": _mnist_validation,
     "mnist_speed": _mnist_speed,
     "sylvester": _sylvester,
     "cifar": _cifar,

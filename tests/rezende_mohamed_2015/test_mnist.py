@@ -14,7 +14,14 @@ from image_cases import write_mnist
 from typer.testing import CliRunner
 
 from pyroflow.transforms import ConditionalPlanar
-from rezende_mohamed_2015 import dlgm_study, image_files, mnist, mnist_drawing, sylvester
+from rezende_mohamed_2015 import (
+    dlgm_study,
+    image_files,
+    mnist,
+    mnist_drawing,
+    mnist_validation,
+    sylvester,
+)
 from rezende_mohamed_2015.__main__ import app
 from rezende_mohamed_2015.dlgm_training import Schedule
 from rezende_mohamed_2015.nice import AdditiveCoupling
@@ -141,7 +148,9 @@ def test_fresh_draws_are_of_the_grey_values_and_all_else_of_the_static_draw(data
     assert dlgm_study.settings(fresh, False) == dlgm_study.settings(static, False)
     asked = [(draws, K) for draws in ("fresh", "static") for K in (0, 10, 80)]
     more = {"fresh": fresh, "static": static}
-    found = [more[draws].more_samples({"kind": "planar", "K": K}) for draws, K in asked]
+    runs = [{"kind": "planar", "K": K, "seed": 0} for _, K in asked]
+    found = [more[draws].more_samples(run) for (draws, _), run in zip(asked, runs, strict=True)]
+    assert more["fresh"].more_samples(runs[0] | {"seed": 1}) == 0  # of one seed, as it is dear
     assert found == [5000, 0, 5000, 0, 0, 0]
 
 
@@ -206,6 +215,25 @@ def test_another_schedule_is_another_file(
     monkeypatch.setattr(mnist, "Schedule", lambda *_, **__: Schedule(60, lr=1e-3, flow_lr=1e-3))
     with pytest.raises(ValueError, match=r"mnist\.json is of a run with schedules="):
         quick(short[0], data, *ONLY)
+
+
+def test_draws_are_compared_on_images_held_out(tmp_path: Path, data: Path) -> None:
+    """A sixth of the 1,000 training images; nothing is trained on them, or on test images."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mnist_validation, "run_study", lambda study, _: asked.append(study))
+        mnist_validation.run(Options(out=tmp_path, data=data))
+    images = image_files.mnist(data)
+    for study, draws in zip(asked, mnist.SCHEDULES, strict=True):
+        assert study.flows == [{"kind": "planar", "K": 20, "draws": draws}]
+        assert study.schedule == mnist.SCHEDULES[draws]
+        assert (len(study.training), len(study.test)) == (833, 167)
+        assert (study.test <= images.train_images[833:]).all()  # ink only where there is grey
+        assert study.grey is None or torch.equal(study.grey, images.train_images[:833])
+    assert [study.grey is None for study in asked] == [True, False]
+    runs = quick(tmp_path, data, module=mnist_validation)["runs"]
+    assert [(run["draws"], run["images"]) for run in runs] == [("fresh", 100), ("static", 100)]
+    assert len(frame("mnist_validation", {"runs": runs})) == 2
 
 
 # Sylvester

@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[Part, float]] = {
     "steps": (steps, 95.0),
     "speed": (speed, 80.0),
     "by default": (by_default, 60.0),
-    "tests": (suite, 90.0),
+    "tests": (suite, 120.0),
     "fits": (fits, 190.0),
 }
 

@@ -39,11 +39,12 @@ def measured(part: Part, device: str, quick: bool, limit: float) -> Iterator[tup
 
 def work(part: Part, device: str, quick: bool, say: Connection) -> None:
     """Measure the cases in this process, and say of each what was found or went wrong."""
-    try:
-        for name, measure in part(device, quick):
-            say.send((name, found(measure)))
-    except Exception:
-        say.send(("stopped", {"error": traceback.format_exc()}))
+    with say:  # closed before the process ends, which takes a GPU's some seconds
+        try:
+            for name, measure in part(device, quick):
+                say.send((name, found(measure)))
+        except Exception:
+            say.send(("stopped", {"error": traceback.format_exc()}))
 
 
 def found(measure: Callable[[], Record]) -> Record:
