@@ -10,20 +10,32 @@ from pyroflow.transforms.kernels import autograd, per_point, reference
 from pyroflow.transforms.kernels.units import TANH, Units, constrain
 
 
+@pytest.mark.parametrize("planar", [False, True], ids=["s", "no s"])
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("cached", [1, 50, 10**6])
 @pytest.mark.parametrize(("N", "K", "D"), [(7, 4, 3), (5, 1, 2), (6, 6, 1), (3, 0, 2), (0, 2, 2)])
 def test_in_chunks_of_any_size(
-    N: int, K: int, D: int, cached: int, inverse: bool, monkeypatch: pytest.MonkeyPatch
+    N: int,
+    K: int,
+    D: int,
+    cached: int,
+    inverse: bool,
+    planar: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With s as units that are û, without as planar layers by u, one of them of norm zero."""
     monkeypatch.setattr(per_point, "CACHED", cached)
     parts = given_planar(D, K, (N,), sd=1.5).parts
     w, u, b = (parts[name].detach() for name in ("w", "u", "b"))
-    units = Units(w, *constrain(w, u)[:1], b, constrain(w, u)[1])
+    if planar and N and K:
+        w[0, 0] = 0.0
+    u_hat, s = constrain(w, u)
+    units = Units(w, u, b, None) if planar else Units(w, u_hat, b, s)
     z, grad_image, grad_log_det = torch.randn(N, D), torch.randn(N, D), torch.randn(N)
     done = (per_point.inverse if inverse else per_point.forward)(z, units)
-    leaves = [t.clone().requires_grad_() for t in (z, *units[:4])]
-    image, log_det, _ = reference.evaluate(leaves[0], Units(*leaves[1:]), inverse, None, TANH)
+    leaves = [t.clone().requires_grad_() for t in (z, *units[:4]) if t is not None]
+    made = Units(*leaves[1:], *[None] * planar)
+    image, log_det, _ = reference.evaluate(leaves[0], made, inverse, None, TANH)
     assert torch.allclose(done.image, image, atol=1e-9)
     assert torch.allclose(done.log_det, log_det, atol=1e-9)
     total = (image * grad_image).sum() + (log_det * grad_log_det).sum()
@@ -31,7 +43,8 @@ def test_in_chunks_of_any_size(
     found = per_point.gradients(
         z, units, done, grad_image, grad_log_det, inverse=inverse, needs=(True, True)
     )
-    for one, other in zip(found, expected, strict=True):
+    assert (found[4] is None) == planar
+    for one, other in zip(found[: 5 - planar], expected, strict=True):
         assert one.shape == other.shape
         assert torch.allclose(one, other, rtol=1e-7, atol=1e-7)
 

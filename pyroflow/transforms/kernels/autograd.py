@@ -75,8 +75,8 @@ def evaluate_stack(
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # neither records a Function
     rows, able = None, False
     if not tracing:
-        usual, kernels = kernels, kernels_for_device(kernels, flat)
-        able = kernels is not usual  # those of a GPU make û themselves
+        kernels = kernels_for_device(kernels, flat)
+        able = kernels is not shared  # the others make û themselves
         if units.s is None and not able:
             rows = _constrain_rows(units.W.detach(), units.U.detach())
     if units.s is None and rows is None and not able:

@@ -43,13 +43,26 @@ def constrain(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     normal number, the denominator stays there and s follows; a wᵀu < −1/2 is exempt, as it
     needs the true norm to stay invertible (and with it a ‖u‖ beyond 1e9).
     """
-    v, tiny = (w * u).sum(-1, keepdim=True), torch.finfo(w.dtype).tiny
-    norm2 = w.square().sum(-1, keepdim=True)
+    found = constraint((w * u).sum(-1, keepdim=True), w.square().sum(-1, keepdim=True))
+    return u + found.coefficient * w, found.s
+
+
+class Constraint(NamedTuple):
+    """û = u + coefficient · w, and s; the denominator, and the share of its floor that ‖w‖² has."""
+
+    coefficient: Tensor
+    s: Tensor
+    denominator: Tensor
+    share: Tensor
+
+
+def constraint(v: Tensor, norm2: Tensor) -> Constraint:
+    """What :func:`constrain` makes of v = wᵀu and ‖w‖², element by element."""
+    tiny = torch.finfo(v.dtype).tiny
     floor = torch.full_like(v, math.sqrt(tiny)).masked_fill(v < -0.5, tiny)
-    share = (norm2 / floor).clamp(max=1)
-    u_hat = u + (softplus(-v) - 1) / torch.maximum(norm2, floor) * w
+    share, denominator = (norm2 / floor).clamp(max=1), torch.maximum(norm2, floor)
     s = share * softplus(v) + (1 - share) * (1 + v)
-    return u_hat, s.clamp(min=tiny)
+    return Constraint((softplus(-v) - 1) / denominator, s.clamp(min=tiny), denominator, share)
 
 
 class Tanh:
