@@ -16,7 +16,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-from test_devices import QUICK, TASKS, model
+from test_devices import QUICK, TASKS, model, amortised_guide
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
@@ -93,7 +93,13 @@ def by_traces(y: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "task", [*TASKS, chains, pytest.param(one_call, marks=pytest.mark.slow), by_traces]
+    "task",
+    [
+        *(task for task in TASKS if task is not amortised_guide),
+        chains,
+        by_traces,
+        *(pytest.param(task, marks=pytest.mark.slow) for task in (one_call, amortised_guide)),
+    ],
 )
 def test_all_that_is_made_says_where(
     task: Callable[[Tensor], list[Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

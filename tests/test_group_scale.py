@@ -112,7 +112,13 @@ def test_ten_thousand_groups_that_are_not_normal(family: str) -> None:
     assert 0.9 < found["sd"] < 1.1
 
 
-@pytest.mark.parametrize("way", list(group_scale.WAYS)[1:])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=[pytest.mark.slow][: way != "AutoNormal"])
+        for way in list(group_scale.WAYS)[1:]
+    ],
+)
 def test_other_guides_are_trained(way: str) -> None:
     found = groups.data("normal", 5, 10)
     model = partial(groups.model, "normal")

@@ -31,7 +31,8 @@ Path(f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
 # Seed 0 on two devices is one whose guide, from where ``setup`` leaves it, stays too narrow.
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_the_example_finds_the_exact_posterior(tmp_path: Path, devices: int) -> None:
     (code,) = re.findall(r"```python\n(import lightning.*?)```", GUIDE.read_text(), re.DOTALL)
     assert "devices=1" in code

@@ -129,6 +129,7 @@ def test_recorded_functions_run_inside() -> None:
     assert losses[0][2] < 1.5 * losses[1][2]
 
 
+@pytest.mark.slow
 def test_compiled_functions_draw_the_same() -> None:
     torch._dynamo.reset()
     step = torch.compile(lambda z: z.sin() + torch.randn(5), backend="aot_eager")

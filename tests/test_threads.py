@@ -150,7 +150,13 @@ def test_seeded_calls_repeat_and_leave_the_global_generator(
     assert _same(task(), first)
 
 
-@pytest.mark.parametrize("tasks", [(density, flow_guide), (amortised_guide, calibration)])
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        (density, flow_guide),
+        pytest.param((amortised_guide, calibration), marks=pytest.mark.slow),
+    ],
+)
 def test_two_threads_have_the_results_of_one(tasks: tuple[Callable, ...]) -> None:
     _check_threads(list(tasks))
 

@@ -215,6 +215,7 @@ def evidence_of_uneven() -> float:
     return log_p.flatten().logsumexp(0).item() + math.log((mu[1] - mu[0]) * (t[1] - t[0]))
 
 
+@pytest.mark.slow
 def test_uneven_groups_are_centred_as_their_data_say() -> None:
     guide = pf.AutoSylvesterFlow(uneven, num_layers=4)
     fit = pf.fit_guide(uneven, guide, steps=300, seed=0, progress=False)

@@ -269,7 +269,7 @@ SHARES = {components: 0.5, one_factor: 0.5, lesser_mode: 0.2}
 
 @pytest.mark.parametrize(
     "model",
-    [components, pytest.param(one_factor, marks=pytest.mark.slow), lesser_mode],
+    [components, *(pytest.param(m, marks=pytest.mark.slow) for m in (one_factor, lesser_mode))],
     ids=lambda model: model.__name__,
 )
 def test_modes_are_looked_for_above_256_latents(model: Callable) -> None:

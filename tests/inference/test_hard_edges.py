@@ -181,6 +181,7 @@ def test_importance_weighted_bounds_keep_inside(objective: str) -> None:
     assert fit.skipped_particles > 0
 
 
+@pytest.mark.slow
 def test_an_energy_with_a_wall() -> None:
     """U = z on z > 0: −ln Z = 0, and F is above it."""
 

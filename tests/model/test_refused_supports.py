@@ -113,7 +113,7 @@ def compass(prior: dist.VonMises, readings: Tensor) -> Callable:
     ("prior", "readings"),
     [
         (angle(0.0, 0.5), torch.tensor([2.9, -2.8, 3.1])),  # the posterior lies across ±π
-        (angle(1.0, 2.0), torch.tensor([0.5])),
+        pytest.param(angle(1.0, 2.0), torch.tensor([0.5]), marks=pytest.mark.slow),
         (angle(-3.0, 0.1), torch.tensor([])),  # nearly uniform
     ],
 )

@@ -87,6 +87,7 @@ def test_two_processes_have_the_parameters_of_one_with_both_shares(tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rank0.pt", "rank1.pt", "run.pt"]
 
 
+@pytest.mark.slow
 def test_the_command_runs_on_two_processes(tmp_path: Path) -> None:
     data = write_mnist(tmp_path / "data", 1000, 100)
     out = tmp_path / "out"
