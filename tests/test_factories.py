@@ -16,7 +16,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-from test_devices import QUICK, TASKS, model, amortised_guide
+from test_devices import QUICK, TASKS, amortised_guide, model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
