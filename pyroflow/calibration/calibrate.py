@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -86,6 +87,9 @@ def calibrate(
             no latents, does not take a named argument, has a factor or an improper prior, which
             cannot be drawn from, or a plate that subsamples; if an option is out of range.
 
+    Warns:
+        UserWarning: If the data sets are too few to judge by, with how many would do.
+
     References:
         Yao, Vehtari, Simpson and Gelman, Yes, but Did It Work?: Evaluating Variational Inference,
         2018, https://arxiv.org/abs/1802.02538, section 4 and algorithm 2.
@@ -157,7 +161,11 @@ def calibrate(
                 bar.update()
         rows = [found[number] for number in range(num_simulations)]
         below = {n: torch.stack([row[n] for row in rows]) for n in rows[0]}
-        return summarise({n: (b + 0.5) / (num_samples + 1) for n, b in below.items()}, level, fits)
+        found = {n: (b + 0.5) / (num_samples + 1) for n, b in below.items()}
+        result = summarise(found, level, fits)
+    if result.too_few:
+        warnings.warn(f"{result.too_few}: raise num_simulations", stacklevel=4)
+    return result
 
 
 def _how(together: int, num: int, why: str) -> str:

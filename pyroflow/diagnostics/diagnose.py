@@ -129,7 +129,7 @@ def checked(
         known = report.missed and bound.guide.latent_dim <= WIDEST  # their covariances
         symmetries = find_symmetries(bound.guide, report.modes) if known else []
         funnels = {} if bound.subsampled else find_funnels(bound, report.draws)
-        report.advice += symmetries + advice_on_fit(report, funnels)
+        report.advice += symmetries + advice_on_fit(report, funnels, bound)
     return report
 
 
