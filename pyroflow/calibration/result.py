@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyroflow.checks import check_count
 from pyroflow.model.records import Values
+from pyroflow.shown import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +21,7 @@ POWER, TOO_NARROW = 0.8, 0.5  # chance of seeing a guide with so much of the rig
 
 
 @dataclass(repr=False)
-class Calibration:
+class Calibration(Shown):
     """The result of :func:`calibrate`; tensors are in float64, by latent site.
 
     Attributes:
@@ -98,13 +99,8 @@ class Calibration:
             ax.axis("off")
         return figure
 
-    def __str__(self) -> str:
-        width = max(map(len, self.verdicts))
-        lines = [f"{name:<{width}}  {verdict}" for name, verdict in self.verdicts.items()]
-        head = self.too_few or f"{self.num_simulations} simulated data sets"
-        return "\n".join([head, *lines])
-
-    __repr__ = __str__
+    def _shown(self) -> tuple[str, dict[str, str]]:
+        return self.too_few or f"{self.num_simulations} simulated data sets", self.verdicts
 
 
 def summarise(probabilities: Values, level: float, fits: str) -> Calibration:

@@ -23,6 +23,7 @@ from pyroflow.inference.census import Mode
 from pyroflow.inference.missed import Missed
 from pyroflow.model.draws import Draws, join
 from pyroflow.seeds import seeded
+from pyroflow.shown import Shown
 
 WORST = 3  # rows that are named
 FEWEST = 10  # draws for each number that is fitted to them
@@ -87,7 +88,7 @@ def _less_globals(log_weights: Tensor, leading: Tensor) -> Tensor:
 
 
 @dataclass(repr=False)
-class Report:
+class Report(Shown):
     """The report of :func:`~pyroflow.diagnose`, in nats where it is a log density.
 
     Attributes:
@@ -198,14 +199,14 @@ class Report:
         with seeded(seed):
             return self.draws.at(systematic(self.log_weights, num_samples)).sites
 
-    def __str__(self) -> str:
+    def _shown(self) -> tuple[str, dict[str, str]]:
         low, high = self.khat_interval
         sets = f", mean of {self.num_sets} sets" if self.num_sets > 1 else ""
         rows = {
             "verdict": self.verdict,
-            "ELBO": f"{self.elbo:.3f} ± {self.elbo_se:.3f}",
-            "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",
-            "KL(q ‖ p)": f"{self.gap:.3f}, their difference",
+            "ELBO": f"{self.elbo:.3f} ± {self.elbo_se:.3f} nats",
+            "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f} nats",
+            "KL(q ‖ p)": f"{self.gap:.3f} nats, their difference",
             "ESS": f"{self.ess:.0f} of {self.num_samples} draws ({self.ess_fraction:.1%})",
             "k-hat": f"{self.khat:.2f} (90 % interval {low:.2f} to {high:.2f}{sets}), "
             f"threshold {self.khat_threshold:.2f}",
@@ -228,9 +229,7 @@ class Report:
             rows["rounded"] = f"draws at an edge of the support, at {sites}"
         for number, line in enumerate(self.advice):
             rows["try next" if number == 0 else " " * number] = line
-        return "\n".join(f"{label:<13} {text}" for label, text in rows.items())
-
-    __repr__ = __str__
+        return "", rows
 
 
 def unjudged(

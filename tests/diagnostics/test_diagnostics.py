@@ -85,7 +85,8 @@ class TestClosedForms:
         assert report.level == "bad"
         assert report.khat == pytest.approx(1 - ratio**2, abs=0.2)
         assert report.verdict.startswith(f"do not trust: k-hat {report.khat:.2f} is above 0.70")
-        assert any("fit_guide" in line for line in report.advice)
+        assert "a richer guide: AutoSylvesterFlow" in report.advice[-1]
+        assert not any("fit_guide" in line for line in report.advice)  # which has nothing to train
 
     def test_a_wide_guide_has_bounded_weights(self) -> None:
         assert pf.diagnose(conjugate, normal_guide(ratio=2.0)).khat < 0
