@@ -79,10 +79,12 @@ def _less_globals(log_weights: Tensor, leading: Tensor) -> Tensor:
     finite = log_weights.isfinite()
     known = log_weights.where(finite, 0.0)
     mean = known.sum(0) / finite.sum(0)
+    if not leading.shape[1]:
+        return log_weights - mean
     off = (known - mean).where(finite, 0.0)
     unit = (leading - leading.mean(0)) / leading.std(0).clamp(min=1e-300)
     design = torch.cat([torch.ones_like(unit[:, :1]), unit, unit.square()], 1)
-    if not 1 < design.shape[1] <= len(design) // FEWEST:
+    if not design.shape[1] <= len(design) // FEWEST:
         return log_weights - mean
     return log_weights - mean - design @ torch.linalg.lstsq(design, off).solution
 
