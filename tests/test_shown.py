@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -138,6 +139,12 @@ def test_text_and_html_say_the_same(name: str) -> None:
     assert " ".join(cells.text.split()) == text
     assert inspect.getdoc(shown) == inspect.cleandoc(vars(type(shown))["__doc__"])
     assert pydoc.render_doc(shown).count(type(shown).__name__)
+
+
+def test_a_guide_out_of_a_file_names_no_model(tmp_path: Path) -> None:
+    for guide in (pf.AutoPlanarFlow(model, 1).setup(), mixture()):
+        pf.save(guide, tmp_path / "guide.pt")
+        assert repr(pf.load(tmp_path / "guide.pt")).startswith(f"{type(guide).__name__}\nlatents")
 
 
 def test_names_are_escaped() -> None:
