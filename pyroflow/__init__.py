@@ -1,6 +1,8 @@
 """Planar normalizing flows for Pyro, exact both ways."""
 
+from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 
 from pyroflow import datasets, targets
 from pyroflow.arviz import to_arviz
@@ -91,3 +93,14 @@ __all__ = [
     "targets",
     "to_arviz",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``pyroflow.plots``, which is imported when it is asked for, as it brings in matplotlib."""
+    if name == "plots":
+        return import_module("pyroflow.plots")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__", "plots"])

@@ -21,6 +21,7 @@ from pyroflow.diagnostics import diagnose
 from pyroflow.flows import planar_flow
 from pyroflow.guides import AutoPlanarFlow
 from pyroflow.inference import fit_density, fit_guide
+from pyroflow.inference.callbacks import part_of_a_whole
 from pyroflow.io import write_json
 from pyroflow.plots.drawing import save_figure
 from pyroflow.seeds import seeded
@@ -74,7 +75,8 @@ def run(settings: Settings) -> dict[str, Any]:
     write_json(settings.out / "report.json", report)
     for name, stage in {"sine": sine, "toy": toy, "eight_schools": eight_schools}.items():
         began = time.perf_counter()
-        numbers, rows = stage(settings)
+        with part_of_a_whole():
+            numbers, rows = stage(settings)
         seconds = round(time.perf_counter() - began, 1)
         report["stages"][name] = numbers | {"rows": rows, "seconds": seconds}
         report["complete"] = name == "eight_schools"

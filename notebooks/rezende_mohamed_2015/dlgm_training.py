@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from pyroflow.checks import check_count, check_positive
 from pyroflow.inference.fit import Objective
+from pyroflow.inference.phases import MAX_SKIPPED
 from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.inference.schedule import LearningRateSchedule
-from pyroflow.inference.trainer import MAX_SKIPPED, Trainer
+from pyroflow.inference.trainer import Trainer
 from pyroflow.seeds import seeded
 from rezende_mohamed_2015.dlgm import DLGM
 from rezende_mohamed_2015.dlgm_objective import AnnealedBound, noise_seed
@@ -146,8 +147,8 @@ def train(
         label=name or "train",
         progress=progress and processes.writes,
         checkpoint=checkpoint if processes.writes else None,
-        save_every=every,
     )
+    trainer.save_every = every
     trainer.free_energy, trainer.between = bound.free_energy, between
     with seeded(noise_seed(seed, processes.rank)):  # of launches; other updates have their own
         done = trainer.run()

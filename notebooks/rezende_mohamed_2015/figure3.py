@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pyroflow.flows import Flow, StandardNormal
 from pyroflow.inference import fit_energy
+from pyroflow.inference.callbacks import part_of_a_whole
 from pyroflow.plots.drawing import save_figure
 from pyroflow.seeds import seeded
 from pyroflow.targets import Energy, energy
@@ -129,16 +130,17 @@ def _fitted(run: Run, folder: Path, *, fresh: int, **options: int) -> dict[str, 
     target, kind, seed = energy(ENERGIES[run["energy"]]), run["kind"], run["seed"]
     with seeded(seed):
         flow = make_flow(kind, run["K"])
-    fit = fit_energy(
-        flow,
-        target,
-        annealing=annealing(options["steps"]),
-        lr=RATES[kind],
-        seed=seed,
-        progress=False,
-        checkpoint=_checkpoint(folder, run),
-        **options,
-    )
+    with part_of_a_whole():
+        fit = fit_energy(
+            flow,
+            target,
+            annealing=annealing(options["steps"]),
+            lr=RATES[kind],
+            seed=seed,
+            progress=False,
+            checkpoint=_checkpoint(folder, run),
+            **options,
+        )
     q = copy.deepcopy(flow).double()()
     judged = _judged(q, target, fresh)
     figure3_drawing.keep_density(q.log_prob, judged["kl"], _density_file(folder, run))

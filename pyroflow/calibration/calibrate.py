@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -11,15 +12,16 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import nn
-from tqdm.auto import tqdm
 
 from pyroflow.calibration.batched import Batched, Simulated
 from pyroflow.calibration.result import Calibration, summarise
 from pyroflow.checks import check_args, check_count, check_fraction, known_options
+from pyroflow.inference.callbacks import part_of_a_whole
 from pyroflow.inference.guide import fit_guide
 from pyroflow.model.bound import BoundModel, signature_of
 from pyroflow.model.draws import draw
 from pyroflow.model.records import Values, is_factor
+from pyroflow.progress import progress_bar
 from pyroflow.seeds import one_at_a_time, seeded
 
 PARTICLES = 32  # of the default fit
@@ -70,12 +72,12 @@ def calibrate(
         fit: Called as fit(model, guide, args, kwargs); by default
             :func:`~pyroflow.fit_guide` with 32 particles, or, of a flow over all latents and a
             model that can be recorded with its data as inputs, the same for all data sets at once
-            (``fits`` of the result says so), without a stop rule.
+            (``fits`` of the result says so), without a stop rule. Ctrl-C in a fit ends all.
         steps: Of the default fit.
         level: False alarm rate of all verdicts together, which is shared out evenly.
         seed: Makes the result reproducible, without touching the global generator. The data sets
             of a seed do not depend on how the guides are fitted.
-        progress: Show a progress bar.
+        progress: Show a progress bar, in a notebook or on a terminal.
 
     Returns:
         The probabilities, the tests of every scalar and a verdict on each site.
@@ -84,6 +86,9 @@ def calibrate(
         ValueError: If there is no site to simulate, or one is not in the model; if the model has
             no latents, does not take a named argument, has a factor or an improper prior, which
             cannot be drawn from, or a plate that subsamples; if an option is out of range.
+
+    Warns:
+        UserWarning: If the data sets are too few to judge by, with how many would do.
 
     References:
         Yao, Vehtari, Simpson and Gelman, Yes, but Did It Work?: Evaluating Variational Inference,
@@ -144,8 +149,8 @@ def calibrate(
     alone = fit or partial(fit_guide, steps=steps, num_particles=PARTICLES, progress=False)
     options = {"steps": steps, "num_particles": PARTICLES, "num_samples": num_samples}
     batched, found = Batched(simulate, bound_to, make_guide, **options), {}
-    bar = tqdm(total=num_simulations, desc="calibrate", disable=not progress)
-    with seeded(seed), bar:
+    bar = progress_bar("calibrate", num_simulations, progress)
+    with seeded(seed), bar, part_of_a_whole():
         seeds = torch.randint(2**31, (num_simulations,), device="cpu").tolist()
         if fit is None:
             found = batched.below(range(num_simulations), bar.update)
@@ -156,7 +161,11 @@ def calibrate(
                 bar.update()
         rows = [found[number] for number in range(num_simulations)]
         below = {n: torch.stack([row[n] for row in rows]) for n in rows[0]}
-        return summarise({n: (b + 0.5) / (num_samples + 1) for n, b in below.items()}, level, fits)
+        found = {n: (b + 0.5) / (num_samples + 1) for n, b in below.items()}
+        result = summarise(found, level, fits)
+    if result.too_few:
+        warnings.warn(f"{result.too_few}: raise num_simulations", stacklevel=4)
+    return result
 
 
 def _how(together: int, num: int, why: str) -> str:

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from pyroflow.checks import check_count
 from pyroflow.model.records import Values
+from pyroflow.shown import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLIPS = 9999  # random reflections behind a p-value of symmetry
+POWER, TOO_NARROW = 0.8, 0.5  # chance of seeing a guide with so much of the right sd
 
 
 @dataclass(repr=False)
-class Calibration:
+class Calibration(Shown):
     """The result of :func:`calibrate`; tensors are in float64, by latent site.
 
     Attributes:
@@ -54,6 +56,17 @@ class Calibration:
         """M, the data sets."""
         return len(next(iter(self.probabilities.values())))
 
+    @property
+    def too_few(self) -> str:
+        """Why the data sets are too few to judge by, with how many would do; empty if they do."""
+        scalars = sum(p_value.numel() for p_value in self.dispersion_p_values.values())
+        if self.num_simulations >= (needed := needed_for(self.level, scalars)):
+            return ""
+        return (
+            f"{self.num_simulations} data sets are too few to judge by: it takes {needed} to see "
+            f"with a chance of {POWER:.0%} that a guide's sd is {TOO_NARROW:.0%} of the right one"
+        )
+
     def plot(self, *, bins: int = 10, figure: Figure | None = None) -> Figure:
         """Histograms of the probabilities, one panel for each scalar.
 
@@ -86,12 +99,8 @@ class Calibration:
             ax.axis("off")
         return figure
 
-    def __str__(self) -> str:
-        width = max(map(len, self.verdicts))
-        lines = [f"{name:<{width}}  {verdict}" for name, verdict in self.verdicts.items()]
-        return "\n".join([f"{self.num_simulations} simulated data sets", *lines])
-
-    __repr__ = __str__
+    def _shown(self) -> tuple[str, dict[str, str]]:
+        return self.too_few or f"{self.num_simulations} simulated data sets", self.verdicts
 
 
 def summarise(probabilities: Values, level: float, fits: str) -> Calibration:
@@ -106,6 +115,21 @@ def summarise(probabilities: Values, level: float, fits: str) -> Calibration:
     }
     statistics = {name: statistic for name, (statistic, _) in tests.items()}
     return Calibration(probabilities, symmetry, dispersion, statistics, verdicts, level, fits)
+
+
+def needed_for(level: float, scalars: int) -> int:
+    """Data sets by which the test of each scalar sees too narrow a guide with the stated power.
+
+    Of a guide with a times the right sd p is Φ(z/a), z ~ N(0, 1). The test of symmetry must be able
+    to reject too: among 2^(M − 1) reflections that differ, the smallest p-value is one of them.
+    """
+    share, ndtri = level / (2 * scalars), torch.special.ndtri
+    z = ndtri((torch.arange(1000, dtype=torch.float64, device="cpu") + 0.5) / 1000)
+    squares = (torch.special.ndtr(z / TOO_NARROW) - 0.5) ** 2
+    right, found = math.sqrt(1 / 180), squares.std().item()
+    at, beyond = ndtri(torch.tensor([1 - share / 2, POWER], dtype=torch.float64)).tolist()
+    spread = ((at * right + beyond * found) / (squares.mean().item() - 1 / 12)) ** 2
+    return math.ceil(max(spread, 1 - math.log2(share)))
 
 
 def symmetry_test(probabilities: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from pyroflow.diagnostics.report import Report, unjudged
 from pyroflow.diagnostics.rows import RowWeights, Weighed
 from pyroflow.diagnostics.verdict import advice_on_fit, is_undecided, judge
 from pyroflow.diagnostics.wider import WideReport, wide_draws
-from pyroflow.guides import AutoStructuredFlow
+from pyroflow.guides import AmortizedPlanarGuide, AutoStructuredFlow
 from pyroflow.guides.arguments import data_into_args
 from pyroflow.guides.flow_guide import FlowGuide
 from pyroflow.inference.census import WIDEST, Mode, census, starts_around
@@ -31,6 +31,7 @@ from pyroflow.seeds import between_draws, one_at_a_time, seeded
 LEAST_WIDE = 1000  # draws wider than the guide
 LEAST_DEAR = 1000  # draws of the guide, where each is dear
 LEAST_ESS = 0.05  # part of the guide's draws that are effective, for wider ones to be of use
+BY_ROWS = AutoStructuredFlow, AmortizedPlanarGuide  # whose rows are independent given globals
 NUMBERS = 2**25  # in a set of draws of all rows
 POINTS, FEW_POINTS = 128, 16  # at which the log joint is evaluated at a time, and of many rows
 
@@ -54,10 +55,11 @@ def diagnose(
        and standard deviations of the draws, with and without weights. One k-hat is noise: at
        10,000 draws it strays by 0.1. As long as its interval holds the threshold, another set of
        draws is taken and the k-hats are averaged. The other numbers are of all draws together. Of
-       an :class:`~pyroflow.AutoStructuredFlow` globals have marginal weights, and rows their own.
-    2. For guides of the :class:`~pyroflow.AutoFlow` family, draws of a mixture wider than the
-       guide, which see heavier tails than its own. Where they are sound, they decide.
-    3. For the same, with up to 256 latents, a census of the modes of the posterior: what the
+       an :class:`~pyroflow.AutoStructuredFlow` or an :class:`~pyroflow.AmortizedPlanarGuide` in
+       full globals have marginal weights, and rows their own.
+    2. For these and guides of the :class:`~pyroflow.AutoFlow` family, draws of a mixture wider than
+       the guide, which see heavier tails than its own. Where they are sound, they decide.
+    3. For that family, with up to 256 latents, a census of the modes of the posterior: what the
        guide never draws no weight can show. For an :class:`~pyroflow.AutoStructuredFlow` of more,
        a search from a few starts.
 
@@ -129,7 +131,7 @@ def checked(
         known = report.missed and bound.guide.latent_dim <= WIDEST  # their covariances
         symmetries = find_symmetries(bound.guide, report.modes) if known else []
         funnels = {} if bound.subsampled else find_funnels(bound, report.draws)
-        report.advice += symmetries + advice_on_fit(report, funnels)
+        report.advice += symmetries + advice_on_fit(report, funnels, bound)
     return report
 
 
@@ -146,7 +148,7 @@ class _Sets:
         if in_full is not None:
             self.size = min(size, max(LEAST_DEAR, NUMBERS // bound.guide.latent_dim))
             self.why_joint = f"weighed together, of {in_full.part.subsampling}"
-        elif isinstance(bound.guide, AutoStructuredFlow) and not bound.learns:
+        elif isinstance(bound.guide, BY_ROWS) and not bound.learns:
             self._by_rows(self._find_rows)
         self.take()
         first = self.draws[0]
@@ -205,7 +207,7 @@ class _FarChecks:
         self.why = self._why_not()
 
     def _why_not(self) -> str | None:
-        if not isinstance(self.bound.guide, FlowGuide):
+        if not isinstance(self.bound.guide, FlowGuide) and self.rows is None:
             return "the guide is not of the AutoFlow family"
         if self.bound.learns:
             return "the model has parameters"
@@ -236,6 +238,8 @@ class _FarChecks:
         """Add the census of modes."""
         guide = self.bound.guide
         rows = isinstance(guide, AutoStructuredFlow)
+        if self.why is None and not isinstance(guide, FlowGuide):
+            self.why = "its rows are those of networks"
         if self.why is None and guide.latent_dim > WIDEST and not rows:
             self.why = f"it is for up to {WIDEST} latents, and there are {guide.latent_dim}"
         if self.why is None:

@@ -23,6 +23,7 @@ from pyroflow.inference.census import Mode
 from pyroflow.inference.missed import Missed
 from pyroflow.model.draws import Draws, join
 from pyroflow.seeds import seeded
+from pyroflow.shown import Shown
 
 WORST = 3  # rows that are named
 FEWEST = 10  # draws for each number that is fitted to them
@@ -78,16 +79,18 @@ def _less_globals(log_weights: Tensor, leading: Tensor) -> Tensor:
     finite = log_weights.isfinite()
     known = log_weights.where(finite, 0.0)
     mean = known.sum(0) / finite.sum(0)
+    if not leading.shape[1]:
+        return log_weights - mean
     off = (known - mean).where(finite, 0.0)
     unit = (leading - leading.mean(0)) / leading.std(0).clamp(min=1e-300)
     design = torch.cat([torch.ones_like(unit[:, :1]), unit, unit.square()], 1)
-    if not 1 < design.shape[1] <= len(design) // FEWEST:
+    if not design.shape[1] <= len(design) // FEWEST:
         return log_weights - mean
     return log_weights - mean - design @ torch.linalg.lstsq(design, off).solution
 
 
 @dataclass(repr=False)
-class Report:
+class Report(Shown):
     """The report of :func:`~pyroflow.diagnose`, in nats where it is a log density.
 
     Attributes:
@@ -198,14 +201,14 @@ class Report:
         with seeded(seed):
             return self.draws.at(systematic(self.log_weights, num_samples)).sites
 
-    def __str__(self) -> str:
+    def _shown(self) -> tuple[str, dict[str, str]]:
         low, high = self.khat_interval
         sets = f", mean of {self.num_sets} sets" if self.num_sets > 1 else ""
         rows = {
             "verdict": self.verdict,
-            "ELBO": f"{self.elbo:.3f} ± {self.elbo_se:.3f}",
-            "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",
-            "KL(q ‖ p)": f"{self.gap:.3f}, their difference",
+            "ELBO": f"{self.elbo:.3f} ± {self.elbo_se:.3f} nats",
+            "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f} nats",
+            "KL(q ‖ p)": f"{self.gap:.3f} nats, their difference",
             "ESS": f"{self.ess:.0f} of {self.num_samples} draws ({self.ess_fraction:.1%})",
             "k-hat": f"{self.khat:.2f} (90 % interval {low:.2f} to {high:.2f}{sets}), "
             f"threshold {self.khat_threshold:.2f}",
@@ -228,9 +231,7 @@ class Report:
             rows["rounded"] = f"draws at an edge of the support, at {sites}"
         for number, line in enumerate(self.advice):
             rows["try next" if number == 0 else " " * number] = line
-        return "\n".join(f"{label:<13} {text}" for label, text in rows.items())
-
-    __repr__ = __str__
+        return "", rows
 
 
 def unjudged(

@@ -1,4 +1,4 @@
-"""Weights of a structured guide's draws row by row, as rows are independent given the globals."""
+"""Weights of a guide's draws row by row, as rows are independent given the globals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from pyroflow.diagnostics.wider import (
     unseen_rows,
     wide_rows,
 )
-from pyroflow.guides.flow_guide import FlowGuide
+from pyroflow.flows import StandardNormal
+from pyroflow.guides import AmortizedPlanarGuide
+from pyroflow.guides.plate_rows import RowsAtGlobals
 from pyroflow.guides.structure import GivenGlobals
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import agree
@@ -63,7 +65,7 @@ class _Part(NamedTuple):
 
 
 class Candidates:
-    r"""Marginal weights of a structured guide's globals, by candidates of each row.
+    r"""Marginal weights of a guide's globals, by candidates of each row.
 
     Joint weights of J rows vary by the sum of what each adds. But given the globals g rows are
     independent: with M candidates x_jm ~ q(x_j | g) and w_jm = exp f_j(x_jm, g) / q(x_jm | g),
@@ -89,20 +91,23 @@ class Candidates:
         ValueError: As :class:`~pyroflow.model.row_terms.RowTerms`.
     """
 
-    def __init__(self, log_joint: LogJoint, guide: FlowGuide) -> None:
-        self.transforms, self.base = guide.flow.transforms(), guide.flow.base
-        self.rows, places = GivenGlobals(self.transforms), guide.affine.rows()
-        self.shapes = [tuple(plate.shape) for plate in places]
+    @torch.no_grad()
+    def __init__(self, log_joint: LogJoint, bound: BoundModel) -> None:
+        guide, q = bound.guide, bound.guide.over_coordinates(*bound.args, **bound.kwargs)
+        self.transforms, self.base, self.like = list(q.transforms), q.base_dist, guide.start()
+        rows = RowsAtGlobals if isinstance(guide, AmortizedPlanarGuide) else GivenGlobals
+        self.rows = rows(self.transforms)
+        self.shapes = [tuple(plate.shape) for plate in self.rows.places]
         with drawing():
-            u = self.base().sample((PILOT,))
-        points, _ = self.pushed(u)
-        self.terms = RowTerms(log_joint, places, points[:PROBED])
+            u = self.base.sample((PILOT,))
+        points = self.pushed(u)[0]
+        self.terms = RowTerms(log_joint, self.rows.places, points[:PROBED])
         self.lattice = self._lattice()
         self.num, self.noise = self._count(points)
 
     def pushed(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The image of base numbers u (S, D), and the guide's log density there."""
-        x, log_q = u, self.base().log_prob(u).double()
+        x, log_q = u, self.base.log_prob(u).double()
         for t in self.transforms:
             x, log_det = t.forward_and_log_det(x)
             log_q = log_q - log_det.double()
@@ -113,7 +118,7 @@ class Candidates:
     ) -> _Part:
         """Of draws x (S, D); with base numbers of wider rows, the weights and draws of these."""
         eps, inner = self.rows.base(x)
-        of_rows = self.rows.log_q(eps)
+        of_rows = self.rows.log_q(eps, inner)
         first, terms = self.terms(x)
         given = _number(terms - of_rows)
         mean, chosen, found = self._choose(x, inner, eps, self.num, (first, terms, given))
@@ -121,7 +126,7 @@ class Candidates:
         if wide is not None:
             chosen = self.rows.at(x, inner, wide)
             found = self.terms(chosen)[1]
-            given = _number(found - self.rows.log_q(wide) - ratio)
+            given = _number(found - self.rows.log_q(wide, inner) - ratio)
         each = _number(log_weights.unsqueeze(1) - mean + given)
         joints = first + found.sum(1), first + terms.sum(1)
         return _Part(log_weights, each, given, chosen, *joints)
@@ -138,7 +143,7 @@ class Candidates:
             there = self.rows.at(x, inner, other)
             again, terms = self.terms(there)
             self.terms.check_rest(again, first)
-            log_weight = _number(terms - self.rows.log_q(other))
+            log_weight = _number(terms - self.rows.log_q(other, inner))
             total = torch.logaddexp(total, log_weight)
             with drawing():
                 taken = torch.rand_like(total).log() < log_weight - total
@@ -157,7 +162,7 @@ class Candidates:
                     eps = torch.randn_like(x)
                 there = self.rows.at(x, inner, eps)
                 first, terms = self.terms(there)
-                at = first, terms, _number(terms - self.rows.log_q(eps))
+                at = first, terms, _number(terms - self.rows.log_q(eps, inner))
                 means.append(self._choose(there, inner, eps, num, at)[0])
             change = (means[0] - means[1]).square().nan_to_num(torch.inf, torch.inf)
             noise = (change / 2).sum(1).mean().item()
@@ -167,7 +172,7 @@ class Candidates:
 
     def _lattice(self) -> Tensor:
         """Points of the unit cube of each row, the same for all rows of a plate, (M, D)."""
-        num, like = max(CANDIDATES), self.base.loc
+        num, like = max(CANDIDATES), self.like
         found = [torch.zeros(num, self.rows.size, dtype=torch.float64, device=like.device)]
         for J, d in self.shapes:
             points = SobolEngine(d).draw(num, dtype=torch.float64).to(like.device)
@@ -176,15 +181,15 @@ class Candidates:
 
 
 class RowWeights:
-    """What weights of rows say of a structured guide; see :class:`Candidates`."""
+    """What weights of rows say of a guide; see :class:`Candidates`."""
 
     def __init__(self, bound: BoundModel, num: int) -> None:
         self.bound, self.guide = bound, bound.guide
         self.log_joint = LogJoint(bound, self.guide, num)
-        self.candidates = Candidates(self.log_joint, self.guide)
+        self.candidates = Candidates(self.log_joint, bound)
         latents = zip(self.guide.latents, self.guide.latents.sizes, strict=True)
         names = [name for site, size in latents for name in numbered(site.name, size)]
-        self.names = [names[i] for rows in self.guide.affine.rows() for i in rows[:, 0].tolist()]
+        self.names = [names[i] for rows in self.candidates.rows.places for i in rows[:, 0].tolist()]
         self.at_once = max(1, NUMBERS // self.guide.latent_dim)
         self.most = max(LEAST, int(MOST / self.guide.latent_dim))  # draws in a set
         self.largest = torch.full((len(self.names) + 1,), -torch.inf, dtype=torch.float64)
@@ -232,10 +237,10 @@ class RowWeights:
             The latents, the log weights of the globals, shape (S,), and in words, what mass a row
             has that its candidates do not find, if one has.
         """
-        like, size = self.candidates.base.loc, self.candidates.rows.size
+        like, size = self.candidates.like, self.candidates.rows.size
         ratio = like.new_zeros(num, dtype=torch.float64)
         with drawing():
-            u = self.candidates.base().sample((num,))
+            u = self.candidates.base.sample((num,))
             if size:
                 base = _Pushed(self._base(size), [self._leading_at])
                 ways = _directions(base, None)
@@ -262,8 +267,7 @@ class RowWeights:
         return _Part(*(torch.cat(found) for found in zip(*parts, strict=True)))
 
     def _base(self, size: int) -> Distribution:
-        base = self.candidates.base
-        return type(base)(size).to(base.loc)()
+        return StandardNormal(size).to(self.candidates.like)()
 
     def _leading_at(self, u: Tensor) -> Tensor:
         """The globals (S, G) at their base numbers."""

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
+import warnings
+
+import pyro
+from pyro import poutine
+from torch import nn
 
 from pyroflow.diagnostics.causes import Funnel
 from pyroflow.diagnostics.marginals import LIMIT, MARGIN, SURE, combined, disagreement
 from pyroflow.diagnostics.psis import khat_interval
 from pyroflow.diagnostics.report import Report
 from pyroflow.diagnostics.wider import UNSEEN, WideReport
+from pyroflow.guides import (
+    AmortizedPlanarGuide,
+    AutoFlow,
+    AutoStructuredFlow,
+    AutoSylvesterFlow,
+)
+from pyroflow.guides.mixture import MixtureGuide
+from pyroflow.inference.census import WIDEST
 from pyroflow.inference.fit import missing
+from pyroflow.model.bound import BoundModel
+from pyroflow.model.comparison import FAILURES
+from pyroflow.seeds import seeded
 
 EVEN_ESS = 0.95  # part of the draws, for weights so even that the draws may do as they are
 EVEN_GAP, EVEN_GAP_ESS = 0.03, 0.8  # the same by the bound, which is less noisy than the ESS
@@ -17,6 +33,11 @@ EVEN_GAP, EVEN_GAP_ESS = 0.03, 0.8  # the same by the bound, which is less noisy
 LOST = 0.01
 FEW_EFFECTIVE = 100  # an error of the means of a tenth of a standard deviation
 MISSED = 0.02  # part of the posterior in modes that a guide may miss
+
+RICHER = {
+    AutoSylvesterFlow: "whose layers act on all latents at once",
+    AutoStructuredFlow: "a flow of the globals, and the rows of plates given them",
+}
 
 
 def has_even_weights(report: Report) -> bool:
@@ -182,10 +203,10 @@ def _advice_on_densities(report: Report, failed: int, rounded: int) -> list[str]
     return advice
 
 
-def advice_on_fit(report: Report, funnels: dict[str, Funnel]) -> list[str]:
+def advice_on_fit(report: Report, funnels: dict[str, Funnel], bound: BoundModel) -> list[str]:
     """What to try where a guide is not good, by the sites that form a funnel."""
-    advice = []
-    if any(missed.apart for missed in report.missed):
+    advice, mixture = [], isinstance(bound.guide, MixtureGuide)
+    if any(missed.apart for missed in report.missed) and not mixture:
         advice.append("fit guides from several starts (init_loc_fn), one at each mode")
     for matrix in (False, True):
         found = {site: funnel for site, funnel in funnels.items() if funnel.matrix == matrix}
@@ -203,6 +224,41 @@ def advice_on_fit(report: Report, funnels: dict[str, Funnel]) -> list[str]:
         )
     if is_undecided(report) or report.ess < FEW_EFFECTIVE:
         advice.append("more draws, by a higher num_samples")
-    advice.append("more steps in fit_guide, and more layers")
-    advice.append("a richer guide: AutoSylvesterFlow, whose layers act on all latents at once")
-    return advice
+    return advice + ([] if mixture else _advice_on_guide(bound))
+
+
+def _advice_on_guide(bound: BoundModel) -> list[str]:
+    """What may be more of in the guide, and a richer one that takes the model."""
+    guide, more = bound.guide, []
+    if isinstance(guide, nn.Module):
+        trained = any(p.requires_grad for p in guide.parameters())
+    else:
+        trained = any(node["type"] == "param" for node in bound.guide_trace.nodes.values())
+    if trained:
+        layers = isinstance(guide, AmortizedPlanarGuide) or hasattr(guide, "num_layers")
+        what = ", and more layers" * layers or ", and more transforms" * isinstance(guide, AutoFlow)
+        more = [f"more steps in fit_guide{what}"]
+    return more + _richer(bound)
+
+
+def _richer(bound: BoundModel) -> list[str]:
+    guide, nodes = bound.guide, bound.model_trace.nodes
+    wide = sum(nodes[name]["value"].numel() for name in bound.latents) > WIDEST
+    if isinstance(guide, AutoSylvesterFlow) and not guide.tails:
+        return ["tails=True, a last layer for the skew and the tails of each latent"]
+    kinds = list(reversed(RICHER)) if wide else list(RICHER)
+    if isinstance(guide, AutoSylvesterFlow):  # all are
+        kinds = [AutoSylvesterFlow] * (isinstance(guide, AutoStructuredFlow) and not wide)
+    made = next((kind for kind in kinds if _takes(kind, bound)), None)
+    return [f"a richer guide: {made.__name__}, {RICHER[made]}"] if made else []
+
+
+def _takes(made: type[AutoFlow], bound: BoundModel) -> bool:
+    """Whether guides of a kind can be made for a model, and have rows if they are for such."""
+    try:
+        with seeded(0), poutine.block(), pyro.get_param_store().scope(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = made(bound.given).setup(*bound.args, **bound.kwargs)
+    except FAILURES:
+        return False
+    return made is not AutoStructuredFlow or bool(found.kinds)

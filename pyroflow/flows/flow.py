@@ -14,6 +14,7 @@ from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.checks import check_choice, check_count
+from pyroflow.shown import Shown, listed, parameters_of
 from pyroflow.transforms import (
     Affine,
     Bijection,
@@ -68,7 +69,26 @@ class FlowDistribution(dist.TransformedDistribution):
         return total + sum_rightmost(base.log_prob(value), event_dim - len(base.event_shape))
 
 
-class Flow(nn.Module):
+class _ShownFlow(Shown):
+    def _shown(self) -> tuple[str, dict[str, str]]:
+        ways = {True: "data to base", False: "base to data"}
+        ours = {way for t, way in self.steps if isinstance(t, _LAYERS)}
+        found = " and ".join(ways[way] for way in sorted(ours))
+        turns = ", which the first fit may turn" * self._undecided
+        names = (f"{t!r}.inv" if way else f"{t!r}" for t, way in self.steps)
+        given = [t.nn.context_dim for t, _ in self.steps if isinstance(t, Conditional)]
+        rows = {
+            "numbers": f"{self.input_dim}" + (f", given a context of {given[0]}" if given else ""),
+            "layers": listed(names) or "none",
+            "direction": f"{found}, in closed form{turns}" if found else "as given",
+            "base": type(self.base).__name__,
+            "parameters": parameters_of(self),
+            "fitted": "yes" if self.fitted else "by no fit_ function",
+        }
+        return "Flow", rows
+
+
+class Flow(_ShownFlow, nn.Module):
     """A base distribution pushed through transforms; ``flow()`` is a fresh distribution.
 
     Any of Pyro's and torch's transforms may stand in the list, conditional ones too.

@@ -25,6 +25,7 @@ from pyroflow.guides.refusals import (
     refuse_unsupported,
 )
 from pyroflow.guides.rows import KnownRows
+from pyroflow.guides.shown import ShownGuide
 from pyroflow.model.latents import Latents
 from pyroflow.seeds import one_at_a_time, seeded
 
@@ -33,7 +34,7 @@ MARGINAL_DRAWS = 10_000  # draws behind median and quantiles
 Values = dict[str, Tensor]
 
 
-class ModuleGuide(KnownRows, AutoGuide):
+class ModuleGuide(ShownGuide, KnownRows, AutoGuide):
     """A guide that makes its parts in one run of the model.
 
     Beyond Pyro's guides it keeps its model when it is copied, owns its names in Pyro's parameter

@@ -13,6 +13,7 @@ from torch.distributions import Distribution, constraints
 from pyroflow.guides.autoflow import AutoFlow
 from pyroflow.guides.flow_guide import FlowGuide
 from pyroflow.seeds import drawing
+from pyroflow.shown import listed
 
 NO_SHAPE = Size()
 
@@ -125,6 +126,11 @@ class MixtureGuide(FlowGuide):
     def weights(self) -> Tensor:
         """The part of the mass in each, shape (K,)."""
         return self.flow.log_weights.exp()
+
+    def _shown_parts(self) -> dict[str, str]:
+        pairs = zip(self.guides, self.weights.tolist(), strict=True)
+        shares = listed(f"{type(part).__name__} {weight:.3g}" for part, weight in pairs)
+        return {"parts": f"{len(self.guides)}, by weight: {shares}"}
 
     def _init_loc(self) -> Tensor:
         return self.guides[0]._init_loc()

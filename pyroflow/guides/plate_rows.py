@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from pyroflow.flows import AlongPath, CountedNormal
 from pyroflow.flows.flow import FlowDistribution
@@ -120,6 +122,52 @@ class PlateRows(NamedTuple):
         return {name: torch.cat([f[name] for f in found], 1) for name in found[0]}
 
 
+class RowsAtGlobals:
+    """The rows of plates given the globals, as :class:`~pyroflow.guides.structure.GivenGlobals`.
+
+    Args:
+        transforms: of :meth:`RowsOfPlates.at_hand`, with all rows.
+    """
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        *_, self.last = transforms
+        self.given = [t for t in transforms if isinstance(t, RowsGiven)]
+        self.size = self.given[0].start
+        self.above = transforms[-2] if self.size else None
+        self.leading, *rest = self.last.place.split(
+            [self.size, *(t.end - t.start for t in self.given)]
+        )
+        pairs = zip(rest, self.given, strict=True)
+        self.places = [places.reshape(t.offset.shape) for places, t in pairs]
+
+    def base(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The base numbers ε of the rows of x (S, D), and the rows beside the globals' units."""
+        inner = self.last.inv(x)
+        inner = inner if self.above is None else self.above.inv(inner)
+        eps = inner
+        for t in reversed(self.given):
+            eps = t.inv(eps)
+        return torch.cat([torch.zeros_like(eps[:, : self.size]), eps[:, self.size :]], 1), inner
+
+    def at(self, x: Tensor, inner: Tensor, eps: Tensor) -> Tensor:
+        """The x with other base numbers of the rows."""
+        found = torch.cat([inner[:, : self.size], eps[:, self.size :]], 1)
+        for t in self.given:
+            found = t(found)
+        found = self.last(found)
+        found[:, self.leading] = x[:, self.leading]
+        return found
+
+    def log_q(self, eps: Tensor, inner: Tensor) -> Tensor:
+        """The log density of each row given the globals, at base numbers (S, D), shape (S, R)."""
+        u, found = torch.cat([inner[:, : self.size], eps[:, self.size :]], 1), []
+        for t in self.given:
+            own = u[:, t.start : t.end].unflatten(1, t.offset.shape).double()
+            normal = -own.square().sum(-1) / 2 - own.shape[-1] * math.log(2 * math.pi) / 2
+            found.append(normal - t.log_dets(u).double())
+        return torch.cat(found, 1)
+
+
 class RowsOfPlates(KnownRows):
     """A guide of the rows of plates, given the globals, as fits take it.
 
@@ -192,6 +240,10 @@ class RowsOfPlates(KnownRows):
     def constrain(self, z: Tensor) -> tuple[Values, Tensor]:
         """Values by site at z (*B, D), and log |det ∂values/∂z|, (*B)."""
         return self.latents.constrain(z)
+
+    def unconstrain(self, values: Values) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`constrain`: z, shape (*B, D), and the same log-determinant."""
+        return self.latents.unconstrain(values, like=self.start())
 
     def over_coordinates(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         """The same of all rows."""

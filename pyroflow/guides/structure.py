@@ -172,13 +172,14 @@ class GivenGlobals:
     Attributes:
         size: G, how many of the base numbers, the first ones, belong to the globals.
         leading: the places in x of the globals.
+        places: those of each kind of rows, (J, d).
     """
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         *before, self.affine = transforms
         self.tails = [t for t in before if isinstance(t, SinhArcsinh)]
         self.leading = self.affine.leading()
-        self.size = len(self.leading)
+        self.size, self.places = len(self.leading), self.affine.rows()
 
     def base(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The base numbers ε of the rows of x (S, D), with zeros for the globals.
@@ -209,7 +210,7 @@ class GivenGlobals:
         units = [unit.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1) for unit in units]
         return self._by_rows((slopes + widths).double()) + torch.cat(units)
 
-    def log_q(self, eps: Tensor) -> Tensor:
+    def log_q(self, eps: Tensor, inner: Tensor) -> Tensor:
         """The log density of each row given the globals, at base numbers (S, D), shape (S, R)."""
         normal = -eps.double().square() / 2 - math.log(2 * math.pi) / 2
         return self._by_rows(normal) - self.log_det(eps)

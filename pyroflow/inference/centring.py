@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyroflow.guides import AutoFlow
 from pyroflow.guides.coordinates import Coordinates
@@ -20,6 +19,7 @@ from pyroflow.inference.gaussian_start import (
 )
 from pyroflow.model.centring import Downstream, Prior
 from pyroflow.model.log_joint import LogJoint
+from pyroflow.progress import Bar
 
 ROUNDS = 3  # of Gaussian → c → Gaussian
 MOVES = 20  # of a Gaussian, after each change of c
@@ -31,7 +31,7 @@ GAIN = 0.01  # nats, that another round must have brought
 
 @torch.no_grad()
 def best_coordinates(
-    log_joint: LogJoint, guide: AutoFlow, bar: tqdm | None = None
+    log_joint: LogJoint, guide: AutoFlow, bar: Bar | None = None
 ) -> tuple[Gaussian | None, list[Tensor]]:
     r"""Set c of an untouched guide's coordinates, and return the best Gaussian in them.
 

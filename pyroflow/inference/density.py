@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyroflow.checks import check_count, check_data, check_fraction, known_options
 from pyroflow.flows import Flow
+from pyroflow.inference.callbacks import Callbacks, interrupted
 from pyroflow.inference.fit import Fit, Objective, check_options, trainable
 from pyroflow.inference.processes import held, processes
 from pyroflow.inference.schedule import LearningRateSchedule
@@ -38,6 +39,7 @@ def fit_density(
     progress: bool = True,
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
+    callbacks: Callbacks = None,
 ) -> Fit:
     """Fit a flow to data by maximum likelihood.
 
@@ -60,13 +62,19 @@ def fit_density(
         holdout: fraction of the rows held out, in (0, 1).
         seed: makes the fit reproducible, without touching the global generator, whatever other
             threads draw; None draws from the global one.
-        progress: show a progress bar.
+        progress: show a progress bar, in a notebook or on a terminal.
+        callbacks: a function, or several, called with a
+            :class:`~pyroflow.inference.callbacks.FitProgress` after every step, of steps that are
+            launches on a GPU after some, of L-BFGS after 20 iterations. One that returns True
+            ends the fit, in its best state; with a checkpoint it can go on later. For TensorBoard,
+            ``lambda p: writer.add_scalar("loss", p.loss, p.step)``.
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
             needs a seed.
         device: where to move flow and data.
 
     Returns:
-        The course of the fit; ``best_loss`` is the held-out mean of −log q, in nats.
+        The course of the fit, up to Ctrl-C if that ended it, with a warning; ``best_loss`` is the
+        held-out mean of −log q, in nats.
 
     Raises:
         ValueError: If data have a NaN or inf (naming the row), the wrong width, fewer than two
@@ -127,7 +135,7 @@ def fit_density(
             processes=ours,
             steady=loss,
         )
-        return Trainer(
+        trainer = Trainer(
             objective,
             LearningRateSchedule(steps),
             lr=lr,
@@ -135,8 +143,13 @@ def fit_density(
             label="fit_density",
             progress=progress,
             checkpoint=checkpoint,
+            callbacks=callbacks,
             polish=polish,
-        ).run()
+        )
+        try:
+            return trainer.run()
+        except KeyboardInterrupt:
+            return interrupted(trainer, stacklevel=3)
 
 
 def _rows(flow: Flow, data: Any, context: Any) -> list[Tensor]:

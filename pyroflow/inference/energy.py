@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyroflow.checks import known_options
 from pyroflow.flows import Flow, draw_from, log_prob_at_fixed
+from pyroflow.inference.callbacks import Callbacks, interrupted
 from pyroflow.inference.fit import Fit, Objective, check_options, trainable
 from pyroflow.inference.objectives import bound_scores, cut_loss
 from pyroflow.inference.processes import held, processes
@@ -39,6 +40,7 @@ def fit_energy(
     progress: bool = True,
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
+    callbacks: Callbacks = None,
 ) -> Fit:
     """Fit a flow q to p ∝ exp(−U) by minimising F = E_q[log q + U] = KL(q‖p) − ln Z.
 
@@ -57,13 +59,15 @@ def fit_energy(
         lr: highest learning rate, after a warm-up and before a cosine decay to zero.
         seed: makes the fit reproducible, without touching the global generator, whatever other
             threads draw; None draws from the global one.
-        progress: show a progress bar.
+        progress: show a progress bar, in a notebook or on a terminal.
+        callbacks: as in :func:`~pyroflow.fit_density`.
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
             needs a seed.
         device: where to move the flow.
 
     Returns:
-        The course of the fit; ``best_loss`` is F in nats, at least −ln Z.
+        The course of the fit, up to Ctrl-C if that ended it, with a warning; ``best_loss`` is F in
+        nats, at least −ln Z.
 
     Raises:
         ValueError: If the flow is conditional, the energy has the wrong shape or an infinite
@@ -124,7 +128,7 @@ def fit_energy(
             weight=beta,
             recordable=False,
         )
-        return Trainer(
+        trainer = Trainer(
             objective,
             LearningRateSchedule(steps),
             lr=lr,
@@ -132,7 +136,12 @@ def fit_energy(
             label="fit_energy",
             progress=progress,
             checkpoint=checkpoint,
-        ).run()
+            callbacks=callbacks,
+        )
+        try:
+            return trainer.run()
+        except KeyboardInterrupt:
+            return interrupted(trainer, stacklevel=3)
 
 
 def _default_steps(annealing: Callable[[int], float] | None) -> int:

@@ -18,6 +18,7 @@ from pyroflow.guides import AmortizedPlanarGuide, AutoFlow
 from pyroflow.inference.processes import ALONE, Processes
 from pyroflow.io import read_data, write_data
 from pyroflow.seeds import generator_states, restore_generators
+from pyroflow.shown import Shown
 from pyroflow.transforms import Bijection
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 FORMAT = 5
 
 
-@dataclass
-class Fit:
+@dataclass(repr=False)
+class Fit(Shown):
     """The course of a fit.
 
     Attributes:
@@ -62,8 +63,18 @@ class Fit:
     missed_share: float = field(default=0.0, repr=False)
     launches: str = field(default="", repr=False)
 
-    def __str__(self) -> str:
-        return f"{self!r}: {missing(self.missed, self.missed_share)}" if self.missed else repr(self)
+    def _shown(self) -> tuple[str, dict[str, str]]:
+        lost = f"{self.skipped} steps left out, {self.rolled_back} times back to the best state"
+        rows = {
+            "best loss": f"{self.best_loss:.6g} nats",
+            "steps": f"{self.steps:,} in {self.seconds:.1f} s",
+            "stopped": self.stopped,
+            "skipped": lost * bool(self.skipped),
+            "particles": f"{self.skipped_particles:,} left out" * bool(self.skipped_particles),
+            "launches": self.launches,
+            "missed": missing(self.missed, self.missed_share) if self.missed else "",
+        }
+        return "Fit", {label: text for label, text in rows.items() if text}
 
 
 def missing(missed: list[Missed], share: float) -> str:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyroflow.guides import AutoFlow
 from pyroflow.inference.ascent import Points, ascend, evaluated
 from pyroflow.inference.objectives import edge_factors, mean_scores
 from pyroflow.model.log_joint import LogJoint
+from pyroflow.progress import Bar, progress_bar
 from pyroflow.seeds import drawing, seeded
 
 PATHS = 8
@@ -45,7 +45,7 @@ class Gaussian(NamedTuple):
 
 @torch.no_grad()
 def best_gaussian(
-    log_joint: LogJoint, start: Tensor, bar: tqdm | None = None
+    log_joint: LogJoint, start: Tensor, bar: Bar | None = None
 ) -> tuple[Gaussian | None, list[Tensor]]:
     """The Gaussian with the highest bound that several ascents from the guide's start (D,) find.
 
@@ -59,7 +59,7 @@ def best_gaussian(
     if starts is None:
         return None, []
     few = log_joint.runs.few
-    noise, bar = normal_pairs(few(DRAWS, 16), start), bar or tqdm(total=TICKS, disable=True)
+    noise, bar = normal_pairs(few(DRAWS, 16), start), bar or progress_bar("", TICKS, False)
     points = ascend(log_joint, starts, STEPS, bar.update)
     *both, paths = zip(*_along(points, few(ALONG, 4)), strict=True)
     loc, scale = map(torch.stack, both)

@@ -10,14 +10,14 @@ from typing import Any
 import pyro
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoStructuredFlow
 from pyroflow.guides.arguments import data_into_args
+from pyroflow.inference.callbacks import Callbacks, interrupted
 from pyroflow.inference.fit import Fit, check_options, check_precision, has_path, missing
 from pyroflow.inference.gaussian_start import TICKS
-from pyroflow.inference.guide_fit import RATE, GuideFit, refuse_nonfinite
+from pyroflow.inference.guide_fit import RATE, GuideFit, finished, refuse_nonfinite
 from pyroflow.inference.minibatches import MinibatchBound
 from pyroflow.inference.objectives import DRAWS, OBJECTIVES, LogJointBound
 from pyroflow.inference.processes import held, processes
@@ -25,6 +25,7 @@ from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, described
 from pyroflow.inference.trace_bound import TraceBound
 from pyroflow.model.arguments import warn_of_forgotten_data
 from pyroflow.model.bound import BoundModel, check_latents
+from pyroflow.progress import progress_bar
 from pyroflow.seeds import one_at_a_time, seeded
 
 STEPS = 3000
@@ -51,6 +52,7 @@ def fit_guide(
     group_size: int = 2,
     annealing: Annealing = None,
     early_stop: bool = True,
+    callbacks: Callbacks = None,
 ) -> Fit:
     """Fit a guide to a model by maximising the evidence lower bound.
 
@@ -94,7 +96,8 @@ def fit_guide(
             threads draw; fits of guides in several threads take turns. A guide that was called
             before keeps the parameters it got then, and what the model draws by NumPy or
             Python's ``random`` is the caller's. None draws from the global generator.
-        progress: show a progress bar.
+        progress: show a progress bar, in a notebook or on a terminal.
+        callbacks: as in :func:`~pyroflow.fit_density`; the steps before the flow's are told of too.
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
             needs a seed.
         device: where to move a guide that is a module; its arguments are the caller's.
@@ -109,8 +112,9 @@ def fit_guide(
         early_stop: whether the stop rule, or weights that are all equal, may shorten the fit.
 
     Returns:
-        The course of the fit; ``best_loss`` is the negative bound that was the objective, in nats,
-        and ``stopped`` says why it ended. Where the ascents before the first step led to modes
+        The course of the fit, up to Ctrl-C if that ended it after its first score, with a warning;
+        ``best_loss`` is the negative bound that was the objective, in nats, and ``stopped`` says
+        why it ended. Where the ascents before the first step led to modes
         that the guide does not draw, they are in ``missed``, and a warning says so.
 
     Raises:
@@ -161,7 +165,7 @@ def fit_guide(
                     "guide has others: use objective='iwae'"
                 )
             # With much data it takes minutes until the first step.
-            bar = tqdm(total=TICKS, desc="fit_guide, start", disable=not progress)
+            bar = progress_bar("fit_guide, start", TICKS, progress)
             options = {"seed": seed, "processes": ours}
             bound = _by_log_joint(problem, objective, group_size, num_particles, **options)
         if bound is not None:
@@ -185,10 +189,14 @@ def fit_guide(
             bar=bar,
             lr=lr,
             progress=progress,
+            callbacks=callbacks,
         )
         if not (valid or fit.warm_start):  # which looks for a start farther away
             refuse_nonfinite(problem)
-        found = fit.run()
+        try:
+            found = fit.run()
+        except KeyboardInterrupt:
+            found = finished(interrupted(fit.trainer, stacklevel=4), bound)
         if found.missed:
             warnings.warn(
                 f"the guide is at one mode: {missing(found.missed, found.missed_share)}. Take "

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyro
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoStructuredFlow
 from pyroflow.inference.amortized_start import amortized_start
-from pyroflow.inference.census import MISSED, census
 from pyroflow.inference.centring import best_coordinates
 from pyroflow.inference.fit import (
     Fit,
@@ -28,7 +25,7 @@ from pyroflow.inference.fit import (
     read_checkpoint,
 )
 from pyroflow.inference.gaussian_start import PATHS, initialize, layers_inside
-from pyroflow.inference.missed import Missed, missed_by, shares_missed
+from pyroflow.inference.missed import missed_at
 from pyroflow.inference.objectives import LogJointBound, nothing_left
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, LearningRateSchedule
 from pyroflow.inference.stop_rule import StopRule
@@ -36,9 +33,8 @@ from pyroflow.inference.structured_start import structured_start
 from pyroflow.inference.trace_bound import TraceBound
 from pyroflow.inference.trainer import Trainer
 from pyroflow.model.bound import BoundModel
-from pyroflow.model.comparison import FAILURES
 from pyroflow.model.draws import draw
-from pyroflow.model.log_joint import LogJoint
+from pyroflow.progress import Bar
 from pyroflow.seeds import between_draws, drawing, seeded
 
 GAUSSIAN_PART = 0.2  # of the steps, on the affine layer alone
@@ -49,7 +45,6 @@ RATE = 0.03  # the highest learning rate
 MANY = 32  # latents, above which that of an arrowhead falls as the root of their number
 LEAST_GAIN = 0.02  # nats, that more layers must have brought
 DEEPEST = 64
-CHECKED = 1000  # draws of the fitted guide, in the light of which modes are missed
 
 Bound = LogJointBound | TraceBound
 # The parts of a fit, one of which a checkpoint is of.
@@ -75,7 +70,7 @@ class GuideFit:
         early_stop: bool,
         checkpoint: str | Path | None,
         settings: dict[str, Any],
-        bar: tqdm | None = None,
+        bar: Bar | None = None,
         **shared: Any,
     ) -> None:
         self.bound, self.guide, self.annealing, self.bar = bound, bound.guide, annealing, bar
@@ -96,12 +91,10 @@ class GuideFit:
         self.saved = bound.processes.agree(read_checkpoint(checkpoint)).get("settings", {})
         self.part = self.saved.get("part")  # that was cut off
         self.shared = shared | {"checkpoint": checkpoint}
-        used = isinstance(annealing, AdaptiveAnnealing) and annealing.steps > 0
-        if used and self.part in (None, GAUSSIAN):
-            raise ValueError(
-                "annealing is an AdaptiveAnnealing that another fit has used, and is at its end: "
-                "pass a new one"
-            )
+        self.trainer: Trainer | None = None  # the latest
+        self.ended = ""  # why a callback has ended the fit
+        if self.part in (None, GAUSSIAN):
+            _refuse_used(annealing)
 
     @between_draws()
     def run(self) -> Fit:
@@ -118,15 +111,15 @@ class GuideFit:
                 self._grow(self.saved["num_layers"] - guide.num_layers)
         elif not self.by_log_joint or guide.untouched or self.part == GAUSSIAN:
             before = self._initialize()
+            if self.ended:
+                return finished(before, self.bound)
         part = GROWN if self.part == GROWN else FLOW
         fit, gain = self._train(before, part, resume=self.part == part)
         while grows and guide.num_layers < DEEPEST and gain >= LEAST_GAIN:
             self._grow(min(guide.num_layers, DEEPEST - guide.num_layers))
             fit, gain = self._train(fit, GROWN, resume=False)
         _warn_of_mixing(self.bound.mixing())
-        missed, share = _missed(self.bound.log_joint, guide, self.ends) if self.ends else ([], 0.0)
-        skipped = int(self.bound.skipped)
-        return replace(fit, skipped_particles=skipped, missed=missed, missed_share=share)
+        return finished(fit, self.bound, self.ends)
 
     def _initialize(self) -> Fit | None:
         """Set the affine layer to the best Gaussian, found without training or with it."""
@@ -146,7 +139,8 @@ class GuideFit:
         schedule, settings = LearningRateSchedule(self.spent), self.settings | {"part": GAUSSIAN}
         label = "fit_guide, Gaussian"
         fit = self._run(Trainer(objective, schedule, label=label, settings=settings, **self.shared))
-        guide.affine.recentre()
+        if not self.ended:
+            guide.affine.recentre()
         return fit
 
     def _train(self, before: Fit | None, part: str, *, resume: bool) -> tuple[Fit, float]:
@@ -180,6 +174,8 @@ class GuideFit:
         fit, before = self._run(trainer), trainer.state.before
         if trainer.state.stopped:  # with nothing left to gain, or for good
             return fit, 0.0
+        if self.ended:
+            return fit, -math.inf
         return fit, before["best_loss"] - fit.best_loss if before else math.inf
 
     def _objective(self, parameters: list[Tensor], loss: Callable[[int], Tensor]) -> Objective:
@@ -194,15 +190,32 @@ class GuideFit:
         if self.bar is not None:
             self.bar.leave = self.bar.n > 0  # nothing is left of one that was not needed
             self.bar.close()
+        self.trainer = trainer
         # Validation of every distribution would cost as much as the rest of a step, and a draw with
         # a density of NaN the fit.
         with pyro.validation_enabled(False), path_derivative(self.guide, self.bound.path):
-            return trainer.run()
+            fit, self.ended = trainer.run(), trainer.callers.ended
+            return fit
 
     def _grow(self, num: int) -> None:
         if num > 0:
             with drawing():
                 self.guide.grow(num)
+
+
+def finished(fit: Fit, bound: Bound, ends: Sequence[Tensor] = ()) -> Fit:
+    """The fit with the particles skipped, and with what is missed of where ascents ended."""
+    missed, share = missed_at(bound.log_joint, bound.guide, ends) if ends else ([], 0.0)
+    skipped = int(bound.skipped)
+    return replace(fit, skipped_particles=skipped, missed=missed, missed_share=share)
+
+
+def _refuse_used(annealing: Annealing) -> None:
+    if isinstance(annealing, AdaptiveAnnealing) and annealing.steps > 0:
+        raise ValueError(
+            "annealing is an AdaptiveAnnealing that another fit has used, and is at its end: "
+            "pass a new one"
+        )
 
 
 def _default_annealing(steps: int, rises: bool) -> Callable[[int], float]:
@@ -211,37 +224,7 @@ def _default_annealing(steps: int, rises: bool) -> Callable[[int], float]:
     return lambda step: min(1.0, 0.1 + 0.9 * step / (ANNEALED_PART * steps))
 
 
-@torch.no_grad()
-def _missed(log_joint: LogJoint, guide: AutoFlow, ends: list[Tensor]) -> tuple[list[Missed], float]:
-    """The modes apart from the guide's own where ascents ended, and their share.
-
-    Where the guide has as much density at all ends as at its draws, that costs one evaluation.
-    """
-    ends, q = torch.stack(ends), guide.flow()
-    ends = ends[ends.isfinite().all(-1)]
-    if not len(ends):
-        return [], 0.0
-    ends = ends if guide.coordinates is None else guide.coordinates.inv(ends)
-    with seeded(0), pyro.validation_enabled(False):
-        num = log_joint.runs.few(CHECKED, 200)
-        x = torch.cat([q.sample((num,)), ends])
-        log_weights = (log_joint.values_and_gradients(x)[0] - q.log_prob(x)).double()
-        log_weights = log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
-        own, there = log_weights[:num], log_weights[num:]
-        evidence = own.logsumexp(0).item() - math.log(num)
-        if not bool((there > evidence + MISSED).any()):
-            return [], 0.0
-        try:
-            modes = census(log_joint, ends)
-            found = missed_by(modes, log_joint, q, evidence, (x[:num], own.softmax(0)))
-        except FAILURES:  # such as a matrix that is singular far from the guide
-            return [], 0.0
-    # Where none of the modes is drawn, the guide's own is among them.
-    found = [each for each in found if each.apart] if len(found) < len(modes) else []
-    return found, sum(shares_missed(found, evidence))
-
-
-def _started(bound: LogJointBound, ends: list[Tensor], bar: tqdm | None) -> bool:
+def _started(bound: LogJointBound, ends: list[Tensor], bar: Bar | None) -> bool:
     """Set a guide to the best Gaussian, and ``ends`` to where ascents led; whether there is one."""
     guide, log_joint = bound.guide, bound.log_joint
     if isinstance(guide, AmortizedPlanarGuide):

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroflow.guides import AutoStructuredFlow
+from pyroflow.guides import AutoFlow, AutoStructuredFlow
 from pyroflow.inference.arrowhead import Arrow
-from pyroflow.inference.census import DRAWS, LEAST_SHARE, MISSED, Mode, are_one, connected
+from pyroflow.inference.census import (
+    DRAWS,
+    LEAST_SHARE,
+    MISSED,
+    Mode,
+    are_one,
+    census,
+    connected,
+)
 from pyroflow.inference.gaussian_start import normal_pairs
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.log_joint import LogJoint
+from pyroflow.seeds import seeded
 
 NEAR = 3.0  # standard deviations of a mode's χ² distance above its mean
 LARGEST = 100.0  # nats, to take the exponential of
 MOSTLY = 0.5  # of a mode's draws, or of its mass
 OWN = 64  # draws of a guide, whose mean is near its mode
+CHECKED = 1000  # draws of the fitted guide, in the light of which modes are missed
 
 
 class Missed(NamedTuple):
@@ -108,6 +120,38 @@ def shares_missed(missed: list[Missed], log_evidence: float) -> list[float]:
     found = [m.log_mass for m in missed] + [log_evidence]
     masses = torch.tensor(found, dtype=torch.float64, device="cpu")
     return masses.softmax(0)[:-1].tolist()
+
+
+@torch.no_grad()
+def missed_at(
+    log_joint: LogJoint, guide: AutoFlow, ends: Sequence[Tensor]
+) -> tuple[list[Missed], float]:
+    """The modes apart from the guide's own where ascents ended, and their share.
+
+    Where the guide has as much density at all ends as at its draws, that costs one evaluation.
+    """
+    ends, q = torch.stack(ends), guide.flow()
+    ends = ends[ends.isfinite().all(-1)]
+    if not len(ends):
+        return [], 0.0
+    ends = ends if guide.coordinates is None else guide.coordinates.inv(ends)
+    with seeded(0), pyro.validation_enabled(False):
+        num = log_joint.runs.few(CHECKED, 200)
+        x = torch.cat([q.sample((num,)), ends])
+        log_weights = (log_joint.values_and_gradients(x)[0] - q.log_prob(x)).double()
+        log_weights = log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+        own, there = log_weights[:num], log_weights[num:]
+        evidence = own.logsumexp(0).item() - math.log(num)
+        if not bool((there > evidence + MISSED).any()):
+            return [], 0.0
+        try:
+            modes = census(log_joint, ends)
+            found = missed_by(modes, log_joint, q, evidence, (x[:num], own.softmax(0)))
+        except FAILURES:  # such as a matrix that is singular far from the guide
+            return [], 0.0
+    # Where none of the modes is drawn, the guide's own is among them.
+    found = [each for each in found if each.apart] if len(found) < len(modes) else []
+    return found, sum(shares_missed(found, evidence))
 
 
 @torch.no_grad()

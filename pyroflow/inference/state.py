@@ -56,6 +56,14 @@ class State:
         )
 
 
+def fit_so_far(state: State) -> Fit | None:
+    """The fit that was cut off, in its best state; None where no state was scored."""
+    del state.losses[state.step :]  # that of a step that was cut off
+    if state.best:
+        return state.fit("")
+    return None if state.before is None else Fit(**state.before)
+
+
 class Mark:
     """The state between two steps of Adam, to go back to where a step is cut off."""
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from pyroflow.flows import AlongPath, Flow, draw_from, log_prob_at_fixed
 from pyroflow.inference.fit import copy_tensors
 from pyroflow.inference.objectives import cut_loss, mean_scores
+from pyroflow.inference.phases import ROLLED_BACK_AFTER
 from pyroflow.inference.row_adam import RowAdam
 from pyroflow.inference.schedule import LearningRateSchedule
-from pyroflow.inference.trainer import ROLLED_BACK_AFTER
 from pyroflow.model.log_joint_of_data import LogJointOfData
 from pyroflow.seeds import between_draws
 from pyroflow.transforms.bijection import Conditioned

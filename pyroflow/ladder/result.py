@@ -14,6 +14,7 @@ from pyroflow.diagnostics.report import Level
 from pyroflow.guides import AutoFlow
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.mcmc import Chains
+from pyroflow.shown import Shown
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -29,7 +30,7 @@ class Rung(NamedTuple):
 
 
 @dataclass(repr=False)
-class Posterior:
+class Posterior(Shown):
     """The result of :func:`~pyroflow.posterior`.
 
     Attributes:
@@ -70,18 +71,14 @@ class Posterior:
         num = num_samples or len(next(iter(self.draws.values())))
         return to_arviz(self.model, self.guide, self.args, self.kwargs, num, resample=True)
 
-    def __str__(self) -> str:
+    def _shown(self) -> tuple[str, list[tuple[str, str]]]:
         rows = {
             "verdict": self.verdict,
             "error": f"{self.error:.3f} sd, the largest standard error of a mean",
-            "log evidence": f"{self.log_evidence:.3f}",
+            "log evidence": f"{self.log_evidence:.3f} nats",
             "draws": f"{len(next(iter(self.draws.values())))}",
             "seconds": f"{self.seconds:.1f}",
         }
-        lines = [f"{label:<13} {text}" for label, text in rows.items()]
-        for number, rung in enumerate(self.rungs):
-            label = "tried" if number == 0 else ""
-            lines.append(f"{label:<13} {rung.name}, {rung.seconds:.1f} s: {rung.verdict}")
-        return "\n".join(lines)
-
-    __repr__ = __str__
+        tried = [f"{rung.name}, {rung.seconds:.1f} s: {rung.verdict}" for rung in self.rungs]
+        labels = ["tried"] + [""] * len(tried)
+        return "", [*rows.items(), *zip(labels, tried, strict=False)]

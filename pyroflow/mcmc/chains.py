@@ -21,6 +21,7 @@ from pyroflow.model.program import rows_of
 from pyroflow.model.records import is_factor
 from pyroflow.model.runs import CHUNK
 from pyroflow.seeds import one_at_a_time, seeded
+from pyroflow.shown import Shown
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -43,7 +44,7 @@ class Recorded(NamedTuple):
 
 
 @dataclass(repr=False)
-class Chains:
+class Chains(Shown):
     """The result of :func:`~pyroflow.mcmc`.
 
     Attributes:
@@ -149,7 +150,7 @@ class Chains:
         joined = {name: labels.joined(found) for name, found in parts.items()}
         return joined, {name: labels.observed_values(sites[name].record) for name in data}
 
-    def __str__(self) -> str:
+    def _shown(self) -> tuple[str, dict[str, str]]:
         rates = ", ".join(f"{kind} {rate:.2f}" for kind, rate in self.acceptances.items())
         draws = f"{self.num_chains} chains of {self.num_samples} in {self.seconds:.1f} s"
         rows = {
@@ -160,9 +161,7 @@ class Chains:
             "acceptance": f"{rates}; longest run of rejections {self.longest_rejection}",
             "guide": f"k-hat {self.khat:.2f}, expected acceptance {self.expected_acceptance:.2f}",
         }
-        return "\n".join(f"{label:<11} {text}" for label, text in rows.items())
-
-    __repr__ = __str__
+        return "", rows
 
 
 @torch.no_grad()

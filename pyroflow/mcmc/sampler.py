@@ -9,7 +9,6 @@ from typing import Any
 
 import pyro
 import torch
-from tqdm.auto import tqdm
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
@@ -22,6 +21,7 @@ from pyroflow.mcmc.pilot import Pilot, take_pilot
 from pyroflow.mcmc.row_wise import RowWise, row_wise
 from pyroflow.mcmc.target import Points, Target
 from pyroflow.model.bound import BoundModel, check_latents, check_sites
+from pyroflow.progress import progress_bar
 from pyroflow.seeds import between_draws, one_at_a_time, seeded
 
 METHODS = ("independence", "independence and HMC", "HMC", "rows")
@@ -106,7 +106,7 @@ def mcmc(
         warmup: Steps before those, left out; by default 100, and 400 where HMC does half or all.
         method: One of the four above, or "auto".
         wide: Part of the proposals that come from the wider distribution, from 0 to below 1.
-        progress: Show a progress bar.
+        progress: Show a progress bar, in a notebook or on a terminal.
 
     Returns:
         The draws, with R-hat, effective sample sizes and a verdict.
@@ -283,7 +283,7 @@ def run(
     log_joint = points.log_joint.new_empty(num_samples, chains)
     moved = torch.empty(num_samples, chains, dtype=torch.bool, device=x.device)
     steps, last = num_samples * thin, points.u
-    with tqdm(total=warmup + steps, desc="mcmc", disable=not progress) as bar:
+    with progress_bar("mcmc", warmup + steps, progress) as bar:
         for i in range(-warmup, steps):
             if i == 0:
                 last = points.u

@@ -283,8 +283,14 @@ def _draws_subsample(site: Record) -> bool:
     return drawn is not None and drawn < site["fn"].size
 
 
-def signature_of(model: Callable) -> inspect.Signature:
-    """The arguments of a model, which handlers of Pyro around it hide."""
+def within(model: Callable) -> Callable:
+    """A model without the handlers of Pyro around it."""
     while isinstance(model, partial) and isinstance(model.func, partial):
         model = model.func.args[1]
+    return model
+
+
+def signature_of(model: Callable) -> inspect.Signature:
+    """The arguments of a model, which handlers of Pyro around it hide."""
+    model = within(model)
     return inspect.signature(getattr(model, "forward", model))

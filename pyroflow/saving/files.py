@@ -44,8 +44,9 @@ def save(obj: Flow | AutoFlow, path: str | os.PathLike) -> None:
     complete.
 
     Args:
-        obj: A :class:`~pyroflow.Flow`, or a guide that was called once: an
-            :class:`~pyroflow.AutoFlow`, ``AutoPlanarFlow`` or ``AutoSylvesterFlow``.
+        obj: A :class:`~pyroflow.Flow`, or a guide that was called once, of the
+            :class:`~pyroflow.AutoFlow` family or a mixture of such, as
+            :func:`~pyroflow.posterior` may return.
         path: Of the file.
 
     Raises:

@@ -98,7 +98,9 @@ def restore_guide(description: Description, model: Callable | None) -> AutoFlow 
     """The guide of the file; without a model it samples, with one it can be trained on."""
     if description["class"] == MixtureGuide.__name__:
         parts = [restore_guide(part, model) for part in description["guides"]]
-        return MixtureGuide(_absent if model is None else model, parts, description["weights"])
+        made = MixtureGuide(_absent if model is None else model, parts, description["weights"])
+        made.alone = model is None
+        return made
     made, options = _CLASSES[description["class"]], description["options"]
     if made is AutoFlow:
         options = options | {"transforms": ()}  # they are in the flow

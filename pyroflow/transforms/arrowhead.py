@@ -40,6 +40,9 @@ class Leading(Bijection, TransformModule):
         if input_dim < self.size:
             raise ValueError(f"input_dim must be at least {self.size}, got {input_dim}")
 
+    def _shown(self) -> tuple[str, dict[str, str]]:
+        return f"Leading({self.inner!r}, {self.input_dim})", {}
+
     def trained(self) -> Parameters:
         """Those of the inner bijection."""
         return self.inner.trained()

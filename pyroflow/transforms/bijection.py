@@ -10,6 +10,8 @@ from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyroflow.transforms.shown import ShownTransform
+
 # Beside the tensors and not on them: an attribute would travel into files and copies.
 _ORIGINS = WeakTensorKeyDictionary()
 
@@ -68,7 +70,7 @@ class PairCache:
         return pair if pair.unchanged(parameters) else None
 
 
-class Bijection(Transform):
+class Bijection(ShownTransform, Transform):
     """A bijection of R^D: a formula, the tensors that it takes, and a :class:`PairCache`.
 
     A family holds a tensor under each name of ``event_dims``, whose values are their numbers of
@@ -238,8 +240,8 @@ class Conditioned(Bijection):
 
     inverse_shape = forward_shape
 
-    def __repr__(self) -> str:
-        return f"{self._name()}.at(...)"
+    def _shown(self) -> tuple[str, dict[str, str]]:
+        return f"{self._name()}.at(...)", {}
 
     def _name(self) -> str:
         return self.family._name()

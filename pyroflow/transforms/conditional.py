@@ -15,6 +15,7 @@ from pyro.nn import DenseNN
 from torch import Tensor, nn
 
 from pyroflow.checks import check_count
+from pyroflow.shown import Shown
 from pyroflow.transforms.affine import Affine
 from pyroflow.transforms.bijection import Bijection, Conditioned
 from pyroflow.transforms.planar import Planar
@@ -79,7 +80,7 @@ class Hypernet(nn.Module):
         ]
 
 
-class Conditional(ConditionalTransformModule):
+class Conditional(Shown, ConditionalTransformModule):
     """A bijection whose parameters depend on a context, as in amortised inference.
 
     The parameters are start values, shared by all contexts and kept in the unconditional
@@ -126,6 +127,11 @@ class Conditional(ConditionalTransformModule):
     def start(self) -> Bijection:
         """The unconditional transform that holds the start values."""
         return getattr(self, self.family.__name__.lower())
+
+    def _shown(self) -> tuple[str, dict[str, str]]:
+        dim, *sizes = self.start._shown()[0].partition("(")[2][:-1].split(", ")
+        given = ", ".join([dim, f"context_dim={self.nn.context_dim}", *sizes])
+        return f"{type(self).__name__}({given})", {}
 
     def condition(self, context: Tensor) -> Conditioned:
         """The map for a context of shape (*B, C); a snapshot of the network's output."""

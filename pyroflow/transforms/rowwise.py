@@ -86,8 +86,15 @@ class RowsGiven(Bijection, TransformModule):
         return self._result(y, e, held, scale)
 
     def _log_det(self, intermediates: tuple[Any, Tensor]) -> Tensor:
+        return (self._by_row(intermediates) * self.counts).sum(-1)
+
+    def _by_row(self, intermediates: tuple[Any, Tensor]) -> Tensor:
         (planar,), (held, scale) = self.planar, intermediates
-        return ((planar._log_det(held) + scale.log().sum(-1)) * self.counts).sum(-1)
+        return planar._log_det(held) + scale.log().sum(-1)
+
+    def log_dets(self, x: Tensor) -> Tensor:
+        """The log |det ∂y_j/∂ε_j| of each row at x (*S, D), shape (*S, B)."""
+        return self._by_row(self._forward(x, self._map_parameters())[1])
 
 
 class Reordered(Bijection, TransformModule):

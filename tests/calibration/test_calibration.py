@@ -18,7 +18,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.calibration.result import dispersion_test, symmetry_test
+from pyroflow.calibration.result import dispersion_test, needed_for, summarise, symmetry_test
 
 ROWS = 3
 
@@ -185,3 +185,21 @@ def test_plot_and_table() -> None:
         heights = [bar.get_height() for bar in ax.containers[0]]
         assert heights == torch.histc(values, 5, 0.0, 1.0).tolist()
     assert repr(result).startswith("20 simulated data sets\nloc")
+
+
+def test_how_many_data_sets_it_takes() -> None:
+    """By simulation, of a guide whose sd is half of the right one, and of a right one."""
+    z = torch.randn(needed_for(0.05, 3), 4000, generator=torch.Generator().manual_seed(0))
+    for factor, expected in ((0.5, 0.8), (1.0, 0.05 / 6)):
+        seen = dispersion_test(torch.special.ndtr(z / factor)) <= 0.05 / 6
+        assert seen.double().mean().item() == pytest.approx(expected, abs=0.03)
+    assert symmetry_test(torch.ones(needed_for(0.05, 3), 1))[1] <= 0.05 / 6
+
+
+def test_too_few_data_sets_are_no_judgement() -> None:
+    with pytest.warns(UserWarning, match="2 data sets are too few to judge by: it takes 17 to see"):
+        few = calibrated(num_simulations=2)
+    assert str(few).startswith("2 data sets are too few to judge by")
+    enough = summarise({"z": torch.rand(15)}, 0.05, "together")
+    assert str(enough).startswith("15 simulated data sets\n")
+    assert enough.too_few == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -18,6 +19,7 @@ from pyro.infer.reparam import LocScaleReparam
 import pyroflow as pf
 from pyroflow.diagnostics.causes import find_funnels, scale_pairs
 from pyroflow.diagnostics.psis import khat_interval, khat_threshold, pareto_smooth, systematic
+from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 from pyroflow.targets import (
@@ -83,7 +85,8 @@ class TestClosedForms:
         assert report.level == "bad"
         assert report.khat == pytest.approx(1 - ratio**2, abs=0.2)
         assert report.verdict.startswith(f"do not trust: k-hat {report.khat:.2f} is above 0.70")
-        assert any("fit_guide" in line for line in report.advice)
+        assert "a richer guide: AutoSylvesterFlow" in report.advice[-1]
+        assert not any("fit_guide" in line for line in report.advice)  # which has nothing to train
 
     def test_a_wide_guide_has_bounded_weights(self) -> None:
         assert pf.diagnose(conjugate, normal_guide(ratio=2.0)).khat < 0
@@ -203,6 +206,61 @@ class TestEightSchools:
         assert not any("LocScaleReparam" in line for line in report.advice)
 
 
+def hierarchy(num: int = 8) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("rows", num):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.1), obs=torch.arange(float(num)))
+
+
+def angle() -> None:
+    a = pyro.sample("a", dist.VonMises(0.0, 1.0))
+    pyro.sample("y", dist.Normal(a, 0.1), obs=torch.tensor(1.0))
+
+
+def subsampling() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("rows", 20, subsample_size=5) as index:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.1), obs=torch.arange(20.0)[index])
+
+
+def fixed(model: Callable) -> Callable:
+    def guide() -> None:
+        for name, shape in (("mu", ()), ("z", (8,))):
+            pyro.sample(name, dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape)))
+
+    return guide
+
+
+def mixture(model: Callable) -> MixtureGuide:
+    return MixtureGuide(model, [pf.AutoPlanarFlow(model, 1).setup()], torch.ones(1))
+
+
+GUIDES: dict[str, Callable] = {
+    "Planar": lambda model: pf.AutoPlanarFlow(model, 1).setup(),
+    "Sylvester": lambda model: pf.AutoSylvesterFlow(model, num_layers=1).setup(),
+    "Sylvester, tails": lambda model: pf.AutoSylvesterFlow(model, num_layers=1, tails=True).setup(),
+    "Structured": lambda model: pf.AutoStructuredFlow(model, num_layers=1).setup(),
+    "AutoFlow": lambda model: pf.AutoFlow(model, []).setup(),
+    "amortised, Planar": lambda model: pf.AmortizedPlanarGuide(model, "rows", num_layers=1),
+    "mixture": mixture,
+    "AutoNormal": AutoNormal,
+    "function": fixed,
+}
+SYLVESTER, STRUCTURED = "AutoSylvesterFlow", "AutoStructuredFlow"
+ADVISED = {
+    "hierarchy": (hierarchy, GUIDES, [SYLVESTER, "", "", *[SYLVESTER] * 3, "", *[SYLVESTER] * 2]),
+    "angle": (angle, {"AutoNormal": AutoNormal}, [""]),
+    "many rows": (partial(hierarchy, 300), {"AutoNormal": AutoNormal}, [STRUCTURED]),
+    "subsampling": (
+        subsampling,
+        {name: GUIDES[name] for name in ("Structured", "amortised, Planar")},
+        ["", STRUCTURED],
+    ),
+}
+
+
 class TestFunnels:
     def test_scales_are_found_through_functions_and_independents(self) -> None:
         def model() -> None:
@@ -260,6 +318,22 @@ class TestFunnels:
         assert "funnel in" in advice
         assert "s: write 'x' as loc + scale_tril @ eps" in advice or kind == "lkj"
         assert "LocScaleReparam" not in advice
+
+    @pytest.mark.parametrize("kind", ADVISED)
+    def test_no_advice_is_of_the_guide_in_use_or_of_one_that_refuses(self, kind: str) -> None:
+        model, guides, expected = ADVISED[kind]
+        for (name, make), richer in zip(guides.items(), expected, strict=True):
+            guide = make(model)
+            report = pf.diagnose(model, guide, num_samples=200, max_sets=1)
+            assert report.level == "bad", name
+            named = [line for line in report.advice if "richer" in line]
+            assert [line.split()[3].rstrip(",") for line in named] == ([richer] if richer else [])
+            assert richer != type(guide).__name__
+            for made in [getattr(pf, richer)] if richer else []:
+                assert made(model).setup().latents.sites
+            layers = any("more layers" in line for line in report.advice)
+            assert layers == ("Planar" in name or "Sylvester" in name or "Structured" in name)
+            assert any("tails=True" in line for line in report.advice) == (name == "Sylvester")
 
     def test_no_advice_costs_the_report(self) -> None:
         """NumPy refuses tensors with gradients, which only the search for funnels has."""

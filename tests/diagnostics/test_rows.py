@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import amortized_cases
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -190,3 +191,40 @@ def test_two_thousand_rows(kind: str) -> None:
     if kind != "globals narrow":
         assert report.log_evidence == pytest.approx(exact.evidence, abs=noise(report))
         check_moments(report, exact)
+
+
+def test_rows_of_an_amortised_guide_are_weighed_by_themselves() -> None:
+    """One row whose network reads another number is named, and joint weights are not needed."""
+    y = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    guide, evidence = amortized_cases.exact_effects(y)
+    options = {"num_samples": 1000, "max_sets": 1}
+    report = pf.diagnose(amortized_cases.effects_model, guide, y, **options)
+    assert report.level == "good"
+    assert report.log_evidence == pytest.approx(evidence, abs=noise(report))
+    assert report.wide.log_evidence == pytest.approx(evidence, abs=0.05)
+    off = torch.zeros(24).index_fill(0, torch.tensor(7), 0.7)
+    guide.context.positions, guide.context.function = {}, (lambda y: y + off,)
+    report = pf.diagnose(amortized_cases.effects_model, guide, y, **options)
+    assert report.rows.names[report.rows.worst[0]] == "z[7]"
+    assert report.rows.ess_fraction.argsort()[1] != 7
+    assert report.rows.ess_fraction[7] < 0.5
+    assert report.rows.ess_fraction.sort().values[1] > 0.99
+    assert report.log_evidence == pytest.approx(evidence, abs=noise(report) + 0.02)
+
+
+def test_rows_of_two_plates_beside_each_other_and_of_no_globals() -> None:
+    def model() -> None:
+        for name, num in (("a", 5), ("b", 3)):
+            with pyro.plate(f"{name}s", num):
+                x = pyro.sample(name, dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+                pyro.sample(f"y_{name}", dist.Normal(x, 1.0).to_event(1), obs=torch.ones(num, 2))
+
+    guide = pf.AmortizedPlanarGuide(model, ["as", "bs"], num_layers=1).setup()
+    with torch.no_grad():
+        for flow in guide.local_flow:
+            flow.affine.raw_scale.fill_(amortized_cases.raw(0.6))
+            flow.affine.offset.fill_(0.5)
+    report = pf.diagnose(model, guide, num_samples=4000, max_sets=1)
+    exact = 16 * dist.Normal(0.0, 2**0.5).log_prob(torch.ones(())).item()
+    assert report.log_evidence == pytest.approx(exact, abs=noise(report) + 0.02)
+    assert len(report.rows.names) == 8

@@ -148,12 +148,12 @@ def test_killed_fit_resumes_bit_by_bit(tmp_path: Path, warm_start: bool, killed:
 
     def show(self: Trainer, bar: object) -> None:
         if self.label == "fit_guide" and self.state.step == killed:
-            raise KeyboardInterrupt
+            raise SystemExit
 
     whole, expected = fit()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_show", show)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             fit(checkpoint=tmp_path / "fit.pt")
     resumed, found = fit(checkpoint=tmp_path / "fit.pt")
     assert resumed.losses == whole.losses
@@ -171,13 +171,13 @@ def test_growing_fit_resumes_bit_by_bit(tmp_path: Path, layers: int) -> None:
 
     def show(self: Trainer, bar: object) -> None:
         if self.checkpoint.settings["num_layers"] == layers and self.state.step == 20:
-            raise KeyboardInterrupt
+            raise SystemExit
 
     whole, expected = fit()
     assert expected.num_layers >= 8
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_show", show)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             fit(checkpoint=tmp_path / "fit.pt")
     resumed, found = fit(checkpoint=tmp_path / "fit.pt")
     assert resumed.losses == whole.losses
@@ -303,7 +303,7 @@ def test_cut_off_guide_object_goes_on_bit_by_bit(tmp_path: Path) -> None:
         count.append(0)
         loss = plain(self, *args, **kwargs)  # the draws are made, and the step is lost
         if len(count) == 12:
-            raise KeyboardInterrupt
+            raise SystemExit
         return loss
 
     options = {"steps": 30, **QUICK}
@@ -313,7 +313,7 @@ def test_cut_off_guide_object_goes_on_bit_by_bit(tmp_path: Path) -> None:
     guide, path = pf.AutoPlanarFlow(banana, 2), tmp_path / "fit.pt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LogJointBound, "loss", cut)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             pf.fit_guide(banana, guide, checkpoint=path, **options)
     found = pf.fit_guide(banana, guide, checkpoint=path, **options)
     assert found.losses == expected.losses

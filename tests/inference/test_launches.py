@@ -193,11 +193,11 @@ def test_a_recorded_fit_resumes_bit_by_bit(recorded: Callable, tmp_path: Any) ->
 
         def show(trainer: Trainer, bar: Any, cut: int = cut) -> None:
             if trainer.state.step == cut:
-                raise KeyboardInterrupt
+                raise SystemExit
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "_show", show)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit):
                 guide(steps=60, checkpoint=path)
         resumed, fit = guide(steps=60, checkpoint=path)
         assert fit.launches == "recorded"

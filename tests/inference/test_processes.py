@@ -137,11 +137,11 @@ def cut_off(name: str, step: int, **options: Any) -> None:
 
     def show(trainer: Trainer, bar: Any) -> None:
         if trainer.state.step == step:
-            raise KeyboardInterrupt
+            raise SystemExit
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_show", show)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             fitted(name, **options)
 
 
@@ -158,6 +158,10 @@ def worker(folder: Path) -> None:
     torch.set_num_threads(1)
     ours = processes()
     found: dict[str, Any] = {name: fitted(name, ours.rank) for name in ALIKE | OTHERS}
+    calls: list[int] = []
+    asks = lambda p: calls.append(p.step) or p.step == 5  # noqa: E731
+    found["left"] = fitted("density", callbacks=asks if ours.writes else None, batch_size=12)
+    found["calls"] = calls
     found["unseeded"] = fitted("density", ours.rank, seed=None)
     for name in ("density", "amortised"):
         files = {"checkpoint": folder / f"{name}.pt"}
@@ -202,6 +206,13 @@ def test_both_have_one_result(folder: Path, name: str) -> None:
     assert first["losses"].isfinite().all()
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert len(set(first["losses"].tolist())) > 1
+
+
+def test_rank_0_alone_calls_and_both_end(folder: Path) -> None:
+    first, second = both(folder)
+    assert (first["calls"], second["calls"]) == ([1, 2, 3, 4, 5], [])
+    assert len(first["left"]["losses"]) == 5
+    torch.testing.assert_close(first["left"], second["left"], rtol=0, atol=0)
 
 
 def test_lost_draws_are_counted_once(folder: Path) -> None:
