@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 PAPER := ../$(BIN)/python -m rezende_mohamed_2015
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint slow notebooks bench posteriordb posteriors nuts trust scale device paper tables clean
+.PHONY: demo test lint types docs slow notebooks bench posteriordb posteriors nuts trust scale device paper tables clean
 
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	$(BIN)/pyroflow demo
@@ -17,6 +17,9 @@ test: $(INSTALLED)  ## Tests, doctests, and the notebooks with few steps; a few 
 lint: $(INSTALLED)  ## What CI checks beside the tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## mypy on a user's script; a minute where nothing is cached.
+	$(BIN)/mypy
 
 slow: $(INSTALLED)  ## Long fits that hold the numbers of the tables to their bounds.
 	$(BIN)/python -m pytest -m slow tests

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typed_user
 
 import pyroflow as pf
 from pyroflow.distribution import warn_of_another
@@ -89,6 +90,12 @@ def test_the_citation_is_of_this_version() -> None:
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {pf.__version__}\n" in citation
     assert f"\n## {pf.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float32")
+def test_what_a_typed_user_writes_runs(tmp_path: Path) -> None:
+    typed_user.main(tmp_path)
 
 
 @pytest.fixture

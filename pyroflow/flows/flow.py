@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import pyro.distributions as dist
@@ -99,6 +99,8 @@ class Flow(nn.Module):
         (torch.Size([5]), torch.Size([3, 2]))
     """
 
+    __call__: Callable[..., FlowDistribution]  # what a type checker knows of flow(...)
+
     def __init__(
         self,
         base: Distribution | nn.Module,
@@ -137,7 +139,7 @@ class Flow(nn.Module):
         """D, the event size."""
         return self._base().event_shape[-1]
 
-    def forward(self, context: Tensor | None = None) -> dist.TransformedDistribution:
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The flow as a Pyro distribution; for a conditional one, at a context (*B, C).
 
         It then has batch shape B and is a snapshot: call the flow anew after an optimiser step.
