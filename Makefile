@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV := .venv
+DOCS_VENV := .venv-docs
 JAX_VENV := .venv-jax
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -20,6 +21,9 @@ lint: $(INSTALLED)  ## What CI checks beside the tests.
 
 types: $(INSTALLED)  ## mypy on a user's script; a minute where nothing is cached.
 	$(BIN)/mypy
+
+docs: $(DOCS_VENV)/installed  ## The pages, in docs/_build/html; a warning is an error. In an environment of their own.
+	$(DOCS_VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . docs/_build/html
 
 slow: $(INSTALLED)  ## Long fits that hold the numbers of the tables to their bounds.
 	$(BIN)/python -m pytest -m slow tests
@@ -63,7 +67,7 @@ tables: $(INSTALLED)  ## Write the tables of README.md and notebooks/results/REA
 	PYTHONPATH=notebooks:tests $(BIN)/python -m benchmarks.readme
 
 clean:
-	rm -rf $(VENV) $(JAX_VENV)
+	rm -rf $(VENV) $(JAX_VENV) $(DOCS_VENV) docs/_build
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -73,6 +77,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(VENV)/bench-installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	touch $@
+
+$(DOCS_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 $(JAX_VENV)/installed: Makefile
