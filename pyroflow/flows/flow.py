@@ -71,12 +71,11 @@ class FlowDistribution(dist.TransformedDistribution):
 class Flow(nn.Module):
     """A base distribution pushed through transforms; ``flow()`` is a fresh distribution.
 
-    Any of Pyro's and torch's transforms may stand in the list, conditional ones too.
-
     Args:
         base: a distribution with event shape (D,), or a module whose call returns one, so that
             its tensors move with the flow.
-        transforms: applied from base to data, first to last; ``t.inv`` runs t backwards.
+        transforms: ours, Pyro's and torch's, conditional ones too, applied from base to data, first
+            to last; ``t.inv`` runs t backwards.
         direction: which way the layers among them (planar, radial, Sylvester, all that start as
             the identity) run in closed form: "base_to_data", "data_to_base", or "auto": as the
             first fit needs it, until then "data_to_base". None leaves each as it is given.
