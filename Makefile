@@ -63,7 +63,7 @@ paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MN
 	cd notebooks && $(PAPER) mnist_speed
 	cd notebooks && $(PAPER) sylvester --data $(abspath $(PYROFLOW_MNIST))
 
-tables: $(INSTALLED)  ## Write the tables of README.md and notebooks/results/README.md from the stored results.
+tables: $(INSTALLED)  ## Write the tables of README.md, the pages and notebooks/results/README.md from the stored results.
 	PYTHONPATH=notebooks:tests $(BIN)/python -m benchmarks.readme
 
 clean:

@@ -64,7 +64,7 @@ def test_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 110
 
 
-@pytest.mark.parametrize("file", readme.FILES, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", readme.FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_tables_are_those_of_the_stored_results(file: Path) -> None:
     text = file.read_text()
     assert text.count("<!-- table: ") == text.count("<!-- end -->") > 0
