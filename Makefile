@@ -1,12 +1,13 @@
 PYTHON ?= python3
 VENV := .venv
+DOCS_VENV := .venv-docs
 JAX_VENV := .venv-jax
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PAPER := ../$(BIN)/python -m rezende_mohamed_2015
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint slow notebooks bench posteriordb posteriors nuts trust scale device paper tables clean
+.PHONY: demo test lint types docs slow notebooks bench posteriordb posteriors nuts trust scale device paper tables clean
 
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	$(BIN)/pyroflow demo
@@ -17,6 +18,12 @@ test: $(INSTALLED)  ## Tests, doctests, and the notebooks with few steps; a few 
 lint: $(INSTALLED)  ## What CI checks beside the tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## mypy on a user's script; a minute where nothing is cached.
+	$(BIN)/mypy
+
+docs: $(DOCS_VENV)/installed  ## The pages, in docs/_build/html; a warning is an error. In an environment of their own.
+	$(DOCS_VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . docs/_build/html
 
 slow: $(INSTALLED)  ## Long fits that hold the numbers of the tables to their bounds.
 	$(BIN)/python -m pytest -m slow tests
@@ -56,11 +63,11 @@ paper: $(INSTALLED)  ## The paper's experiments, with resume; hours. PYROFLOW_MN
 	cd notebooks && $(PAPER) mnist_speed
 	cd notebooks && $(PAPER) sylvester --data $(abspath $(PYROFLOW_MNIST))
 
-tables: $(INSTALLED)  ## Write the tables of README.md and notebooks/results/README.md from the stored results.
+tables: $(INSTALLED)  ## Write the tables of README.md, the pages and notebooks/results/README.md from the stored results.
 	PYTHONPATH=notebooks:tests $(BIN)/python -m benchmarks.readme
 
 clean:
-	rm -rf $(VENV) $(JAX_VENV)
+	rm -rf $(VENV) $(JAX_VENV) $(DOCS_VENV) docs/_build
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +77,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(VENV)/bench-installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	touch $@
+
+$(DOCS_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 $(JAX_VENV)/installed: Makefile

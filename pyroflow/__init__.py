@@ -1,13 +1,13 @@
 """Planar normalizing flows for Pyro, exact both ways."""
 
 from importlib import import_module
-from importlib.metadata import version
 from types import ModuleType
 
 from pyroflow import datasets, targets
 from pyroflow.arviz import to_arviz
 from pyroflow.calibration import Calibration, calibrate
 from pyroflow.diagnostics import Report, diagnose
+from pyroflow.distribution import VERSION, warn_of_another
 from pyroflow.flows import Flow, planar_flow, radial_flow, sylvester_flow
 from pyroflow.guides import (
     AmortizedPlanarGuide,
@@ -35,7 +35,8 @@ from pyroflow.transforms import (
     Sylvester,
 )
 
-__version__ = version("pyroflow")
+__version__ = VERSION
+warn_of_another()
 
 # Named as Pyro names the functions that make a transform.
 planar, conditional_planar = Planar, ConditionalPlanar

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-T, P = TypeVar("T"), ParamSpec("P")
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def check_count(name: str, value: int, minimum: int) -> int:

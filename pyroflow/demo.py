@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyroflow import datasets, plots, targets
 from pyroflow.diagnostics import diagnose
+from pyroflow.distribution import VERSION
 from pyroflow.flows import planar_flow
 from pyroflow.guides import AutoPlanarFlow
 from pyroflow.inference import fit_density, fit_guide
@@ -65,7 +66,7 @@ def run(settings: Settings) -> dict[str, Any]:
         again as ``KeyboardInterrupt`` once the report is on disk.
     """
     report = {
-        "versions": {name: version(name) for name in ("pyroflow", "torch", "pyro-ppl")},
+        "versions": {"pyroflow": VERSION} | {n: version(n) for n in ("torch", "pyro-ppl")},
         "seed": settings.seed,
         "quick": settings.quick,
         "threads": torch.get_num_threads(),

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-T, P = TypeVar("T"), ParamSpec("P")
+T = TypeVar("T")
+P = ParamSpec("P")
 
 _THREAD = threading.local()  # .own: the generators that the thread draws from
 _PYRO = threading.RLock()  # held while models run, see :func:`one_at_a_time`

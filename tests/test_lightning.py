@@ -1,4 +1,4 @@
-"""The example of docs/guide.md: a guide trained by Lightning finds the exact posterior."""
+"""The example of docs/processes.md: a guide trained by Lightning finds the exact posterior."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-GUIDE = Path(__file__).resolve().parents[1] / "docs" / "guide.md"
+GUIDE = Path(__file__).resolve().parents[1] / "docs" / "processes.md"
 
 # z and mu are Gaussian, and so is all: the exact posterior of mu, and the gap of the bound.
 REPORT = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from inspect import Parameter
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from pyroflow.distribution import VERSION
 from pyroflow.model.bound import signature_of
 from pyroflow.model.records import Record, SiteRuns, Sites, is_deterministic
 
@@ -171,6 +171,6 @@ def _dataset(group: Group, sizes: Mapping[str, int], coords: Coords) -> Dataset:
     attributes = {
         "created_at": datetime.now(timezone.utc).isoformat(),
         "inference_library": "pyroflow",
-        "inference_library_version": version("pyroflow"),
+        "inference_library_version": VERSION,
     }
     return Dataset(group, coords=labels, attrs=attributes)

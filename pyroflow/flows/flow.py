@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import pyro.distributions as dist
@@ -91,12 +91,11 @@ class _ShownFlow(Shown):
 class Flow(_ShownFlow, nn.Module):
     """A base distribution pushed through transforms; ``flow()`` is a fresh distribution.
 
-    Any of Pyro's and torch's transforms may stand in the list, conditional ones too.
-
     Args:
         base: a distribution with event shape (D,), or a module whose call returns one, so that
             its tensors move with the flow.
-        transforms: applied from base to data, first to last; ``t.inv`` runs t backwards.
+        transforms: ours, Pyro's and torch's, conditional ones too, applied from base to data, first
+            to last; ``t.inv`` runs t backwards.
         direction: which way the layers among them (planar, radial, Sylvester, all that start as
             the identity) run in closed form: "base_to_data", "data_to_base", or "auto": as the
             first fit needs it, until then "data_to_base". None leaves each as it is given.
@@ -118,6 +117,8 @@ class Flow(_ShownFlow, nn.Module):
         >>> flow().log_prob(torch.zeros(5, 2)).shape, flow().sample((3,)).shape
         (torch.Size([5]), torch.Size([3, 2]))
     """
+
+    __call__: Callable[..., FlowDistribution]  # what a type checker knows of flow(...)
 
     def __init__(
         self,
@@ -157,7 +158,7 @@ class Flow(_ShownFlow, nn.Module):
         """D, the event size."""
         return self._base().event_shape[-1]
 
-    def forward(self, context: Tensor | None = None) -> dist.TransformedDistribution:
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The flow as a Pyro distribution; for a conditional one, at a context (*B, C).
 
         It then has batch shape B and is a snapshot: call the flow anew after an optimiser step.

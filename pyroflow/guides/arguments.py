@@ -16,7 +16,8 @@ from pyroflow.checks import check_args, check_option_names
 from pyroflow.flows import Flow
 from pyroflow.model.arguments import arrays_at_fault, parameters_of
 
-T, P = TypeVar("T"), ParamSpec("P")
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def data_into_args(*positional: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyroflow.checks import check_device
+from pyroflow.distribution import VERSION
 from pyroflow.flows import Flow
 from pyroflow.guides import AutoFlow
 from pyroflow.guides.mixture import MixtureGuide
@@ -67,7 +67,7 @@ def save(obj: Flow | AutoFlow, path: str | os.PathLike) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path {path} is in a folder that does not exist: make it first")
-    content = {"pyroflow": version("pyroflow"), "format": FORMAT} | _described(obj)
+    content = {"pyroflow": VERSION, "format": FORMAT} | _described(obj)
     write_data(path, content)
 
 
@@ -176,7 +176,7 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
     if written > FORMAT:
         raise ValueError(
             f"path {path} has format {written}, written by pyroflow {file.get('pyroflow')}; this "
-            f"is {version('pyroflow')}, which reads up to {FORMAT}: install that version or a "
+            f"is {VERSION}, which reads up to {FORMAT}: install that version or a "
             "later one"
         )
     described = (part for part in walk(file) if isinstance(part, dict))

@@ -1,6 +1,6 @@
-"""Write the tables of README.md and notebooks/results/README.md from the stored results.
+"""Write the tables of README.md, the pages and notebooks/results/README.md from stored results.
 
-``make tables`` fills what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` in both.
+``make tables`` fills what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` in them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,8 @@ from .tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results"
-FILES = (ROOT / "README.md", RESULTS / "README.md")
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("index", "which_guide", "trust"))
+FILES = (ROOT / "README.md", RESULTS / "README.md", *PAGES)
 REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FORMS = ("non-centred", "centred")
 GAUSSIANS = ("AutoNormal", "AutoMultivariateNormal")
@@ -212,6 +214,15 @@ def _speed(shape: list[int]) -> tuple[str, ...]:
     return name, f"{speed.number(ours)} ms", times, "`make bench`"
 
 
+def part(name: str, *starts: str) -> str:
+    """The head of another table, and the rows that start so."""
+    lines = TABLES[name]().splitlines()
+    rule = next(i for i, line in enumerate(lines) if line.startswith("| --- "))
+    rows = list(takewhile(lambda line: line.startswith("|"), lines[rule + 1 :]))
+    found = [row for start in starts for row in rows if row.startswith(f"| {start}")]
+    return "\n".join([*lines[rule - 1 : rule + 1], *found])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "accuracy": accuracy,
@@ -227,6 +238,23 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: speed.markdown(stored("benchmarks")),
     "family": lambda: markdown(family.frame(stored("family"))),
     **{name: partial(experiment, name) for name in paper.TABLES},
+    "verdicts": partial(part, "summary", "`posterior`"),
+    "chains": partial(
+        part,
+        "posteriors",
+        "modes-60_40_5",
+        "eight_schools-eight_schools_centered",
+        "hudson_lynx_hare",
+        "irt-2pl",
+        "groups-thousand_1002",
+    ),
+    "rivals": partial(
+        part,
+        "posteriordb",
+        "hudson_lynx_hare",
+        "gp_pois_regr",
+        "eight_schools-eight_schools_centered",
+    ),
 }
 
 
