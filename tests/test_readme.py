@@ -27,12 +27,15 @@ WITH_CODE = [page for page in PAGES if "```python" in page.read_text() and page.
 
 @pytest.fixture
 def short_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, float32: None) -> None:
-    """Fits of a step, a few simulations, and a folder for the files that the code writes."""
+    """Short fits, a few simulations, and a folder for the files that the code writes.
+
+    Not so short that ``posterior`` has much to mend, and chains far to go, which takes longer.
+    """
     whole = Trainer.__init__
 
     def short(self: Trainer, *args: Any, polish: int = 0, **options: Any) -> None:
         objective, schedule = args
-        short_schedule = LearningRateSchedule(min(schedule.steps, 1), schedule.rule)
+        short_schedule = LearningRateSchedule(min(schedule.steps, 300), schedule.rule)
         whole(self, objective, short_schedule, polish=min(polish, 1), **options)
 
     monkeypatch.setattr(Trainer, "__init__", short)
