@@ -169,8 +169,8 @@ class Flow(OfColumns):
         Layers that are the identity are drawn anew, unless they are frozen, so that a fit is
         reproducible from its own seed. Where their direction is open, they take the one that is
         in closed form for what the fit does most: scoring, where there are data (N, D), else
-        sampling. Given data, an outermost affine layer is set to their mean and covariance if all
-        of pyroflow's layers are the identity.
+        sampling. Given data, an outermost affine layer, but for a support behind it, is set to
+        their mean and covariance if all of pyroflow's layers are the identity.
 
         Raises:
             ValueError: If the covariance of the data is singular, and the scale a full triangle.
@@ -179,7 +179,8 @@ class Flow(OfColumns):
             return
         ours = [t for t, _ in self.steps if isinstance(t, (*_LAYERS, *_AFFINE))]
         still = [t for t in ours if _is_identity(t, self.input_dim)]
-        last, inverted = self.steps[-1] if self.steps else (None, False)
+        data, steps = self.unconstrained(data)
+        last, inverted = steps[-1] if steps else (None, False)
         outermost = isinstance(last, _AFFINE) and not inverted
         if data is not None and outermost and len(still) == len(ours):
             last.standardize(data)

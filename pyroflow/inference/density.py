@@ -102,8 +102,8 @@ def fit_density(
     settings["data"] = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in rows]
     with held(checkpoint), seeded(seed):
         held_out, training = _split(rows, holdout)
-        flow.initialize(training[0])
         flow.name_columns(data, context)
+        flow.initialize(training[0])
         settings["flow"] = flow.get_extra_state()
 
         def loss(step: int) -> Tensor:
