@@ -6,7 +6,7 @@ import io
 import math
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from os import PathLike
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Columns = Sequence[int | str] | int | str | None
+Choose = Callable[[list[str] | None], Columns]  # by the names, which are None where there are none
 # A table's numbers, and its columns' names if it has any.
 Named = tuple[Tensor, tuple[str, ...] | None]
 
@@ -93,7 +94,7 @@ def read_table(
 
 def read_named(
     path: Path,
-    columns: Columns,
+    columns: Columns | Choose,
     dtype: torch.dtype,
     header: bool | None = None,
     delimiter: str | None = None,
@@ -118,7 +119,7 @@ def read_named(
     return table[:, _positions(columns, None, table.shape[1], path)], None
 
 
-def _read_parquet(path: Path, columns: Columns, dtype: torch.dtype) -> Named:
+def _read_parquet(path: Path, columns: Columns | Choose, dtype: torch.dtype) -> Named:
     import pandas as pd
 
     frame = pd.read_parquet(path)
@@ -148,8 +149,11 @@ def _load_array(path: Path) -> np.ndarray:
     )
 
 
-def _positions(columns: Columns, names: list[str] | None, width: int, path: Path) -> list[int]:
+def _positions(
+    columns: Columns | Choose, names: list[str] | None, width: int, path: Path
+) -> list[int]:
     """The columns to keep, as positions."""
+    columns = columns(names) if callable(columns) else columns
     if columns is None:
         if names and "" in names:
             raise ValueError(
@@ -170,7 +174,7 @@ def _read_csv(
     path: Path,
     text: bytes,
     marks: tuple[str | None, str | None],
-    columns: Columns,
+    columns: Columns | Choose,
     header: bool | None,
     dtype: torch.dtype,
 ) -> Named:
@@ -218,17 +222,14 @@ def _read_csv(
 def _csv_cells(
     path: Path, content: bytes, marks: tuple[str | None, str | None]
 ) -> tuple[pd.DataFrame, pd.DataFrame, tuple[str, str]]:
-    """The cells as text and as numbers, in rows of equal length, and what is between them.
-
-    The index has their lines, and the marks are delimiter and decimal, None where not known.
-    """
+    """Cells as text and numbers, in rows of equal length, indexed by line; delimiter, decimal."""
     import pandas as pd
 
     delimiter, decimal = marks
     try:
         text = content.decode("utf-8-sig").rstrip()
         if not text:
-            raise ValueError(f"{path} is empty; expected numbers, separated by commas.")
+            raise ValueError(f"{path} is empty; expected numbers.")
         delimiter = delimiter or _delimiter(text)
         cells = pd.read_csv(
             io.StringIO(text),
