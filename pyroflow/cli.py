@@ -35,10 +35,12 @@ Columns = Annotated[
 ]
 Header = Annotated[
     bool | None,
-    typer.Option("--header/--no-header", help="Whether the first line holds names. [found]"),
+    typer.Option("--header/--no-header", help="Whether the first line holds names; else found."),
 ]
-Delimiter = Annotated[str | None, typer.Option(help="What is between the cells. [found]")]
-Decimal = Annotated[str | None, typer.Option(help="What is before decimals: . or , [found]")]
+Delimiter = Annotated[str | None, typer.Option(help="What is between the cells; else found.")]
+Decimal = Annotated[
+    str | None, typer.Option(help="What is before decimals, . or a comma; else found.")
+]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**31, help="Makes it reproducible.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over an existing file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -75,16 +77,16 @@ def fit(
     out: Annotated[Path, typer.Option(metavar="FILE", help="File of the flow to write.")],
     columns: Columns = None,
     kind: Annotated[Kind, typer.Option(help="Family of the layers.")] = Kind.planar,
-    layers: Annotated[int | None, typer.Option(min=0, help="[16; Sylvester 4]")] = None,
-    units: Annotated[int | None, typer.Option(min=1, help="Of Sylvester layers. [up to 8]")] = None,
+    layers: Annotated[int | None, typer.Option(min=0, help="By default 16; Sylvester 4.")] = None,
+    units: Annotated[int | None, typer.Option(min=1, help="Of Sylvester layers.")] = None,
     support: Annotated[
         list[str] | None,
         typer.Option(metavar="COLUMN=BOUNDS", help="As in x=positive or x=0,1; repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the fit.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of Adam. [1000]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of Adam; by default 1000.")] = None,
     polish: Annotated[
-        int | None, typer.Option(min=0, help="Evaluations for L-BFGS after them. [1000]")
+        int | None, typer.Option(min=0, help="Evaluations for L-BFGS after them; by default 1000.")
     ] = None,
     double: Annotated[bool, typer.Option("--double", help="Fit in float64.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
@@ -147,8 +149,8 @@ def sample(
     num: Annotated[int, typer.Option("-n", "--num", min=1, help="How many rows.")] = 1000,
     seed: Seed = None,
     out: TableOut = Path("-"),
-    delimiter: Delimiter = None,
-    decimal: Decimal = None,
+    delimiter: Annotated[str | None, typer.Option(help="Between cells; else a comma.")] = None,
+    decimal: Annotated[str, typer.Option(help="Before decimals.")] = ".",
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -158,14 +160,13 @@ def sample(
         from pyroflow import commands
 
         commands.target(out, force, commands.TABLES)
-        given = {"sep": delimiter, "decimal": decimal}
         draws, names = commands.sample(flow, num, seed)
         report = {"columns": list(draws.columns), "rows": num, "file": str(out)}
         if as_json and out == commands.PIPE:
             report |= {"file": None, "draws": draws.to_numpy().tolist()}
         else:
-            marks = {name: mark for name, mark in given.items() if mark is not None}
-            commands.write_table(draws, out, names, **marks)
+            marks = {} if delimiter is None else {"sep": delimiter}
+            commands.write_table(draws, out, names, decimal=decimal, **marks)
         _tell(report, as_json, quiet or out == commands.PIPE, f"{out}: {num} rows")
 
 
@@ -187,10 +188,9 @@ def score(
         from pyroflow import commands
 
         commands.target(out, force, commands.TABLES)
-        source = commands.Source(data, columns, header, delimiter, decimal)
-        found = commands.score(flow, source)
-        mean = float(found["log_prob"].mean())
-        report = {"rows": len(found), "mean_log_prob": mean, "file": str(out)}
+        found = commands.score(flow, commands.Source(data, columns, header, delimiter, decimal))
+        rows, mean = len(found), float(found["log_prob"].mean())
+        report = {"rows": rows, "mean_log_prob": mean, "file": str(out)}
         if as_json and out == commands.PIPE:
             report |= {"file": None, "log_prob": found["log_prob"].tolist()}
         else:
@@ -198,7 +198,7 @@ def score(
         if as_json:
             _tell(report, True, quiet)
         elif not quiet:
-            typer.echo(f"mean log density of {len(found)} rows: {mean:.4f} nats", err=True)
+            typer.echo(f"mean log density of {rows} rows: {mean:.4f} nats", err=True)
 
 
 @app.command()
@@ -295,6 +295,6 @@ def _tell(report: Mapping[str, Any], as_json: bool, quiet: bool, *lines: str) ->
     """Print a report: in words, or as JSON, with null for infinities and NaN."""
     if as_json:
         finite = json.loads(json.dumps(report), parse_constant=lambda _: None)
-        typer.echo(json.dumps(finite, ensure_ascii=False))
+        typer.echo(json.dumps(finite))
     elif not quiet:
         typer.echo("\n".join(lines))

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 import typer
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyroflow import plots
 from pyroflow.checks import to_tensor
@@ -211,7 +212,8 @@ def info(path: Path) -> Report:
 
 
 def _of_flow(flow: Flow, content: Mapping[str, Any]) -> Report:
-    parts = _plain(content["parts"]["arguments"]["transforms"])
+    parts = content["parts"]["arguments"]["transforms"]
+    parts = tree_map_only(Tensor, Tensor.tolist, parts)
     support = flow.outer_support
     return {
         "dimensions": flow.input_dim,
@@ -224,15 +226,6 @@ def _of_flow(flow: Flow, content: Mapping[str, Any]) -> Report:
     }
 
 
-def _plain(value: Any) -> Any:
-    """Numbers in place of tensors."""
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return value.tolist() if isinstance(value, Tensor) else value
-
-
 def _chosen(
     path: Path, given: str | None, own: Sequence[str] | None, names: list[str] | None
 ) -> list[int | str] | None:
@@ -240,6 +233,8 @@ def _chosen(
     if given is None:
         if own is None or names is None:
             return None
+        if missing := [name for name in own if name not in names]:
+            raise ValueError(f"{path} has no column {listed(missing)}, which the flow is of")
         if others := [name for name in names if name not in own]:
             warnings.warn(f"{path}: columns {listed(others)} are not the flow's", stacklevel=2)
         return list(own)

@@ -223,6 +223,8 @@ def test_refusals(table: str, options: tuple[str, ...], code: int, message: str)
 
 def test_files_that_are_not_there(flow: pf.Flow) -> None:
     assert "there is no file x.csv" in invoke("score", "f.pt", "x.csv", code=1).stderr
+    data().rename(columns={"bmi": "BMI"}).to_csv("u.csv", index=False)
+    assert "u.csv has no column 'bmi', which" in invoke("score", "f.pt", "u.csv", code=1).stderr
     assert "path x.pt does not exist" in invoke("sample", "x.pt", code=1).stderr
     assert "not a file of pyroflow.save" in invoke("info", "t.csv", code=1).stderr
     assert "folder that does not exist" in invoke("fit", "t.csv", "--out", "no/f.pt", code=2).stderr

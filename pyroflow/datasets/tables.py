@@ -232,7 +232,7 @@ def _csv_cells(
             raise ValueError(f"{path} is empty; expected numbers.")
         delimiter = delimiter or _delimiter(text)
         cells = pd.read_csv(
-            io.StringIO(text),
+            io.StringIO(text, newline=None),
             sep=delimiter,
             engine="python",  # the other one fills short rows up
             dtype=str,

@@ -15,7 +15,7 @@ from pyroflow.datasets import read_table
 
 def write(folder: Path, text: str, name: str = "table.csv") -> Path:
     path = folder / name
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode())
     return path
 
 
@@ -43,9 +43,10 @@ def test_csv_columns(tmp_path: Path, columns: list[int | str]) -> None:
         ("1,5;1,234\n2;3\n", [[1.5, 1.234], [2.0, 3.0]]),
         ("a\tb\n1.5\t2\n3\t4\n", [[1.5, 2.0], [3.0, 4.0]]),
         ('"x;y",z\n1,2\n3,4\n', [[1.0, 2.0], [3.0, 4.0]]),
+        ("a;b\r\n1;2\r\n\r\n3;4\r\n", [[1.0, 2.0], [3.0, 4.0]]),
         ("a;b\n16777216,0;0,0\n1;2\n", [[16777216.0, 0.0], [1.0, 2.0]]),
     ],
-    ids=["decimal comma", "not thousands", "tab", "quoted", "exact"],
+    ids=["decimal comma", "not thousands", "tab", "quoted", "other ends", "exact"],
 )
 @pytest.mark.usefixtures("float32")
 def test_marks_are_found(tmp_path: Path, text: str, expected: list) -> None:
