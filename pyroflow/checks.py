@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
@@ -12,6 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyroflow.frames import column_names, frame_columns, is_frame, named
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -104,39 +106,54 @@ def check_data(
     name: str = "data",
     varying: bool = True,
     dtype: torch.dtype | None = None,
+    columns: Sequence[str] | None = None,
+    rows: int = 2,
 ) -> Tensor:
-    r"""Data of shape :math:`(n, d)`, n >= 2, as a float tensor that a density can be fitted to.
+    r"""Data of shape :math:`(n, d)`, n >= ``rows``, as a float tensor of finite numbers.
 
     Float32 and float64 are kept where no ``dtype`` is given; integers, other floats and lists
-    become torch's default dtype. ``varying`` data have no constant columns.
+    become torch's default dtype. ``varying`` data have no constant columns. The columns of a frame
+    are put in the order of ``columns``, which errors name.
 
     Raises:
         ValueError: If the data are not numbers, have another shape, hold NaN or inf, if a column
-            is constant up to the rounding of its values, or if the dtype cannot hold them.
+            is constant up to the rounding of its values, or if the dtype cannot hold them; if a
+            frame has other columns or missing values.
     """
-    tensor = to_tensor(data, name, dtype)
-    check_shape(tensor, width, name)
+    tensor = to_tensor(data, name, dtype, columns)
+    check_shape(tensor, width, name, rows)
+    columns = column_names(data) if columns is None else columns
     wrong = ~tensor.isfinite()
     if wrong.any():
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"{name} expects finite numbers, got {tensor[row, column].item()} in row {row}, column"
-            f" {column} (from 0); {int(wrong.any(dim=1).sum())} of {len(tensor)} rows hold NaN or"
-            " inf. Drop them with data[data.isfinite().all(1)] or fill them in."
+            f"{name} expects finite numbers, got {tensor[row, column].item()} in row {row}, "
+            f"{named(column, columns)}; {int(wrong.any(dim=1).sum())} of {len(tensor)} rows hold"
+            " NaN or inf. Drop them with data[data.isfinite().all(1)] or fill them in."
         )
     rounding = 8 * torch.finfo(tensor.dtype).eps * tensor.abs().amax(dim=0)
     constant = (tensor.amax(dim=0) - tensor.amin(dim=0) <= rounding).nonzero().flatten().tolist()
     if varying and constant:
+        found = constant if columns is None else [columns[column] for column in constant]
         raise ValueError(
-            f"{name} expects columns that vary, got constant column(s) {constant} (from 0, first"
+            f"{name} expects columns that vary, got constant column(s) {found} (from 0, first"
             f" value {tensor[0, constant[0]].item():g}), where no density exists. Drop the column,"
             " or add noise to it. A large offset hides small changes: subtract it, in float64."
         )
     return tensor
 
 
-def to_tensor(data: object, name: str, dtype: torch.dtype | None = None) -> Tensor:
+def to_tensor(
+    data: object,
+    name: str,
+    dtype: torch.dtype | None = None,
+    columns: Sequence[str] | None = None,
+) -> Tensor:
     """The data as a tensor of any shape in ``dtype``, or as :func:`check_data` says."""
+    if is_frame(data):
+        found = frame_columns(data, name, columns).items()
+        parts = [to_tensor(values[:, None], name, dtype, [label]) for label, values in found]
+        return torch.cat(parts, 1) if parts else torch.zeros(len(data), 0, device="cpu")
     if not isinstance(data, Tensor):
         data, kept = _array_to_tensor(data, name)
     elif data.is_complex() or data.dtype == torch.bool:
@@ -144,7 +161,7 @@ def to_tensor(data: object, name: str, dtype: torch.dtype | None = None) -> Tens
     else:
         data = data.detach() if data.requires_grad else data
         kept = data.dtype in (torch.float32, torch.float64)
-    return narrow(data, dtype or (data.dtype if kept else torch.get_default_dtype()), name)
+    return narrow(data, dtype or (data.dtype if kept else torch.get_default_dtype()), name, columns)
 
 
 def _array_to_tensor(data: object, name: str) -> tuple[Tensor, bool]:
@@ -168,7 +185,9 @@ def _array_to_tensor(data: object, name: str) -> tuple[Tensor, bool]:
     return torch.from_numpy(np.array(array, dtype=wide, order="C")), kept
 
 
-def narrow(data: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def narrow(
+    data: Tensor, dtype: torch.dtype, name: str, columns: Sequence[str] | None = None
+) -> Tensor:
     """The data, of any shape, in a floating-point ``dtype`` that must be able to hold them.
 
     Raises:
@@ -184,15 +203,15 @@ def narrow(data: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         place = lost.nonzero()[0].tolist()
         raise ValueError(
             f"{name} expects numbers that {dtype} can hold, got {data[tuple(place)].item()!r} in"
-            f" row {place[0]}, column {place[-1]} (from 0); {remedy}."
+            f" row {place[0]}, {named(place[-1], columns)}; {remedy}."
         )
-    columns = zip(data.T, found.T, strict=True) if data.ndim == 2 else ()
-    for column, (values, rounded) in enumerate(columns):
+    pairs = zip(data.T, found.T, strict=True) if data.ndim == 2 else ()
+    for column, (values, rounded) in enumerate(pairs):
         finite = rounded.isfinite()
         if _merged(values[finite], rounded[finite]):
             raise ValueError(
-                f"{name} expects values that stay apart in {dtype}, but different ones of column"
-                f" {column} (from 0) become equal, such as those near"
+                f"{name} expects values that stay apart in {dtype}, but different ones of "
+                f"{named(column, columns)} become equal, such as those near"
                 f" {values[finite].max().item()!r}; {remedy}."
             )
     return found

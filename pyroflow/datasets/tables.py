@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from os import PathLike
 from pathlib import Path
@@ -21,9 +22,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Columns = Sequence[int | str] | int | str | None
+Choose = Callable[[list[str] | None], Columns]  # by the names, which are None where there are none
+# A table's numbers, and its columns' names if it has any.
+Named = tuple[Tensor, tuple[str, ...] | None]
 
 MISSING = {"nan", "na", "n/a", "null", "none"}
 YEARS = range(1800, 2201)
+TEXT, ARRAYS = (".csv", ".tsv", ".txt"), (".npy", ".npz")
+DELIMITERS = ("\t", ";", "|")  # looked for in this order; else cells are between commas
+SWAPPED = str.maketrans(",.", ".,")
+EXPONENT = r"(?:[eE][+-]?\d+)?"
+COMMA = re.compile(rf"[+-]?\d*,\d+{EXPONENT}")
+POINT = re.compile(rf"[+-]?\d*\.\d*{EXPONENT}")
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
 
 def read_table(
@@ -32,21 +43,29 @@ def read_table(
     columns: Columns = None,
     header: bool | None = None,
     dtype: torch.dtype | None = None,
+    delimiter: str | None = None,
+    decimal: str | None = None,
 ) -> Tensor:
-    r"""Reads a table of numbers from a .csv, .npy or .npz file; no pickle is ever executed.
+    r"""Reads a table of numbers from text, Parquet, .npy or .npz; no pickle is ever executed.
 
-    A .csv file is comma separated, with decimal points; blank lines are skipped. Missing values,
-    written as nan, NA, N/A, null or None, are read as NaN; an empty cell is refused. An .npz file
-    must hold a single array.
+    In text (.csv, .tsv, .txt) blank lines are skipped. Missing values, written as nan, NA, N/A,
+    null or None, are read as NaN; an empty cell is refused. A .parquet file needs an engine of
+    pandas, such as pyarrow; its index, if it has names, is read as columns, and missing values are
+    refused. An .npz file must hold a single array.
 
     Args:
         path: The file.
         columns: Columns to keep, in this order: positions from 0 or names of the header. All of
             them by default.
-        header: Whether the first line of a .csv file holds names. By default it does when no cell
+        header: Whether the first line of text holds names. By default it does when no cell
             of it is a number; years or 0, 1, 2, ... above other numbers are refused, as they may
             be either.
         dtype: ``torch.float32`` or ``torch.float64``; torch's default dtype by default.
+        delimiter: What is between the cells of text: by default a tab, a semicolon or a bar if the
+            first line has one, else a comma.
+        decimal: What is before the decimals in text, "." or ",". By default it is a comma where
+            cells that are not between commas have it and none has a point; where all of these may
+            be thousands as well, as 1,234 may, they are refused.
 
     Returns:
         The table with shape :math:`(n, d)`.
@@ -56,6 +75,7 @@ def read_table(
         ValueError: If the file is of another kind, empty, ragged or not numeric, if a column does
             not exist, or if ``dtype`` cannot hold the numbers: one is too large or too small, an
             integer is not exact, or values far from 0 become equal.
+        ImportError: If pandas has no engine for Parquet.
 
     Example:
         >>> import tempfile, pathlib
@@ -69,14 +89,47 @@ def read_table(
     check_choice("dtype", dtype, (torch.float32, torch.float64))
     if not path.is_file():
         raise FileNotFoundError(f"read_table: there is no file {path}.")
+    return read_named(path, columns, dtype, header, delimiter, decimal)[0]
+
+
+def read_named(
+    path: Path,
+    columns: Columns | Choose,
+    dtype: torch.dtype,
+    header: bool | None = None,
+    delimiter: str | None = None,
+    decimal: str | None = None,
+    content: bytes | None = None,
+) -> Named:
+    """The table of :func:`read_table` with its names; of text that was read already, if given."""
     kind = path.suffix.lower()
-    if kind == ".csv":
-        return _read_csv(path, columns, header, dtype)
-    if kind not in (".npy", ".npz"):
-        raise ValueError(f"read_table: {path} is none of .csv, .npy, .npz; convert it first.")
+    if content is not None or kind in TEXT:
+        check_choice("decimal", decimal, (None, ".", ","))
+        text = path.read_bytes() if content is None else content
+        return _read_csv(path, text, (delimiter, decimal), columns, header, dtype)
+    if kind == ".parquet":
+        return _read_parquet(path, columns, dtype)
+    if kind not in ARRAYS:
+        raise ValueError(
+            f"read_table: {path} is none of {', '.join(TEXT)}, .parquet, {', '.join(ARRAYS)}; "
+            "convert it first."
+        )
     table = to_tensor(_load_array(path), str(path), dtype)
     check_shape(table, None, str(path), rows=1)
-    return table[:, _positions(columns, None, table.shape[1], path)]
+    return table[:, _positions(columns, None, table.shape[1], path)], None
+
+
+def _read_parquet(path: Path, columns: Columns | Choose, dtype: torch.dtype) -> Named:
+    import pandas as pd
+
+    frame = pd.read_parquet(path)
+    if any(name is not None for name in frame.index.names):
+        frame = frame.reset_index()
+    names = [str(name) for name in frame.columns]
+    frame = frame.iloc[:, _positions(columns, names, len(names), path)]
+    table = to_tensor(frame, str(path), dtype)
+    check_shape(table, None, str(path), rows=1)
+    return table, tuple(map(str, frame.columns))
 
 
 def _load_array(path: Path) -> np.ndarray:
@@ -96,8 +149,11 @@ def _load_array(path: Path) -> np.ndarray:
     )
 
 
-def _positions(columns: Columns, names: list[str] | None, width: int, path: Path) -> list[int]:
+def _positions(
+    columns: Columns | Choose, names: list[str] | None, width: int, path: Path
+) -> list[int]:
     """The columns to keep, as positions."""
+    columns = columns(names) if callable(columns) else columns
     if columns is None:
         if names and "" in names:
             raise ValueError(
@@ -114,8 +170,15 @@ def _positions(columns: Columns, names: list[str] | None, width: int, path: Path
     return [column if isinstance(column, int) else names.index(column) for column in columns]
 
 
-def _read_csv(path: Path, columns: Columns, header: bool | None, dtype: torch.dtype) -> Tensor:
-    cells, numbers = _csv_cells(path)
+def _read_csv(
+    path: Path,
+    text: bytes,
+    marks: tuple[str | None, str | None],
+    columns: Columns | Choose,
+    header: bool | None,
+    dtype: torch.dtype,
+) -> Named:
+    cells, numbers, (delimiter, decimal) = _csv_cells(path, text, marks)
     names = None
     if _starts_with_names(path, cells, numbers) if header is None else header:
         names = [cell.strip().lstrip("# ") for cell in cells.iloc[0]]
@@ -133,9 +196,11 @@ def _read_csv(path: Path, columns: Columns, header: bool | None, dtype: torch.dt
     wrong = np.argwhere((numbers.isna() & ~missing).to_numpy())
     if len(wrong):
         row, column = wrong[0]
+        others = [names[kept[j]] if names else kept[j] for j in sorted({*wrong[:, 1]} - {column})]
         raise ValueError(
-            f"{place(row, column)}: expected a number, got {cells.iat[row, column]!r}. Numbers use"
-            " a decimal point, cells are separated by commas, missing values are written nan;"
+            f"{place(row, column)}: expected a number, got {cells.iat[row, column]!r}"
+            f"{f', and likewise in columns {others}' if others else ''}. Cells are separated by"
+            f" {delimiter!r} here and decimals by {decimal!r}, missing values are written nan;"
             " names in the first line need header=True."
         )
     table = to_tensor(numbers.to_numpy(float), str(path), dtype)
@@ -143,6 +208,7 @@ def _read_csv(path: Path, columns: Columns, header: bool | None, dtype: torch.dt
     doubtful = (table == 0) | (table.abs() >= 2 / torch.finfo(dtype).eps)
     for row, column in doubtful.nonzero().tolist():
         text, number = cells.iat[row, column].strip(), table[row, column].item()
+        text = text.translate(SWAPPED) if decimal == "," else text
         exact, whole = Decimal(text), text.lstrip("+-").isdigit()
         if exact != number and (whole or number == 0 or exact.is_finite() > math.isfinite(number)):
             raise ValueError(
@@ -150,19 +216,24 @@ def _read_csv(path: Path, columns: Columns, header: bool | None, dtype: torch.dt
                 " dtype=torch.float64 if that holds it, or subtract an offset or scale the column"
                 " before it is written."
             )
-    return table
+    return table, names and tuple(names[column] for column in kept)
 
 
-def _csv_cells(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The cells as text and as numbers, in rows of equal length; the index has their lines."""
+def _csv_cells(
+    path: Path, content: bytes, marks: tuple[str | None, str | None]
+) -> tuple[pd.DataFrame, pd.DataFrame, tuple[str, str]]:
+    """Cells as text and numbers, in rows of equal length, indexed by line; delimiter, decimal."""
     import pandas as pd
 
+    delimiter, decimal = marks
     try:
-        text = path.read_text(encoding="utf-8-sig").rstrip()
+        text = content.decode("utf-8-sig").rstrip()
         if not text:
-            raise ValueError(f"{path} is empty; expected comma-separated numbers.")
+            raise ValueError(f"{path} is empty; expected numbers.")
+        delimiter = delimiter or _delimiter(text)
         cells = pd.read_csv(
-            io.StringIO(text),
+            io.StringIO(text, newline=None),
+            sep=delimiter,
             engine="python",  # the other one fills short rows up
             dtype=str,
             header=None,
@@ -172,7 +243,9 @@ def _csv_cells(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             skipinitialspace=True,
         )
     except (UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise ValueError(f"{path} is not comma-separated text in UTF-8 ({error}).") from error
+        raise ValueError(
+            f"{path} is not text in UTF-8 with cells separated by {delimiter or ','!r} ({error})."
+        ) from error
     cells.index += 1
     absent, width = cells.isna().sum(axis=1), cells.shape[1]
     if width > 1:
@@ -184,7 +257,30 @@ def _csv_cells(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             f"{path}, line {line}: expected {width} cells as in the first line, got"
             f" {width - absent[line]}."
         )
-    return cells, cells.apply(pd.to_numeric, errors="coerce")
+    decimal = decimal or _decimal(path, cells, delimiter)
+    plain = cells.apply(lambda c: c.str.translate(SWAPPED)) if decimal == "," else cells
+    return cells, plain.apply(pd.to_numeric, errors="coerce"), (delimiter, decimal)
+
+
+def _delimiter(text: str) -> str:
+    """What separates the cells, as far as the first line tells."""
+    first = next(line for line in text.splitlines() if line.strip())
+    unquoted = re.sub(r'"[^"]*"', "", first)
+    return next((mark for mark in DELIMITERS if mark in unquoted), ",")
+
+
+def _decimal(path: Path, cells: pd.DataFrame, delimiter: str) -> str:
+    """A comma where numbers have it and none has a point."""
+    texts = [cell.strip() for cell in cells.to_numpy().ravel()] if delimiter != "," else []
+    commas = [text for text in texts if "," in text and COMMA.fullmatch(text)]
+    if not commas or any(map(POINT.fullmatch, texts)):
+        return "."
+    if all(map(THOUSANDS.fullmatch, commas)):
+        raise ValueError(
+            f"{path}: the comma in {commas[0]!r} may be before decimals or thousands; pass "
+            "decimal=',' for decimals, else write the numbers without it."
+        )
+    return ","
 
 
 def _starts_with_names(path: Path, cells: pd.DataFrame, numbers: pd.DataFrame) -> bool:

@@ -15,9 +15,11 @@ from pyroflow.transforms import (
     ConditionalPlanar,
     ConditionalRadial,
     ConditionalSylvester,
+    Support,
 )
 from pyroflow.transforms.affine import AffineKind
 from pyroflow.transforms.kernels.units import Nonlinearity
+from pyroflow.transforms.support import SupportLike
 from pyroflow.transforms.sylvester import Orthogonal
 
 
@@ -31,6 +33,7 @@ def planar_flow(
     hidden_dims: Sequence[int] = (64, 64),
     nonlinearity: Nonlinearity = "tanh",
     negative_slope: float = 0.2,
+    support: SupportLike | None = None,
 ) -> Flow:
     """A planar flow: standard normal base, K planar layers, an affine layer.
 
@@ -49,6 +52,10 @@ def planar_flow(
         hidden_dims: sizes of the context network's hidden layers; () for a linear map.
         nonlinearity: "tanh" or "leaky_relu", as in :class:`~pyroflow.Planar`.
         negative_slope: of the leaky ReLU, in (0, 1).
+        support: of each column, as a sequence, or of some by position or by name, as in
+            {1: "positive", "share": (0, 1)}: None for the line, "positive", or (low, high), of
+            which one may be infinite; bounds excluded. Names take a fit to a frame. See
+            :class:`~pyroflow.transforms.Support`.
 
     Returns:
         The flow; ``flow()``, or ``flow(context)``, is a distribution over (*, D).
@@ -64,7 +71,7 @@ def planar_flow(
         torch.Size([7])
     """
     bend = {"nonlinearity": nonlinearity, "negative_slope": negative_slope}
-    shared = (input_dim, context_dim, direction, affine, hidden_dims)
+    shared = (input_dim, context_dim, direction, affine, hidden_dims, support)
     return _layered_flow(ConditionalPlanar, *shared, num_layers=num_layers, **bend)
 
 
@@ -76,6 +83,7 @@ def radial_flow(
     direction: Direction = "auto",
     affine: AffineKind | None = "full",
     hidden_dims: Sequence[int] = (64, 64),
+    support: SupportLike | None = None,
 ) -> Flow:
     """A radial flow: standard normal base, K radial layers, an affine layer.
 
@@ -88,7 +96,7 @@ def radial_flow(
         >>> radial_flow(2, num_layers=8)().log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])
     """
-    shared = (input_dim, context_dim, direction, affine, hidden_dims)
+    shared = (input_dim, context_dim, direction, affine, hidden_dims, support)
     return _layered_flow(ConditionalRadial, *shared, num_layers=num_layers)
 
 
@@ -102,6 +110,7 @@ def sylvester_flow(
     direction: Direction = "auto",
     affine: AffineKind | None = "full",
     hidden_dims: Sequence[int] = (64, 64),
+    support: SupportLike | None = None,
 ) -> Flow:
     """A Sylvester flow: standard normal base, L Sylvester layers of M units, an affine layer.
 
@@ -116,7 +125,7 @@ def sylvester_flow(
         torch.Size([7])
     """
     sizes = {"num_units": num_units, "num_layers": num_layers, "orthogonal": orthogonal}
-    shared = (input_dim, context_dim, direction, affine, hidden_dims)
+    shared = (input_dim, context_dim, direction, affine, hidden_dims, support)
     return _layered_flow(ConditionalSylvester, *shared, **sizes)
 
 
@@ -127,6 +136,7 @@ def _layered_flow(
     direction: Direction,
     affine: AffineKind | None,
     hidden_dims: Sequence[int],
+    support: SupportLike | None,
     **options: Any,
 ) -> Flow:
     check_choice("direction", direction, ("auto", "base_to_data", "data_to_base"))
@@ -139,4 +149,5 @@ def _layered_flow(
 
     parts = [make(layers, **options)]
     parts += [] if affine is None else [make(ConditionalAffine, kind=affine)]
+    parts += [] if support is None else [Support(input_dim, support)]
     return Flow(StandardNormal(input_dim), parts, direction=direction)

@@ -14,6 +14,7 @@ from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.checks import check_choice, check_count
+from pyroflow.flows.columns import OfColumns
 from pyroflow.shown import Shown, listed, parameters_of
 from pyroflow.transforms import (
     Affine,
@@ -28,6 +29,7 @@ from pyroflow.transforms.conditional import Conditional, ConditionalLayers
 
 Direction = Literal["auto", "base_to_data", "data_to_base"]
 AnyTransform = Transform | ConditionalTransform
+Steps = tuple[tuple[AnyTransform, bool], ...]
 
 # They start as the identity and run either way.
 _LAYERS = (Planar, Radial, SinhArcsinh, Sylvester, ConditionalLayers)
@@ -85,10 +87,12 @@ class _ShownFlow(Shown):
             "parameters": parameters_of(self),
             "fitted": "yes" if self.fitted else "by no fit_ function",
         }
+        if self.columns is not None:
+            rows["columns"] = listed(self.columns)
         return "Flow", rows
 
 
-class Flow(_ShownFlow, nn.Module):
+class Flow(_ShownFlow, OfColumns):
     """A base distribution pushed through transforms; ``flow()`` is a fresh distribution.
 
     Args:
@@ -103,6 +107,7 @@ class Flow(_ShownFlow, nn.Module):
     Attributes:
         steps: each transform, from base to data, and whether the flow runs its inverse.
         fitted: whether the flow has been fitted: it is then never initialized again.
+        columns: names of the columns, if it was fitted to a frame; else None.
 
     Raises:
         TypeError: If an entry is no transform.
@@ -136,7 +141,7 @@ class Flow(_ShownFlow, nn.Module):
         self.base = base
         # Torch's inverse loses its transform when it is copied, so the transform itself is
         # kept, and whether to turn it round.
-        self.steps = tuple(
+        self.steps: Steps = tuple(
             (t.inv, True) if isinstance(t, _InverseTransform) else (t, False)
             for given in transforms
             for t in _flatten(given)
@@ -146,7 +151,8 @@ class Flow(_ShownFlow, nn.Module):
         self._undecided = direction == "auto"
         self.fitted = False
         if direction is not None:
-            self._turn([t for t, _ in self.steps], direction != "base_to_data")
+            layers = [t for t, _ in self.steps]
+            self.steps = _turned(self.steps, layers, direction != "base_to_data")
 
     @property
     def conditional(self) -> bool:
@@ -186,8 +192,8 @@ class Flow(_ShownFlow, nn.Module):
         Layers that are the identity are drawn anew, unless they are frozen, so that a fit is
         reproducible from its own seed. Where their direction is open, they take the one that is
         in closed form for what the fit does most: scoring, where there are data (N, D), else
-        sampling. Given data, an outermost affine layer is set to their mean and covariance if all
-        of pyroflow's layers are the identity.
+        sampling. Given data, an outermost affine layer, but for a support behind it, is set to
+        their mean and covariance if all of pyroflow's layers are the identity.
 
         Raises:
             ValueError: If the covariance of the data is singular, and the scale a full triangle.
@@ -196,7 +202,8 @@ class Flow(_ShownFlow, nn.Module):
             return
         ours = [t for t, _ in self.steps if isinstance(t, (*_LAYERS, *_AFFINE))]
         still = [t for t in ours if _is_identity(t, self.input_dim)]
-        last, inverted = self.steps[-1] if self.steps else (None, False)
+        data, steps = self.unconstrained(data)
+        last, inverted = steps[-1] if steps else (None, False)
         outermost = isinstance(last, _AFFINE) and not inverted
         if data is not None and outermost and len(still) == len(ours):
             last.standardize(data)
@@ -204,13 +211,14 @@ class Flow(_ShownFlow, nn.Module):
             if isinstance(t, _LAYERS) and any(p.requires_grad for p in t.parameters()):
                 t.reset_parameters()
         if self._undecided:
-            self._turn(still, data is not None)
+            self.steps = _turned(self.steps, still, data is not None)
         self._undecided, self.fitted = False, True
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a state dict must hold beside tensors: the directions, and whether fitted."""
+        """What a state dict must hold beside tensors: directions, whether fitted, and columns."""
         inverted = [inverted for _, inverted in self.steps]
-        return {"inverted": inverted, "undecided": self._undecided, "fitted": self.fitted}
+        own = {"inverted": inverted, "undecided": self._undecided, "fitted": self.fitted}
+        return own | self.column_state()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`get_extra_state` gave.
@@ -226,6 +234,7 @@ class Flow(_ShownFlow, nn.Module):
             )
         self.steps = tuple(zip(transforms, state["inverted"], strict=True))
         self._undecided, self.fitted = state["undecided"], state["fitted"]
+        self.set_column_state(state)
 
     def __getstate__(self) -> dict[str, Any]:
         _clear_caches(self._others)
@@ -234,10 +243,11 @@ class Flow(_ShownFlow, nn.Module):
     def _base(self) -> Distribution:
         return self.base() if isinstance(self.base, nn.Module) else self.base
 
-    def _turn(self, transforms: Sequence[AnyTransform], inverted: bool) -> None:
-        """Set the direction of the layers among some of the transforms."""
-        turned = {id(t) for t in transforms if isinstance(t, _LAYERS)}
-        self.steps = tuple((t, inverted if id(t) in turned else was) for t, was in self.steps)
+
+def _turned(steps: Steps, transforms: Sequence[AnyTransform], inverted: bool) -> Steps:
+    """The steps with the layers among some of the transforms in one direction."""
+    turned = {id(t) for t in transforms if isinstance(t, _LAYERS)}
+    return tuple((t, inverted if id(t) in turned else was) for t, was in steps)
 
 
 def _is_identity(t: AnyTransform, input_dim: int) -> bool:

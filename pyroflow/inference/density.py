@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflow.checks import check_count, check_data, check_fraction, known_options
+from pyroflow.checks import check_count, check_fraction, known_options
 from pyroflow.flows import Flow
 from pyroflow.inference.callbacks import Callbacks, interrupted
 from pyroflow.inference.fit import Fit, Objective, check_options, trainable
@@ -51,8 +51,9 @@ def fit_density(
 
     Args:
         flow: the flow, trained in place.
-        data: shape (N, D): tensor, NumPy array or nested list. Cast to the flow's dtype.
-        context: shape (N, C), the contexts of a conditional flow.
+        data: shape (N, D): tensor, NumPy array, nested list, or a frame or column of pandas or
+            polars, whose names ``flow.columns`` keeps. Cast to the flow's dtype.
+        context: shape (N, C), the contexts of a conditional flow, likewise.
         steps: Adam's steps; by default 1000, and 2000 for a conditional flow.
         polish: evaluations of the full likelihood for L-BFGS, on at most 20,000 rows; by default
             1000, and 0 for a conditional flow.
@@ -79,7 +80,8 @@ def fit_density(
     Raises:
         ValueError: If data have a NaN or inf (naming the row), the wrong width, fewer than two
             rows, a constant column, another number of dimensions than two, or numbers that the
-            flow's dtype cannot hold; if the context does not fit, an option is out of range, or
+            flow's dtype cannot hold; if a frame has columns that are not numbers, missing values,
+            or other columns than before; if the context does not fit, an option is out of range, or
             the checkpoint is of another fit or in use by one.
 
     Example:
@@ -102,11 +104,13 @@ def fit_density(
     ours = processes()
     seed, checkpoint, progress = ours.options(seed, checkpoint, progress)
     ours.start_alike(flow.to(device))
-    rows = _rows(flow, data, context)
+    trainable(flow)
+    rows = flow.read(data, context)
     settings = {"kind": "density", "batch_size": batch_size, "holdout": holdout, "seed": seed}
     settings["data"] = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in rows]
     with held(checkpoint), seeded(seed):
         held_out, training = _split(rows, holdout)
+        flow.name_columns(data, context)
         flow.initialize(training[0])
         settings["flow"] = flow.get_extra_state()
 
@@ -150,27 +154,6 @@ def fit_density(
             return trainer.run()
         except KeyboardInterrupt:
             return interrupted(trainer, stacklevel=3)
-
-
-def _rows(flow: Flow, data: Any, context: Any) -> list[Tensor]:
-    """The checked data, and the context if there is one, in the flow's dtype and place."""
-    like = trainable(flow)[0]
-    rows = [check_data(data, width=flow.input_dim, dtype=like.dtype).to(like)]
-    if flow.conditional != (context is not None):
-        raise ValueError(
-            "context is needed by a conditional flow, got None"
-            if flow.conditional
-            else "context must be None for a flow without conditional transforms"
-        )
-    if context is not None:
-        context = check_data(context, name="context", varying=False, dtype=like.dtype)
-        rows.append(context.to(like))
-        if len(rows[1]) != len(rows[0]):
-            raise ValueError(
-                f"context must have one row for each of the {len(rows[0])} rows of data, "
-                f"got {len(rows[1])}"
-            )
-    return rows
 
 
 def _split(rows: list[Tensor], holdout: float) -> tuple[list[Tensor], list[Tensor]]:

@@ -166,6 +166,8 @@ def _check_energy(flow: Flow, energy: Callable) -> list[float]:
     like = trainable(flow)[0]
     at = {"dtype": like.dtype, "device": like.device}
     z = torch.linspace(-2, 2, 3 * flow.input_dim, **at).reshape(3, -1).requires_grad_()
+    if flow.outer_support is not None:
+        z = flow.outer_support(z)
     value = energy(z)
     if not isinstance(value, Tensor) or value.shape != (3,):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform
 
 from pyroflow.checks import check_data
+from pyroflow.frames import column_names
 from pyroflow.plots import drawing
 from pyroflow.plots.drawing import Bounds, Flow, LogProb, Pair
 
@@ -20,7 +22,7 @@ __all__ = ["plot_density", "plot_grid_bending", "plot_losses", "plot_marginals",
 
 def plot_density(
     flow: Flow,
-    data: Tensor,
+    data: Any,
     *,
     num_samples: int = 10_000,
     bins: int = 120,
@@ -31,7 +33,8 @@ def plot_density(
 
     Args:
         flow: A distribution with event shape (2,), or a function that returns one, as a Flow does.
-        data: Points of shape :math:`(n, 2)`.
+            Outside its support the density is 0.
+        data: Points of shape :math:`(n, 2)`, or a frame, whose names the axes then have.
         num_samples: Number of samples to draw, with torch's global random state.
         bins: Cells along each axis of the histograms; points out of bounds count in the densities.
         bounds: (low, high) for both axes, or one such pair for each; around the data by default.
@@ -49,7 +52,8 @@ def plot_density(
         >>> normal = dist.Normal(torch.zeros(2), 1.0).to_event(1)
         >>> figure = plot_density(normal, torch.randn(500, 2))
     """
-    data = check_data(data, width=2)
+    columns = getattr(flow, "columns", None) or column_names(data)
+    data = check_data(data, width=2, columns=columns)
     model = flow if isinstance(flow, Distribution) else flow()
     if model.event_shape != (2,):
         raise ValueError(
@@ -57,14 +61,22 @@ def plot_density(
             " fit one to two columns of the data."
         )
     limits = drawing.axis_limits(bounds, data)
+
+    def log_prob(x: Tensor) -> Tensor:
+        inside = model.support.check(x)
+        found = torch.full_like(x[:, 0], -torch.inf)
+        found[inside] = model.log_prob(x[inside])
+        return found
+
     with torch.no_grad():
         samples = model.sample((num_samples,))
         panels = {
             f"Data\n{len(data):,} points": drawing.histogram(data, limits, bins),
             f"Samples\n{num_samples:,} points": drawing.histogram(samples, limits, bins),
-            "Model density": drawing.on_grid(model.log_prob, limits, samples).exp(),
+            "Model density": drawing.on_grid(log_prob, limits, samples).exp(),
         }
-    return drawing.heatmaps(panels, limits, "x", figure)
+    labels = [name.replace("$", r"\$") for name in columns] if columns else ["$x_1$", "$x_2$"]
+    return drawing.heatmaps(panels, limits, labels, figure)
 
 
 def plot_posteriors(
@@ -117,7 +129,7 @@ def plot_posteriors(
                 if isinstance(panel, Tensor)
                 else drawing.on_grid(panel, limits).exp()
             )
-    return drawing.heatmaps(shown, limits, "z", figure)
+    return drawing.heatmaps(shown, limits, ["$z_1$", "$z_2$"], figure)
 
 
 def plot_grid_bending(

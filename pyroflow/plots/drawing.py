@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,18 @@ class ShownFigure(Figure):
     """A figure that a notebook shows even where pyplot was never imported."""
 
     def _repr_png_(self) -> bytes:
-        return _png(self)
+        return _image(self, "png")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, small enough to keep beside the code."""
+    """Write a figure in the format of the file's ending, small enough to keep beside the code."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, _png(figure, dpi=110))
+    write_whole(path, _image(figure, path.suffix[1:], dpi=110))
 
 
-def _png(figure: Figure, **options: Any) -> bytes:
+def _image(figure: Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", **options)
+    figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
@@ -95,9 +95,12 @@ def on_grid(log_prob: LogProb, limits: tuple[Pair, Pair], like: Tensor | None = 
 
 
 def heatmaps(
-    densities: Mapping[str, Tensor], limits: tuple[Pair, Pair], letter: str, figure: Figure | None
+    densities: Mapping[str, Tensor],
+    limits: tuple[Pair, Pair],
+    labels: Sequence[str],
+    figure: Figure | None,
 ) -> Figure:
-    """One panel for each density, on one colour scale with one bar."""
+    """One panel for each density, on one colour scale with one bar; the labels are of the axes."""
     (left, right), (bottom, top) = limits
     width = min(max(3.6 * (right - left) / (top - bottom), 1.5), 6.0) + 0.4
     figure, axes = panels(figure, len(densities), width, 4.4, columns=len(densities))
@@ -108,7 +111,7 @@ def heatmaps(
     style = {"extent": (left, right, bottom, top), "origin": "lower", "cmap": "magma"}
     for ax, (title, density) in zip(axes, densities.items(), strict=True):
         image = ax.imshow(density.numpy(), norm=norm, **style)
-        ax.set(title=title, xlabel=f"${letter}_1$", ylabel=f"${letter}_2$")
+        ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
         ax.label_outer()
     figure.colorbar(image, ax=axes, label="density", extend="max", pad=0.02)
     return figure

@@ -122,6 +122,14 @@ _AFFINE = {
     "input_dim": lambda t: t.offset.shape[-1],
     "kind": lambda t: "diagonal" if t.diagonal else "full",
 }
+
+
+def _bounds_of(t: transforms.Support) -> list:
+    if t.named:
+        raise UndescribedError(f"a support of columns by name, {list(t.named)}, before its fit")
+    return t.bounds
+
+
 _BASES = {
     "Cauchy": _same("loc", "scale"),
     "Independent": _same("reinterpreted_batch_ndims", base_distribution="base_dist"),
@@ -194,6 +202,7 @@ _RECIPES: dict[str, Recipe] = {
         Affine=_AFFINE,
         Arrowhead={"leading": lambda t: t.leading(), "rows": lambda t: t.rows()},
         Leading=_same("inner", "input_dim"),
+        Support={"input_dim": lambda t: len(t.bounds), "support": _bounds_of},
         ConditionalPlanar=_conditional("planar", _PLANAR),
         ConditionalRadial=_conditional("radial", _RADIAL),
         ConditionalSinhArcsinh=_conditional("sinharcsinh", _SINH_ARCSINH),

@@ -14,6 +14,7 @@ from pyroflow.transforms.conditional import (
 from pyroflow.transforms.planar import Planar
 from pyroflow.transforms.radial import Radial
 from pyroflow.transforms.sinh_arcsinh import SinhArcsinh
+from pyroflow.transforms.support import Support
 from pyroflow.transforms.sylvester import Sylvester
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "Planar",
     "Radial",
     "SinhArcsinh",
+    "Support",
     "Sylvester",
 ]

@@ -107,7 +107,7 @@ def draw_row(figure: Any, name: str, found: dict[str, Any], flows: dict[str, pf.
         for family, flow in flows.items():
             title = f"{family}: NLL {found[family]['seed 0']['nll']:.3f}"
             panels[title] = drawing.on_grid(flow().log_prob, limits).exp()
-    drawing.heatmaps(panels, limits, "x", figure)
+    drawing.heatmaps(panels, limits, ["$x_1$", "$x_2$"], figure)
 
 
 def frame(report: dict[str, Any]) -> pd.DataFrame:

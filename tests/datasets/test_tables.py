@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from pyroflow.datasets import read_table
 
 def write(folder: Path, text: str, name: str = "table.csv") -> Path:
     path = folder / name
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode())
     return path
 
 
@@ -33,6 +34,44 @@ def test_csv(tmp_path: Path, text: str) -> None:
 def test_csv_columns(tmp_path: Path, columns: list[int | str]) -> None:
     path = write(tmp_path, "a,b,c\n1,2,3\n4,5,6\n")
     assert read_table(path, columns=columns).tolist() == [[3.0, 1.0], [6.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a;b\n1,5;-2\n,5;3e2\n", [[1.5, -2.0], [0.5, 300.0]]),
+        ("1,5;1,234\n2;3\n", [[1.5, 1.234], [2.0, 3.0]]),
+        ("a\tb\n1.5\t2\n3\t4\n", [[1.5, 2.0], [3.0, 4.0]]),
+        ('"x;y",z\n1,2\n3,4\n', [[1.0, 2.0], [3.0, 4.0]]),
+        ("a;b\r\n1;2\r\n\r\n3;4\r\n", [[1.0, 2.0], [3.0, 4.0]]),
+        ("a;b\n16777216,0;0,0\n1;2\n", [[16777216.0, 0.0], [1.0, 2.0]]),
+    ],
+    ids=["decimal comma", "not thousands", "tab", "quoted", "other ends", "exact"],
+)
+@pytest.mark.usefixtures("float32")
+def test_marks_are_found(tmp_path: Path, text: str, expected: list) -> None:
+    found = read_table(write(tmp_path, text))
+    assert torch.equal(found, torch.tensor(expected))
+
+
+def test_marks_are_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path, "a;b\n1;2,000\n3;4,000\n")
+    assert read_table(path, decimal=",").tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    path = write(tmp_path, "1 2\n3  4\n", "table.txt")
+    assert read_table(path, delimiter=" ").tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    with pytest.raises(ValueError, match="decimal must be one of None, '.', ','; got ';'"):
+        read_table(path, decimal=";")
+    with pytest.raises(ValueError, match="expected a number, got '1.234'"):
+        read_table(write(tmp_path, "a;b\n1.234;2\n"), decimal=",")
+
+
+def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = pd.DataFrame({"id": [7, 8], "x": [1.5, 2.5], "s": ["u", "v"]}).set_index("id")
+    monkeypatch.setattr(pd, "read_parquet", lambda path: frame)
+    path = write(tmp_path, "", "t.parquet")
+    assert read_table(path, columns=["x", "id"]).tolist() == [[1.5, 7.0], [2.5, 8.0]]
+    with pytest.raises(ValueError, match=r"t\.parquet expects columns of numbers, got 's'"):
+        read_table(path)
 
 
 def test_csv_one_column(tmp_path: Path) -> None:
@@ -57,7 +96,11 @@ def test_csv_keeps_one_row_and_nan(tmp_path: Path) -> None:
         ("a,b\n1,2\n3,x\n", r"line 3, column 1 \('b'\): expected a number, got 'x'"),
         ("1,2\n3,\n", "line 2, column 1: expected a number, got ''"),
         ("1,oops\n3,4\n", "line 1, column 1: expected a number, got 'oops'"),
-        ("1;2\n3;4\n", "got '3;4'. Numbers use a decimal point, cells are separated by commas"),
+        ("1:2\n3:4\n", "got '3:4'. Cells are separated by ',' here and decimals by '.'"),
+        ("a;b\n1;2,000\n3;4,000\n", "the comma in '2,000' may be before decimals or thousands"),
+        ("a;b\n1.5;2,5\n", r"line 2, column 1 \('b'\): expected a number, got '2,5'"),
+        ("a;b\n1.234,5;2,5\n", "line 2, column 0 .*got '1.234,5'. .*decimals by ','"),
+        ("n,a,m\nx,1,y\n", r"got 'x', and likewise in columns \['m'\]"),
         (",a\n0,1\n1,2\n", r"column 0 has no name.*columns=\[\.\.\.\] out of \['', 'a'\]"),
     ],
 )
@@ -68,7 +111,9 @@ def test_csv_refuses(tmp_path: Path, text: str, message: str) -> None:
 
 def test_csv_refuses_other_text(tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes("größe\n1\n2\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.csv is not comma-separated text in UTF-8"):
+    with pytest.raises(
+        ValueError, match=r"latin\.csv is not text in UTF-8 with cells separated by ','"
+    ):
         read_table(tmp_path / "latin.csv")
 
 
@@ -92,7 +137,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_other_suffix(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"table\.xlsx is none of \.csv, \.npy, \.npz"):
+    with pytest.raises(ValueError, match=r"table\.xlsx is none of \.csv, .*\.npy, \.npz"):
         read_table(write(tmp_path, "1,2", "table.xlsx"))
 
 

@@ -6,6 +6,7 @@ import io
 import sys
 
 import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.distributions import AffineTransform, ComposeTransform, ExpTransform
 
+import pyroflow as pf
 from pyroflow.plots import (
     plot_density,
     plot_grid_bending,
@@ -297,3 +299,18 @@ def test_figures_leave_pyplot_alone() -> None:
     plot_losses([2.0, 1.0])
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or pyplot.get_fignums() == []
+
+
+def test_plot_density_of_a_frame_inside_a_support() -> None:
+    draws = points().exp().numpy()
+    flow = pf.planar_flow(2, num_layers=2, support={"b$": "positive"})
+    frame = pd.DataFrame(draws, columns=["a$", "b$"])
+    flow.name_columns(frame, None)
+    figure = plot_density(flow, frame[["b$", "a$"]], bounds=((-1.0, 9.0), (-1.0, 9.0)))
+    ax = panels(figure)[2]
+    assert (ax.get_xlabel(), panels(figure)[0].get_ylabel()) == (r"a\$", r"b\$")
+    density = ax.images[0].get_array()
+    assert (density[:20] == 0).all()  # b is from -1 to 0 there
+    centre = torch.tensor([[-1 + 10 * 60.5 / 200, -1 + 10 * 40.5 / 200]])
+    assert density[40, 60] == pytest.approx(flow.log_prob(centre).exp().item(), rel=1e-4)
+    assert density[40, 60] > 0
