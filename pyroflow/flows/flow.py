@@ -14,7 +14,7 @@ from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.checks import check_choice, check_count
-from pyroflow.flows.columns import OfColumns
+from pyroflow.flows.columns import ByColumns
 from pyroflow.transforms import (
     Affine,
     Bijection,
@@ -70,7 +70,7 @@ class FlowDistribution(dist.TransformedDistribution):
         return total + sum_rightmost(base.log_prob(value), event_dim - len(base.event_shape))
 
 
-class Flow(OfColumns):
+class Flow(ByColumns):
     """A base distribution pushed through transforms; ``flow()`` is a fresh distribution.
 
     Any of Pyro's and torch's transforms may stand in the list, conditional ones too.
@@ -219,6 +219,13 @@ class Flow(OfColumns):
 
     def _base(self) -> Distribution:
         return self.base() if isinstance(self.base, nn.Module) else self.base
+
+
+def take_over(flow: Flow, other: Flow) -> None:
+    """Give a flow the transforms of another one with the same base, and all that it knows."""
+    flow.steps, flow.parts, flow._others = other.steps, other.parts, other._others
+    flow.deepen = None
+    flow.set_extra_state(other.get_extra_state())
 
 
 def _turned(steps: Steps, transforms: Sequence[AnyTransform], inverted: bool) -> Steps:
