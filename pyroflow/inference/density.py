@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ from pyroflow.flows.cells import Dequantize, find_cells
 from pyroflow.flows.flow import take_over
 from pyroflow.frames import column_names
 from pyroflow.inference.fit import Fit, check_options, trainable
-from pyroflow.inference.likelihood import Likelihood
+from pyroflow.inference.likelihood import Likelihood, standard_error
 from pyroflow.inference.processes import held, processes
 from pyroflow.inference.schedule import LearningRateSchedule
 from pyroflow.inference.trainer import Trainer
@@ -188,4 +187,4 @@ def _deepened(flow: Flow, fit: Callable, checkpoint: str | Path | None) -> tuple
 
 def _gains(gains: Tensor) -> bool:
     """Whether the mean of held-out rows' gains is worth more layers, and above its error."""
-    return gains.mean().item() > max(LEAST_GAIN, gains.std().item() / math.sqrt(len(gains)))
+    return gains.mean().item() > max(LEAST_GAIN, standard_error(gains))

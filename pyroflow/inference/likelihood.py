@@ -72,8 +72,8 @@ class Likelihood:
         if losses is None:
             return fit, own, 0.0
         excess = own - losses
-        lost, error = excess.mean().item(), excess.std().item() / math.sqrt(len(excess))
-        clear = lost > max(LEAST_LOSS, 2 * error)
+        lost = excess.mean().item()
+        clear = lost > max(LEAST_LOSS, 2 * standard_error(excess))
         return replace(fit, gaussian_loss=losses.mean().item()), own, lost if clear else 0.0
 
     def _gaussian(self) -> Tensor | None:
@@ -109,6 +109,11 @@ class Likelihood:
         return found if self.steps is None else found - self.log_cell
 
 
+def standard_error(values: Tensor) -> float:
+    """Of the mean of values (n,); infinite for a single one."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
 def gaussian_losses(training: list[Tensor], held_out: list[Tensor]) -> Tensor | None:
     """−log density of held-out rows under the full Gaussian of others, linear in their contexts.
 
@@ -117,7 +122,7 @@ def gaussian_losses(training: list[Tensor], held_out: list[Tensor]) -> Tensor | 
     (y, *c), (there, *at) = ([t.cpu().double() for t in rows] for rows in (training, held_out))
     residuals, found = y - y.mean(0), there - y.mean(0)
     for own, others in zip(c, at, strict=True):
-        mean, scale = own.mean(0), own.std(0).clamp(min=torch.finfo(own.dtype).tiny)
+        mean, scale = own.mean(0), own.std(0, correction=0).clamp(min=torch.finfo(own.dtype).tiny)
         own, others = (own - mean) / scale, (others - mean) / scale
         slopes = torch.linalg.pinv(own.T @ own, hermitian=True) @ (own.T @ residuals)
         residuals, found = residuals - own @ slopes, found - others @ slopes

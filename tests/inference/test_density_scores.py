@@ -200,6 +200,14 @@ def test_a_fit_says_what_its_score_is_worth() -> None:
     assert Path(caught[0].filename).name == Path(__file__).name
 
 
+@pytest.mark.parametrize("num_layers", [2, "auto"])
+def test_one_row_held_out_says_little(num_layers: int | str) -> None:
+    data = torch.randn(12, 1)
+    fit = pf.fit_density(pf.planar_flow(1, num_layers), data, holdout=0.01, **SHORT)
+    assert math.isfinite(fit.gaussian_loss)
+    assert fit.num_layers in (None, 0)
+
+
 def test_the_depth_is_found_on_held_out_rows(tmp_path: Path) -> None:
     data = datasets.sine(300, seed=0)
     flow = pf.planar_flow(2, "auto")
@@ -207,8 +215,8 @@ def test_the_depth_is_found_on_held_out_rows(tmp_path: Path) -> None:
         pf.save(flow, tmp_path / "flow.pt")
     with pytest.raises(ValueError, match="found by fit_density alone"):
         pf.fit_energy(flow, pf.targets.energy(1), progress=False)
-    fit = pf.fit_density(copy.deepcopy(flow), data, checkpoint=tmp_path / "fit.pt", **SHORT)
-    again = pf.fit_density(flow, data, checkpoint=tmp_path / "fit.pt", **SHORT)
+    options = SHORT | {"checkpoint": tmp_path / "fit.pt"}
+    fit, again = (pf.fit_density(each, data, **options) for each in (copy.deepcopy(flow), flow))
     assert again.depths == fit.depths
     assert dict(fit.depths)[fit.num_layers] == fit.best_loss < fit.depths[0][1] - 0.1
     files = sorted(path.name for path in tmp_path.iterdir())
