@@ -117,7 +117,7 @@ def standard_error(values: Tensor) -> float:
 def gaussian_losses(training: list[Tensor], held_out: list[Tensor]) -> Tensor | None:
     """−log density of held-out rows under the full Gaussian of others, linear in their contexts.
 
-    None where its covariance is singular.
+    None where its covariance is singular, as it is of data that follow from their contexts.
     """
     (y, *c), (there, *at) = ([t.cpu().double() for t in rows] for rows in (training, held_out))
     residuals, found = y - y.mean(0), there - y.mean(0)
@@ -127,7 +127,7 @@ def gaussian_losses(training: list[Tensor], held_out: list[Tensor]) -> Tensor | 
         slopes = torch.linalg.pinv(own.T @ own, hermitian=True) @ (own.T @ residuals)
         residuals, found = residuals - own @ slopes, found - others @ slopes
     factor, failed = torch.linalg.cholesky_ex(residuals.T @ residuals / len(y))
-    if failed:
+    if failed or (factor.diagonal() / y.std(0, correction=0)).min() < 1e-6:
         return None
     z = torch.linalg.solve_triangular(factor, found.T, upper=False)
     constant = factor.diagonal().log().sum() + 0.5 * len(factor) * math.log(2 * math.pi)

@@ -180,6 +180,7 @@ def test_a_full_gaussian_stands_beside_the_score() -> None:
     at = MultivariateNormal(X @ slopes, rest.T @ rest / 300)
     assert torch.allclose(gaussian_losses([y, c], [y, c]), -at.log_prob(y), atol=1e-6)
     assert gaussian_losses([y[:, :1].repeat(1, 2)], [y]) is None
+    assert gaussian_losses([y, y[:, 1:]], [y, y[:, 1:]]) is None
 
 
 def test_a_fit_says_what_its_score_is_worth() -> None:
