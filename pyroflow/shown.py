@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 from torch import nn
 
@@ -54,3 +55,11 @@ def listed(names: Iterable[str], most: int = 6) -> str:
     names = list(names)
     more = [f"and {len(names) - most} more"] if len(names) > most else []
     return ", ".join(names[:most] + more)
+
+
+def missing(missed: Sequence[Any], share: float) -> str:
+    """The modes that a guide does not draw, with their part of the posterior, in words."""
+    percent, apart = float(f"{100 * share:.2g}"), sum(each.apart for each in missed)
+    modes = {0: "a region", 1: "another mode"}.get(apart, f"{apart} other modes")
+    mass = f"about {percent:g} % of the mass" + ("" if apart else " or more")
+    return f"its draws miss {modes} with {mass}"

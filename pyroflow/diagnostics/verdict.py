@@ -22,10 +22,10 @@ from pyroflow.guides import (
 )
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.inference.census import WIDEST
-from pyroflow.inference.fit import missing
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES
 from pyroflow.seeds import seeded
+from pyroflow.shown import missing
 
 EVEN_ESS = 0.95  # part of the draws, for weights so even that the draws may do as they are
 EVEN_GAP, EVEN_GAP_ESS = 0.03, 0.8  # the same by the bound, which is less noisy than the ESS

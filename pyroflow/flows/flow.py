@@ -14,7 +14,7 @@ from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.checks import check_choice, check_count
-from pyroflow.flows.columns import OfColumns
+from pyroflow.flows.columns import ByColumns
 from pyroflow.shown import Shown, listed, parameters_of
 from pyroflow.transforms import (
     Affine,
@@ -92,7 +92,7 @@ class _ShownFlow(Shown):
         return "Flow", rows
 
 
-class Flow(_ShownFlow, OfColumns):
+class Flow(_ShownFlow, ByColumns):
     """A base distribution pushed through transforms; ``flow()`` is a fresh distribution.
 
     Args:
@@ -242,6 +242,13 @@ class Flow(_ShownFlow, OfColumns):
 
     def _base(self) -> Distribution:
         return self.base() if isinstance(self.base, nn.Module) else self.base
+
+
+def take_over(flow: Flow, other: Flow) -> None:
+    """Give a flow the transforms of another one with the same base, and all that it knows."""
+    flow.steps, flow.parts, flow._others = other.steps, other.parts, other._others
+    flow.deepen = None
+    flow.set_extra_state(other.get_extra_state())
 
 
 def _turned(steps: Steps, transforms: Sequence[AnyTransform], inverted: bool) -> Steps:

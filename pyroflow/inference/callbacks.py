@@ -18,6 +18,8 @@ from pyroflow.inference.state import State, fit_so_far
 if TYPE_CHECKING:
     from pyroflow.inference.trainer import Trainer
 
+BY_CALLBACK, INTERRUPTED = "stopped by a callback", "interrupted"  # how ``stopped`` begins
+
 _PART = ContextVar("part", default=False)  # whether fits are part of what Ctrl-C is to end
 
 
@@ -83,7 +85,12 @@ class Callers:
             answers = [callback(told) for callback in self.callbacks]
             self.asked |= any(isinstance(a, bool | np.bool_) and bool(a) for a in answers)
         if (self.processes.count == 1 or scored) and self.processes.agree(self.asked):
-            self.ended = f"stopped by a callback at step {step}"
+            self.ended = f"{BY_CALLBACK} at step {step}"
+
+
+def ended_by_caller(fit: Fit) -> bool:
+    """Whether Ctrl-C or a callback has ended a fit, so that no other one shall follow."""
+    return fit.stopped.startswith((INTERRUPTED, BY_CALLBACK))
 
 
 @contextmanager
@@ -105,7 +112,7 @@ def interrupted(trainer: Trainer | None, stacklevel: int) -> Fit:
     fit = None if trainer is None else fit_so_far(trainer.state)
     if fit is None or _PART.get() or trainer.objective.processes.count > 1:
         raise  # noqa: PLE0704
-    stopped = f"interrupted at step {fit.steps}"
+    stopped = f"{INTERRUPTED} at step {fit.steps}"
     warnings.warn(
         f"the fit was {stopped}: it is in its best state so far. In a loop, look at fit.stopped "
         "to end that too",

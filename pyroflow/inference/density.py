@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,17 +14,24 @@ from torch import Tensor
 
 from pyroflow.checks import check_count, check_fraction, known_options
 from pyroflow.flows import Flow
-from pyroflow.inference.callbacks import Callbacks, interrupted
-from pyroflow.inference.fit import Fit, Objective, check_options, trainable
+from pyroflow.flows.cells import Dequantize, find_cells
+from pyroflow.flows.flow import take_over
+from pyroflow.frames import column_names
+from pyroflow.inference.callbacks import Callbacks, ended_by_caller, interrupted
+from pyroflow.inference.fit import Fit, check_options, trainable
+from pyroflow.inference.likelihood import Likelihood, standard_error
 from pyroflow.inference.processes import held, processes
 from pyroflow.inference.schedule import LearningRateSchedule
 from pyroflow.inference.trainer import Trainer
-from pyroflow.seeds import drawing, seeded
+from pyroflow.seeds import seeded
 
 # A network's weights want smaller and more steps, and are too many for L-BFGS.
 UNCONDITIONAL = {"steps": 1000, "polish": 1000, "lr": 0.04}
 CONDITIONAL = {"steps": 2000, "polish": 0, "lr": 0.005}
-POLISHED_ROWS = 20_000  # as many as keep an evaluation within tens of milliseconds
+
+DEPTHS = (0, 2, 4, 8, 16, 32)  # of a flow whose depth is to be found
+LEAST_GAIN = 0.01  # nats a row on held-out rows, and a standard error, that more layers must bring
+PATIENCE = 2  # depths in a row without one
 
 
 @known_options
@@ -30,6 +40,7 @@ def fit_density(
     data: Any,
     *,
     context: Any = None,
+    dequantize: Dequantize = False,
     steps: int | None = None,
     polish: int | None = None,
     batch_size: int = 512,
@@ -54,6 +65,14 @@ def fit_density(
         data: shape (N, D): tensor, NumPy array, nested list, or a frame or column of pandas or
             polars, whose names ``flow.columns`` keeps. Cast to the flow's dtype.
         context: shape (N, C), the contexts of a conditional flow, likewise.
+        dequantize: True, or the columns by position or name, whose values are to be numbers with
+            a probability each, as integers are: training adds uniform noise of a cell, from the
+            value on and as wide as the smallest difference of values, anew in each batch. Held-out
+            rows have noise that the seed fixes; the losses add the log of the steps, so that they
+            are upper bounds of −log P. Without it, columns of few or often repeated values are
+            refused; True takes those alone. ``flow.sample`` then draws values of such a column,
+            ``flow.log_prob`` is their log probability. A support to the end of the last cell, such
+            as (0, 2) for 0 and 1, leaves no probability to other values.
         steps: Adam's steps; by default 1000, and 2000 for a conditional flow.
         polish: evaluations of the full likelihood for L-BFGS, on at most 20,000 rows; by default
             1000, and 0 for a conditional flow.
@@ -70,18 +89,24 @@ def fit_density(
             ends the fit, in its best state; with a checkpoint it can go on later. For TensorBoard,
             ``lambda p: writer.add_scalar("loss", p.loss, p.step)``.
         checkpoint: file that the fit is saved to as it goes, and resumed from if it exists;
-            needs a seed.
+            needs a seed. With ``num_layers="auto"`` one for each depth, such as fit-K8.pt.
         device: where to move flow and data.
 
     Returns:
         The course of the fit, up to Ctrl-C if that ended it, with a warning; ``best_loss`` is the
-        held-out mean of −log q, in nats.
+        held-out mean of −log q, in nats a row, with ``gaussian_loss`` and ``training_loss`` beside
+        it. ``print(fit)`` says it in words.
+
+    Warns:
+        UserWarning: If the flow loses to a full Gaussian on held-out rows, by 0.02 nats and two
+            standard errors.
 
     Raises:
         ValueError: If data have a NaN or inf (naming the row), the wrong width, fewer than two
             rows, a constant column, another number of dimensions than two, or numbers that the
             flow's dtype cannot hold; if a frame has columns that are not numbers, missing values,
-            or other columns than before; if the context does not fit, an option is out of range, or
+            or other columns than before; if rows lie outside the flow's support, or columns have
+            few values and no cells; if the context does not fit, an option is out of range, or
             the checkpoint is of another fit or in use by one.
 
     Example:
@@ -106,62 +131,73 @@ def fit_density(
     ours.start_alike(flow.to(device))
     trainable(flow)
     rows = flow.read(data, context)
-    settings = {"kind": "density", "batch_size": batch_size, "holdout": holdout, "seed": seed}
-    settings["data"] = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in rows]
-    with held(checkpoint), seeded(seed):
-        held_out, training = _split(rows, holdout)
-        flow.name_columns(data, context)
-        flow.initialize(training[0])
-        settings["flow"] = flow.get_extra_state()
+    columns = flow.columns or column_names(data)
+    cells = find_cells(rows[0], dequantize, columns)
+    widths = flow.cell_steps(cells)
+    flow.check_support(rows[0], "data", columns, widths)
+    given = {"kind": "density", "batch_size": batch_size, "holdout": holdout, "seed": seed}
+    given["data"] = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in rows]
 
-        def loss(step: int) -> Tensor:
-            with drawing():
-                index = torch.randint(len(training[0]), (batch_size,), device=training[0].device)
-            return mean([t[index] for t in training])
+    def fit(flow: Flow, checkpoint: str | Path | None = checkpoint) -> tuple[Fit, Tensor, float]:
+        with held(checkpoint), seeded(seed):
+            likelihood = Likelihood(flow, rows, widths, holdout, batch_size, ours)
+            flow.name_columns(data, context, cells)
+            flow.initialize(likelihood.training[0])
+            trainer = Trainer(
+                likelihood.objective(),
+                LearningRateSchedule(steps),
+                lr=lr,
+                settings=given | {"flow": flow.get_extra_state()},
+                label="fit_density",
+                progress=progress,
+                checkpoint=checkpoint,
+                callbacks=callbacks,
+                polish=polish,
+            )
+            try:
+                found = trainer.run()
+            except KeyboardInterrupt:
+                found = interrupted(trainer, stacklevel=4)
+            return likelihood.compared(found)
 
-        def mean(rows: list[Tensor]) -> Tensor:
-            own = _negative_log_prob(flow, [t[ours.share(len(t))] for t in rows])
-            return ours.weighted(own.mean(), len(rows[0]))
-
-        def score() -> Tensor:
-            if len(held_out[0]) < ours.count:
-                return _negative_log_prob(flow, held_out)
-            own = [t[ours.share(len(t))] for t in held_out]
-            return ours.joined(_negative_log_prob(flow, own))
-
-        polished = [t[:POLISHED_ROWS] for t in training]
-        objective = Objective(
-            trainable(flow),
-            loss,
-            score,
-            buffers=list(flow.buffers()),
-            exact_loss=lambda: mean(polished),
-            processes=ours,
-            steady=loss,
+    if flow.deepen is None:
+        found, _, lost = fit(flow)
+    else:
+        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
+        found, lost = _deepened(flow, fit, checkpoint)
+    if lost and ours.writes:
+        warnings.warn(
+            f"the flow loses to a full Gaussian by {lost:.3g} nats a row on held-out rows: take "
+            "affine='full', another support or more steps, or num_layers=0, which is one",
+            stacklevel=3,
         )
-        trainer = Trainer(
-            objective,
-            LearningRateSchedule(steps),
-            lr=lr,
-            settings=settings,
-            label="fit_density",
-            progress=progress,
-            checkpoint=checkpoint,
-            callbacks=callbacks,
-            polish=polish,
-        )
-        try:
-            return trainer.run()
-        except KeyboardInterrupt:
-            return interrupted(trainer, stacklevel=3)
+    return found
 
 
-def _split(rows: list[Tensor], holdout: float) -> tuple[list[Tensor], list[Tensor]]:
-    n = len(rows[0])
-    held = min(n - 1, max(1, round(holdout * n)))
-    order = torch.randperm(n, device="cpu")
-    return [t[order[:held]] for t in rows], [t[order[held:]] for t in rows]
+def _deepened(flow: Flow, fit: Callable, checkpoint: str | Path | None) -> tuple[Fit, float]:
+    """Fit deeper and deeper flows anew while held-out rows gain, and let the flow be the best.
+
+    All have the same rows, as the seed says which are held out.
+    """
+    tried, best, since = [], None, 0
+    for depth in DEPTHS:
+        candidate = flow.deepen(depth).to(next(flow.parameters())).train(flow.training)
+        if not any(p.numel() for p in candidate.parameters()):
+            continue  # without layers and an affine layer there is nothing to fit
+        path = checkpoint and Path(checkpoint)
+        found, losses, lost = fit(candidate, path and path.with_stem(f"{path.stem}-K{depth}"))
+        tried.append((depth, found.best_loss))
+        if best is None or _gains(best[1] - losses):
+            best, since = (found, losses, lost, candidate, depth), 0
+        else:
+            since += 1
+        if since == PATIENCE or ended_by_caller(found):
+            break
+    found, _, lost, chosen, depth = best
+    take_over(flow, chosen)
+    return replace(found, num_layers=depth, depths=tried), lost
 
 
-def _negative_log_prob(flow: Flow, rows: list[Tensor]) -> Tensor:
-    return -flow(*rows[1:]).log_prob(rows[0])
+def _gains(gains: Tensor) -> bool:
+    """Whether the mean of held-out rows' gains is worth more layers, and above its error."""
+    return gains.mean().item() > max(LEAST_GAIN, standard_error(gains))

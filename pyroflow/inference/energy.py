@@ -70,9 +70,9 @@ def fit_energy(
         nats, at least −ln Z.
 
     Raises:
-        ValueError: If the flow is conditional, the energy has the wrong shape or an infinite
-            ``log_normalizer``, the annealing is not 1 at the last step, an option is out of range,
-            or the checkpoint is of another fit or in use by one.
+        ValueError: If the flow is conditional or its depth open, the energy has the wrong shape or
+            an infinite ``log_normalizer``, the annealing is not 1 at the last step, an option is
+            out of range, or the checkpoint is of another fit or in use by one.
 
     Example:
         >>> from pyroflow import planar_flow
@@ -89,6 +89,8 @@ def fit_energy(
         raise TypeError(f"flow must be a pyroflow.Flow, got {type(flow).__name__}")
     if flow.conditional:
         raise ValueError("flow must be unconditional: an energy has no context")
+    if flow.deepen is not None:
+        raise ValueError("flow must have a number of layers: 'auto' is found by fit_density alone")
     _check_proper(energy)
     ours = processes()
     seed, checkpoint, progress = ours.options(seed, checkpoint, progress)

@@ -15,7 +15,7 @@ from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AmortizedPlanarGuide, AutoFlow, AutoStructuredFlow
 from pyroflow.guides.arguments import data_into_args
 from pyroflow.inference.callbacks import Callbacks, interrupted
-from pyroflow.inference.fit import Fit, check_options, check_precision, has_path, missing
+from pyroflow.inference.fit import Fit, check_options, check_precision, has_path
 from pyroflow.inference.gaussian_start import TICKS
 from pyroflow.inference.guide_fit import RATE, GuideFit, finished, refuse_nonfinite
 from pyroflow.inference.minibatches import MinibatchBound
@@ -27,6 +27,7 @@ from pyroflow.model.arguments import warn_of_forgotten_data
 from pyroflow.model.bound import BoundModel, check_latents
 from pyroflow.progress import progress_bar
 from pyroflow.seeds import one_at_a_time, seeded
+from pyroflow.shown import missing
 
 STEPS = 3000
 TRIES = 3  # draws that a model may fail before it is refused

@@ -19,7 +19,7 @@ from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
 from pyroflow.guides.structure import kinds_of
 from pyroflow.model.bound import signature_of
 from pyroflow.model.latents import Latents, started_anywhere
-from pyroflow.saving.table import Description, build, describe, stored
+from pyroflow.saving.table import Description, UndescribedError, build, describe, stored
 from pyroflow.seeds import one_at_a_time, seeded
 
 # The constructor's arguments, and the guide's attributes that hold them.
@@ -43,8 +43,10 @@ def describe_flow(flow: Flow) -> Description:
     """What a flow is made of, and its state.
 
     Raises:
-        UndescribedError: If a base or a transform is not in the table.
+        UndescribedError: If a base or a transform is not in the table, or the depth is still open.
     """
+    if flow.deepen is not None:
+        raise UndescribedError("a depth of layers, 'auto', that fit_density has not found yet")
     return {
         "parts": describe(flow),
         "state": tree_map_only(Tensor, stored, dict(flow.state_dict())),

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import pyroflow as pf
 from pyroflow.inference import guide_fit, objectives
-from pyroflow.inference.fit import missing
 from pyroflow.inference.objectives import LogJointBound, nothing_left
 from pyroflow.inference.trainer import Trainer
+from pyroflow.shown import missing
 from pyroflow.targets import (
     TOY_LOG_EVIDENCE,
     eight_schools_centered,
