@@ -15,24 +15,18 @@ from torch.distributions.transforms import _InverseTransform
 
 from pyroflow.checks import check_choice, check_count
 from pyroflow.flows.columns import ByColumns
-from pyroflow.shown import Shown, listed, parameters_of
+from pyroflow.flows.shown import LAYERS, ShownFlow
 from pyroflow.transforms import (
     Affine,
     Bijection,
     ConditionalAffine,
-    Planar,
-    Radial,
-    SinhArcsinh,
-    Sylvester,
 )
-from pyroflow.transforms.conditional import Conditional, ConditionalLayers
+from pyroflow.transforms.conditional import Conditional
 
 Direction = Literal["auto", "base_to_data", "data_to_base"]
 AnyTransform = Transform | ConditionalTransform
 Steps = tuple[tuple[AnyTransform, bool], ...]
 
-# They start as the identity and run either way.
-_LAYERS = (Planar, Radial, SinhArcsinh, Sylvester, ConditionalLayers)
 _AFFINE = (Affine, ConditionalAffine)
 
 
@@ -71,28 +65,7 @@ class FlowDistribution(dist.TransformedDistribution):
         return total + sum_rightmost(base.log_prob(value), event_dim - len(base.event_shape))
 
 
-class _ShownFlow(Shown):
-    def _shown(self) -> tuple[str, dict[str, str]]:
-        ways = {True: "data to base", False: "base to data"}
-        ours = {way for t, way in self.steps if isinstance(t, _LAYERS)}
-        found = " and ".join(ways[way] for way in sorted(ours))
-        turns = ", which the first fit may turn" * self._undecided
-        names = (f"{t!r}.inv" if way else f"{t!r}" for t, way in self.steps)
-        given = [t.nn.context_dim for t, _ in self.steps if isinstance(t, Conditional)]
-        rows = {
-            "numbers": f"{self.input_dim}" + (f", given a context of {given[0]}" if given else ""),
-            "layers": listed(names) or "none",
-            "direction": f"{found}, in closed form{turns}" if found else "as given",
-            "base": type(self.base).__name__,
-            "parameters": parameters_of(self),
-            "fitted": "yes" if self.fitted else "by no fit_ function",
-        }
-        if self.columns is not None:
-            rows["columns"] = listed(self.columns)
-        return "Flow", rows
-
-
-class Flow(_ShownFlow, ByColumns):
+class Flow(ShownFlow, ByColumns):
     """A base distribution pushed through transforms; ``flow()`` is a fresh distribution.
 
     Args:
@@ -200,7 +173,7 @@ class Flow(_ShownFlow, ByColumns):
         """
         if self.fitted:
             return
-        ours = [t for t, _ in self.steps if isinstance(t, (*_LAYERS, *_AFFINE))]
+        ours = [t for t, _ in self.steps if isinstance(t, (*LAYERS, *_AFFINE))]
         still = [t for t in ours if _is_identity(t, self.input_dim)]
         data, steps = self.unconstrained(data)
         last, inverted = steps[-1] if steps else (None, False)
@@ -208,7 +181,7 @@ class Flow(_ShownFlow, ByColumns):
         if data is not None and outermost and len(still) == len(ours):
             last.standardize(data)
         for t in still:
-            if isinstance(t, _LAYERS) and any(p.requires_grad for p in t.parameters()):
+            if isinstance(t, LAYERS) and any(p.requires_grad for p in t.parameters()):
                 t.reset_parameters()
         if self._undecided:
             self.steps = _turned(self.steps, still, data is not None)
@@ -253,7 +226,7 @@ def take_over(flow: Flow, other: Flow) -> None:
 
 def _turned(steps: Steps, transforms: Sequence[AnyTransform], inverted: bool) -> Steps:
     """The steps with the layers among some of the transforms in one direction."""
-    turned = {id(t) for t in transforms if isinstance(t, _LAYERS)}
+    turned = {id(t) for t in transforms if isinstance(t, LAYERS)}
     return tuple((t, inverted if id(t) in turned else was) for t, was in steps)
 
 
