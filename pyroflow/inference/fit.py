@@ -24,8 +24,7 @@ from pyroflow.transforms import Bijection
 if TYPE_CHECKING:
     from pyroflow.inference.missed import Missed
 
-# Of checkpoints; raised when their content means something else: then no fit can go on.
-FORMAT = 5
+FORMAT = 5  # of checkpoints; raised when their content means something else: no fit goes on then
 
 
 @dataclass(repr=False)
@@ -83,20 +82,19 @@ class Fit(Shown):
             "skipped": lost * bool(self.skipped),
             "particles": f"{self.skipped_particles:,} left out" * bool(self.skipped_particles),
             "launches": self.launches,
-            "missed": missing(self.missed, self.missed_share) if self.missed else "",
+            "missed": missing(self.missed, self.missed_share) * bool(self.missed),
         }
         return "Fit", {label: text for label, text in rows.items() if text}
 
     def _beside(self) -> dict[str, str]:
-        """What stands beside the held-out score of a density."""
-        rows = {}
+        rows = {}  # of a density, beside its held-out score
         if self.gaussian_loss is not None:
             gain = self.gaussian_loss - self.best_loss
-            than = f"the flow is {abs(gain):.3g} nats {'better' if gain >= 0 else 'worse'}"
-            rows["Gaussian"] = f"{self.gaussian_loss:.6g} nats, on the same held-out rows: {than}"
+            words = f"the flow is {abs(gain):.3g} nats {'better' if gain >= 0 else 'worse'}"
+            rows["Gaussian"] = f"{self.gaussian_loss:.6g} nats, on the same held-out rows: {words}"
         if self.training_loss is not None:
-            gap = f"{self.best_loss - self.training_loss:.3g} nats less than held out"
-            rows["training"] = f"{self.training_loss:.6g} nats, {gap}"
+            gap = self.best_loss - self.training_loss
+            rows["training"] = f"{self.training_loss:.6g} nats, {gap:.3g} nats less than held out"
         if self.depths:
             depths = ", ".join(f"{depth}: {loss:.4g}" for depth, loss in self.depths)
             rows["layers"] = f"{self.num_layers}, by the held-out scores {depths}"
