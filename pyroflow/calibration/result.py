@@ -127,7 +127,8 @@ def needed_for(level: float, scalars: int) -> int:
     z = ndtri((torch.arange(1000, dtype=torch.float64, device="cpu") + 0.5) / 1000)
     squares = (torch.special.ndtr(z / TOO_NARROW) - 0.5) ** 2
     right, found = math.sqrt(1 / 180), squares.std().item()
-    at, beyond = ndtri(torch.tensor([1 - share / 2, POWER], dtype=torch.float64)).tolist()
+    points = torch.tensor([1 - share / 2, POWER], dtype=torch.float64, device="cpu")
+    at, beyond = ndtri(points).tolist()
     spread = ((at * right + beyond * found) / (squares.mean().item() - 1 / 12)) ** 2
     return math.ceil(max(spread, 1 - math.log2(share)))
 

@@ -192,7 +192,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("context", "batch"),
     [
-        (BY_DATA, (6, 4)),
+        pytest.param(BY_DATA, (6, 4), marks=SLOW),
         (None, WHOLE),
         pytest.param(BY_DATA, WHOLE, marks=SLOW),
         pytest.param({"persons": "x"}, (6, None), marks=SLOW),

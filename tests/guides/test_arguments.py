@@ -209,7 +209,7 @@ MISTAKES = {
     },
     "an option of another library": (
         lambda: pf.fit_density(pf.planar_flow(2), X, epochs=3),
-        "fit_density has no option 'epochs': it takes flow, data, context, steps",
+        "fit_density has no option 'epochs': it takes flow, data, context, dequantize, steps",
     ),
 }
 

@@ -355,6 +355,7 @@ def test_the_cover_has_each_row_once() -> None:
     assert len(cover) == sizes.parts == 6
 
 
+@pytest.mark.slow
 def test_a_report_is_of_all_rows() -> None:
     model, _, log_p = groups(300)
     evidence = log_p.logsumexp(0).item()

@@ -212,6 +212,7 @@ def test_recentring_keeps_the_map(seed: int) -> None:
     torch.testing.assert_close(t(x), before)
 
 
+@pytest.mark.slow
 def test_it_trains_from_its_start_without_a_warm_one() -> None:
     model, evidence = groups(8)
     guide = pf.AutoStructuredFlow(model)

@@ -100,7 +100,7 @@ def test_modes_that_the_ascents_led_to_are_told_as_by_the_report(share: float) -
     assert fit.missed_share == pytest.approx(1 - share, abs=0.005)
     torch.testing.assert_close(missed.mode.loc, torch.full((5,), 3.0), atol=0.1, rtol=0)
     report = pf.diagnose(model, guide, num_samples=1000)
-    assert str(fit).endswith(report.verdict.removeprefix("do not trust"))
+    assert str(fit).endswith(report.verdict.removeprefix("do not trust: "))
 
 
 def correlated() -> None:

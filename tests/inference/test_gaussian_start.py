@@ -1,6 +1,7 @@
 """The ascent to the modes, the best Gaussian that it leads to, and where a guide is placed."""
 
 import math
+import sys
 from collections.abc import Callable
 
 import pyro
@@ -276,8 +277,11 @@ def test_layers_that_are_not_the_identity_are_made_up_for(affine: str) -> None:
     assert torch.allclose(white.mean(0), torch.zeros(3), atol=0.08)
 
 
-def test_a_bar_shows_the_start(capsys: pytest.CaptureFixture) -> None:
+def test_a_bar_shows_the_start(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With much data it takes minutes; without ``progress`` nothing is written."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for progress in (True, False):
         guide = pf.AutoPlanarFlow(eight_schools_centered, num_layers=2)
         options = {"steps": 3, "seed": 0, "progress": progress}

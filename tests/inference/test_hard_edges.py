@@ -169,7 +169,8 @@ def test_a_fit_keeps_inside(name: str, seed: int) -> None:
     assert float(draws.std()) == pytest.approx(sd, rel=0.1)
 
 
-@pytest.mark.parametrize("objective", ["iwae", pytest.param("dreg", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["iwae", "dreg"])
 def test_importance_weighted_bounds_keep_inside(objective: str) -> None:
     guide = pf.AutoPlanarFlow(box, num_layers=8)
     fit = pf.fit_guide(

@@ -112,6 +112,7 @@ def test_data_that_are_few_for_each_latent_are_not_dear() -> None:
     assert not problem.runs.dear
 
 
+@pytest.mark.slow
 def test_a_fit_is_reproducible_by_its_seed() -> None:
     args, losses = (logistic, *data(logistic, CHEAP + 1)), []
     for _ in range(2):
@@ -161,6 +162,7 @@ def test_chains_run_beside_each_other() -> None:
     assert torch.allclose(chains.log_p[:5], model_log_joint(chains.draws["w"][:5], *args))
 
 
+@pytest.mark.slow
 def test_the_modes_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second check of ``posterior`` has other draws, and the modes of the first."""
     calls = []

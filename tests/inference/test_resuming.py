@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.inference import density, guide_fit
+from pyroflow.inference import guide_fit
 from pyroflow.inference.guide_fit import GuideFit
+from pyroflow.inference.likelihood import Likelihood
 from pyroflow.inference.objectives import LogJointBound
 from pyroflow.inference.trainer import Descent, Trainer
 from pyroflow.targets import energy
@@ -81,7 +82,7 @@ def planar() -> pf.Flow:
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 9, 14, 17, 18, 19, 20, 23, 29, 41, 44, 45, 55])
 def test_interrupted_in_any_evaluation(tmp_path: Path, call: int) -> None:
     def cutting() -> Any:
-        return cut(density, "_negative_log_prob", call, after=call % 2 == 0)
+        return cut(Likelihood, "_losses", call, after=call % 2 == 0)
 
     assert_ends_alike(fit_density, planar, cutting, tmp_path / "fit.pt")
 
@@ -117,7 +118,7 @@ def test_interrupted_between_evaluations(tmp_path: Path, point: str, call: int) 
 @pytest.mark.parametrize("call", [3, 30, 50])
 def test_an_interrupted_fit_leaves_the_best_state(tmp_path: Path, call: int) -> None:
     flow, kept = planar(), []
-    with cut(density, "_negative_log_prob", call), pytest.MonkeyPatch.context() as patch:
+    with cut(Likelihood, "_losses", call), pytest.MonkeyPatch.context() as patch:
         plain = Trainer.evaluate
 
         def watched(trainer: Trainer) -> None:

@@ -305,7 +305,7 @@ def test_plot_density_of_a_frame_inside_a_support() -> None:
     draws = points().exp().numpy()
     flow = pf.planar_flow(2, num_layers=2, support={"b$": "positive"})
     frame = pd.DataFrame(draws, columns=["a$", "b$"])
-    flow.name_columns(frame, None)
+    flow.name_columns(frame, None, None)
     figure = plot_density(flow, frame[["b$", "a$"]], bounds=((-1.0, 9.0), (-1.0, 9.0)))
     ax = panels(figure)[2]
     assert (ax.get_xlabel(), panels(figure)[0].get_ylabel()) == (r"a\$", r"b\$")

@@ -257,6 +257,7 @@ def assert_falls(longer: Tensor, shorter: Tensor, errors: float) -> None:
     assert (gain.mean(-1) > errors * error).all(), (gain.mean(-1), error)
 
 
+@pytest.mark.slow
 def test_a_flow_betters_both_numbers() -> None:
     found = ladder(0, (0, 10), updates=300)
     assert_falls(found[10], found[0], errors=3)
