@@ -9,8 +9,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test lint types docs slow notebooks bench posteriordb posteriors nuts trust scale device paper tables clean
 
+# On one thread, as a second one only waits where tensors are small.
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
-	OMP_NUM_THREADS=1 $(BIN)/pyroflow demo  # small tensors: a second thread only waits
+	OMP_NUM_THREADS=1 $(BIN)/pyroflow demo
 
 test: $(INSTALLED)  ## Tests, doctests, and the notebooks with few steps; a few minutes.
 	PYROFLOW_QUICK=1 $(PYTEST) -n 2 --nbmake -m "not slow" tests pyroflow notebooks
