@@ -100,14 +100,18 @@ def heatmaps(
     labels: Sequence[str],
     figure: Figure | None,
 ) -> Figure:
-    """One panel for each density, on one colour scale with one bar; the labels are of the axes."""
+    """One panel for each density, with one colour scale and bar; the labels are of the axes.
+
+    The first panel, which is the data or the exact density, sets the scale: a density that is too
+    narrow is cut off at its end, and does not make the others dark.
+    """
     (left, right), (bottom, top) = limits
     width = min(max(3.6 * (right - left) / (top - bottom), 1.5), 6.0) + 0.4
     figure, axes = panels(figure, len(densities), width, 4.4, columns=len(densities))
     # The highest mean of 4 by 4 cells: a single cell of a histogram is mostly noise.
     finite = [density.nan_to_num(0.0, 0.0)[None] for density in densities.values()]
-    peak = max(avg_pool2d(cells, min(4, cells.shape[-1]), stride=1).max() for cells in finite)
-    norm = Normalize(0, float(peak) or 1.0)
+    peaks = [float(avg_pool2d(f, min(4, f.shape[-1]), stride=1).max()) for f in finite]
+    norm = Normalize(0, next((peak for peak in peaks if peak), 1.0))
     style = {"extent": (left, right, bottom, top), "origin": "lower", "cmap": "magma"}
     for ax, (title, density) in zip(axes, densities.items(), strict=True):
         image = ax.imshow(density.numpy(), norm=norm, **style)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 
 import numpy as np
@@ -74,6 +75,14 @@ def test_density_shares_one_scale() -> None:
     assert len({id(image.norm) for image in images(figure)}) == 1
     assert len({image.get_cmap().name for image in images(figure)}) == 1
     assert len({tuple(image.get_extent()) for image in images(figure)}) == 1
+
+
+def test_a_narrow_approximation_does_not_make_the_others_dark() -> None:
+    exact = dist.Normal(torch.zeros(2), 1.0)
+    narrow = dist.Normal(torch.zeros(2), 0.1)
+    panels = {"narrow": lambda z: narrow.log_prob(z).sum(-1)}
+    figure = plot_posteriors(lambda z: exact.log_prob(z).sum(-1), panels, bounds=(-3, 3))
+    assert images(figure)[0].norm.vmax == pytest.approx(1 / (2 * math.pi), rel=0.02)
 
 
 def test_density_panels_are_densities() -> None:
