@@ -73,13 +73,12 @@ class Fit(Shown):
     depths: list[tuple[int, float]] = field(default_factory=list)
 
     def _shown(self) -> tuple[str, dict[str, str]]:
-        lost = f"{self.skipped} steps left out, {self.rolled_back} times back to the best state"
         rows = {
             "best loss": f"{self.best_loss:.6g} nats",
             **self._beside(),
             "steps": f"{self.steps:,} in {self.seconds:.1f} s",
             "stopped": self.stopped,
-            "skipped": lost * bool(self.skipped),
+            "skipped": f"{self.skipped} steps, {self.rolled_back} rollbacks" * bool(self.skipped),
             "particles": f"{self.skipped_particles:,} left out" * bool(self.skipped_particles),
             "launches": self.launches,
             "missed": missing(self.missed, self.missed_share) * bool(self.missed),
@@ -87,14 +86,15 @@ class Fit(Shown):
         return "Fit", {label: text for label, text in rows.items() if text}
 
     def _beside(self) -> dict[str, str]:
-        rows = {}  # of a density, beside its held-out score
+        rows = {}
         if self.gaussian_loss is not None:
-            gain = self.gaussian_loss - self.best_loss
+            gain, text = self.gaussian_loss - self.best_loss, f"{self.gaussian_loss:.6g} nats"
             words = f"the flow is {abs(gain):.3g} nats {'better' if gain >= 0 else 'worse'}"
-            rows["Gaussian"] = f"{self.gaussian_loss:.6g} nats, on the same held-out rows: {words}"
+            rows["Gaussian"] = f"{text}, on the same held-out rows: {words}"
         if self.training_loss is not None:
             gap = self.best_loss - self.training_loss
-            rows["training"] = f"{self.training_loss:.6g} nats, {gap:.3g} nats less than held out"
+            words = f"{abs(gap):.3g} {'less' if gap >= 0 else 'more'} than held out"
+            rows["training"] = f"{self.training_loss:.6g} nats, {words}"
         if self.depths:
             depths = ", ".join(f"{depth}: {loss:.4g}" for depth, loss in self.depths)
             rows["layers"] = f"{self.num_layers}, by the held-out scores {depths}"
