@@ -8,16 +8,15 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-app = typer.Typer(
-    no_args_is_help=True, epilog="Exit codes: 0 done, 1 it failed, 2 it was called wrongly."
-)
+from pyroflow.distribution import VERSION
+
+app = typer.Typer(no_args_is_help=True, epilog="Exit codes: 0 done, 1 failed, 2 called wrongly.")
 
 FlowFile = Annotated[Path, typer.Argument(metavar="FLOW", help="File of a flow, from fit.")]
 Table = Annotated[
@@ -57,7 +56,7 @@ class Kind(str, Enum):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"pyroflow {version('pyroflow')}")
+        typer.echo(f"pyroflow {VERSION}")
         raise typer.Exit
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from pyroflow import plots
 from pyroflow.checks import to_tensor
 from pyroflow.datasets.tables import TEXT, read_named
+from pyroflow.distribution import VERSION
 from pyroflow.flows import Flow, planar_flow, radial_flow, sylvester_flow
 from pyroflow.frames import column_names, listed, named
 from pyroflow.inference import fit_density
@@ -207,7 +208,7 @@ def info(path: Path) -> Report:
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in held.parameters()}),
         "written_by": f"pyroflow {file['pyroflow']}",
         "format": file["format"],
-        "read_by": {name: version(name) for name in ("pyroflow", "torch", "pyro-ppl")},
+        "read_by": {"pyroflow": VERSION} | {name: version(name) for name in ("torch", "pyro-ppl")},
     }
 
 

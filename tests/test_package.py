@@ -43,9 +43,8 @@ def test_the_wheel_holds_the_package_alone(wheel: zipfile.ZipFile) -> None:
     info = f"pyroflow_ppl-{pf.__version__}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"pyroflow", info}
     modules = {file.relative_to(ROOT).as_posix() for file in (ROOT / "pyroflow").rglob("*.py")}
-    assert {name for name in names if name.startswith("pyroflow/")} == modules | {
-        "pyroflow/py.typed"
-    }
+    typed = {"pyroflow/__init__.pyi", "pyroflow/py.typed"}
+    assert {name for name in names if name.startswith("pyroflow/")} == modules | typed
     assert f"{info}/licenses/LICENSE" in names
 
 

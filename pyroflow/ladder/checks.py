@@ -7,13 +7,13 @@ import math
 import pyro
 import torch
 
+from pyroflow.chains import Chains
+from pyroflow.chains.sampler import Sampler
 from pyroflow.diagnostics import Report
 from pyroflow.diagnostics.marginals import LIMIT, SURE, columns_of, disagreement, marginals
 from pyroflow.guides import AutoFlow, AutoStructuredFlow
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.inference.guide_fit import WIDEST_WARM_START
-from pyroflow.mcmc import Chains
-from pyroflow.mcmc.sampler import Sampler
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES
 from pyroflow.seeds import seeded

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from pyroflow.chains import Chains
 from pyroflow.checks import check_count
 from pyroflow.diagnostics import Report
 from pyroflow.diagnostics.diagnose import checked
@@ -30,7 +31,6 @@ from pyroflow.ladder.checks import (
 )
 from pyroflow.ladder.mixing import Mixing
 from pyroflow.ladder.result import Posterior, Rung
-from pyroflow.mcmc import Chains
 from pyroflow.model.arguments import warn_of_forgotten_data
 from pyroflow.model.bound import BoundModel, check_latents, check_whole
 from pyroflow.seeds import between_draws, one_at_a_time, seeded

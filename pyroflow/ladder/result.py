@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from pyroflow.arviz import to_arviz
+from pyroflow.chains import Chains
 from pyroflow.diagnostics import Report
 from pyroflow.diagnostics.report import Level
 from pyroflow.guides import AutoFlow
 from pyroflow.guides.mixture import MixtureGuide
-from pyroflow.mcmc import Chains
 from pyroflow.shown import Shown
 
 if TYPE_CHECKING:

@@ -17,6 +17,12 @@ from pyroflow.transforms.sinh_arcsinh import SinhArcsinh
 from pyroflow.transforms.support import Support
 from pyroflow.transforms.sylvester import Sylvester
 
+# Named as Pyro names the functions that make a transform.
+planar, conditional_planar = Planar, ConditionalPlanar
+radial, conditional_radial = Radial, ConditionalRadial
+sinh_arcsinh, conditional_sinh_arcsinh = SinhArcsinh, ConditionalSinhArcsinh
+sylvester, conditional_sylvester = Sylvester, ConditionalSylvester
+
 __all__ = [
     "Affine",
     "Arrowhead",
@@ -34,4 +40,12 @@ __all__ = [
     "SinhArcsinh",
     "Support",
     "Sylvester",
+    "conditional_planar",
+    "conditional_radial",
+    "conditional_sinh_arcsinh",
+    "conditional_sylvester",
+    "planar",
+    "radial",
+    "sinh_arcsinh",
+    "sylvester",
 ]

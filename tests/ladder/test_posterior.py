@@ -15,9 +15,9 @@ from row_cases import poisson_rows
 from torch import Tensor
 
 import pyroflow as pf
+from pyroflow.chains import Chains, mcmc
 from pyroflow.ladder import checks, climb
 from pyroflow.ladder.checks import apart, unsettled
-from pyroflow.mcmc import Chains, mcmc
 from pyroflow.model.bound import BoundModel
 from pyroflow.targets import eight_schools_centered
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyroflow.chains.independence import Proposal
+from pyroflow.chains.target import Points, Target
 from pyroflow.guides import AutoFlow, AutoStructuredFlow
 from pyroflow.guides.structure import GivenGlobals
-from pyroflow.mcmc.independence import Proposal
-from pyroflow.mcmc.target import Points, Target
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.row_terms import GLOBAL, RowTerms
 from pyroflow.seeds import between_draws, drawing

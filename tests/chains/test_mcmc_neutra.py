@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from mcmc_cases import FACTOR, MEAN, gaussian, poor_guide
+from chains_cases import FACTOR, MEAN, gaussian, poor_guide
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoNormal

@@ -12,18 +12,18 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
-from mcmc_cases import FACTOR, MEAN, gaussian, poor_guide, student
+from chains_cases import FACTOR, MEAN, gaussian, poor_guide, student
 from pyro import poutine
 from torch import Tensor
 
 import pyroflow as pf
+from pyroflow.chains.hmc import HMC
+from pyroflow.chains.independence import Independence
+from pyroflow.chains.pilot import Pilot
+from pyroflow.chains.result import judge
+from pyroflow.chains.sampler import Sampler
+from pyroflow.chains.target import Points
 from pyroflow.guides.mixture import MixtureGuide
-from pyroflow.mcmc.chains import judge
-from pyroflow.mcmc.hmc import HMC
-from pyroflow.mcmc.independence import Independence
-from pyroflow.mcmc.pilot import Pilot
-from pyroflow.mcmc.sampler import Sampler
-from pyroflow.mcmc.target import Points
 from pyroflow.targets import (
     eight_schools_centered,
     eight_schools_exact,

@@ -9,9 +9,9 @@ import torch
 from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 
+from pyroflow.chains.sampler import check_guide
 from pyroflow.checks import check_shape
 from pyroflow.guides import AutoFlow
-from pyroflow.mcmc.sampler import check_guide
 
 
 class NeuTra:

@@ -10,7 +10,7 @@ from row_cases import Exact, fitted, normal_rows, poisson_rows
 from torch.nn.functional import softplus
 
 import pyroflow as pf
-from pyroflow.mcmc.chains import longest_rejection
+from pyroflow.chains.result import longest_rejection
 from pyroflow.transforms.affine import inverse_softplus
 
 

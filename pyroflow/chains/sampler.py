@@ -10,16 +10,16 @@ from typing import Any
 import pyro
 import torch
 
+from pyroflow.chains.convergence import LEAST_DRAWS
+from pyroflow.chains.hmc import HMC
+from pyroflow.chains.independence import Independence, Proposal
+from pyroflow.chains.pilot import Pilot, take_pilot
+from pyroflow.chains.result import Chains, Recorded, is_short, judge, result, times_as_long
+from pyroflow.chains.row_wise import RowWise, row_wise
+from pyroflow.chains.target import Points, Target
 from pyroflow.checks import check_choice, check_count
 from pyroflow.guides import AutoFlow
 from pyroflow.guides.arguments import data_into_args
-from pyroflow.mcmc.chains import Chains, Recorded, is_short, judge, result, times_as_long
-from pyroflow.mcmc.convergence import LEAST_DRAWS
-from pyroflow.mcmc.hmc import HMC
-from pyroflow.mcmc.independence import Independence, Proposal
-from pyroflow.mcmc.pilot import Pilot, take_pilot
-from pyroflow.mcmc.row_wise import RowWise, row_wise
-from pyroflow.mcmc.target import Points, Target
 from pyroflow.model.bound import BoundModel, check_latents, check_sites
 from pyroflow.progress import progress_bar
 from pyroflow.seeds import between_draws, one_at_a_time, seeded

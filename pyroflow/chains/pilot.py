@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyroflow.chains.convergence import mean_and_error
+from pyroflow.chains.independence import Proposal, expected_acceptance
+from pyroflow.chains.target import Points, Target
 from pyroflow.diagnostics.psis import khat_threshold, pareto_smooth
-from pyroflow.mcmc.convergence import mean_and_error
-from pyroflow.mcmc.independence import Proposal, expected_acceptance
-from pyroflow.mcmc.target import Points, Target
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.draws import draw
 from pyroflow.seeds import drawing

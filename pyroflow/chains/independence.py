@@ -11,7 +11,7 @@ from pyro.distributions import Chi2
 from torch import Tensor
 from torch.distributions import Distribution, StudentT
 
-from pyroflow.mcmc.target import AT_ONCE, Points, Target
+from pyroflow.chains.target import AT_ONCE, Points, Target
 from pyroflow.seeds import drawing
 
 WIDE_DF = 2.0  # of the wider part, a fifteenth of whose draws are five times as far out

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyroflow.mcmc.convergence import mean_and_error, summarise
+from pyroflow.chains.convergence import mean_and_error, summarise
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.x announces 1.x

@@ -9,7 +9,7 @@ import torch
 from pyro.ops.dual_averaging import DualAveraging
 from torch import Tensor
 
-from pyroflow.mcmc.target import Points, Target
+from pyroflow.chains.target import Points, Target
 from pyroflow.seeds import drawing
 
 ACCEPTANCE = 0.651  # that the step size aims at, the best one for trajectories of a fixed length

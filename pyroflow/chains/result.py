@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pyroflow.arviz import labels
 from pyroflow.arviz.export import container
+from pyroflow.chains.convergence import summarise
+from pyroflow.chains.pilot import Pilot
+from pyroflow.chains.target import Points
 from pyroflow.guides import AutoFlow
-from pyroflow.mcmc.convergence import summarise
-from pyroflow.mcmc.pilot import Pilot
-from pyroflow.mcmc.target import Points
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.program import rows_of
 from pyroflow.model.records import is_factor

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
-from mcmc_cases import (
+from chains_cases import (
     FACTOR,
     MEAN,
     TARGETS,
@@ -22,12 +22,12 @@ from mcmc_cases import (
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.mcmc.chains import longest_rejection
-from pyroflow.mcmc.hmc import HMC
-from pyroflow.mcmc.independence import Independence, Proposal, expected_acceptance
-from pyroflow.mcmc.pilot import take_pilot
-from pyroflow.mcmc.sampler import _bound, run
-from pyroflow.mcmc.target import Target
+from pyroflow.chains.hmc import HMC
+from pyroflow.chains.independence import Independence, Proposal, expected_acceptance
+from pyroflow.chains.pilot import take_pilot
+from pyroflow.chains.result import longest_rejection
+from pyroflow.chains.sampler import _bound, run
+from pyroflow.chains.target import Target
 
 CHAINS = 6000
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import pyroflow as pf
-from pyroflow.mcmc.sampler import _bound
-from pyroflow.mcmc.target import Target
+from pyroflow.chains.sampler import _bound
+from pyroflow.chains.target import Target
 from pyroflow.model.supports import bijection
 
 MEAN = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
