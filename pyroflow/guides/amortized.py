@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from torch import nn
+from torch import Tensor, nn
 
 from pyroflow.checks import check_choice, check_count, check_positive
 from pyroflow.guides.base import MARGINAL_DRAWS, ModuleGuide, Values
@@ -134,9 +134,19 @@ class AmortizedPlanarGuide(RowsOfPlates, ModuleGuide):
         init_loc, known = rows.init_loc, {"rows": rows.size}
         if context is not None:
             known = {"features": context.prepare(context.rows(args, kwargs), init_loc)}
-        known["shared"] = self.global_guide.latent_dim if self._conditioned else 0
+        shared = self.global_guide.latent_dim if self._conditioned else 0
+        return self.flow_of_rows(init_loc, shared=shared, **known)
+
+    def flow_of_rows(self, init_loc: Tensor, **sizes: int) -> LocalFlow:
+        """The flow of the rows of a plate, of features, numbers of globals and rows in a table."""
         with init_loc.device:
-            return LocalFlow(init_loc, **known, **self._local, **self._both)
+            return LocalFlow(init_loc, **sizes, **self._local, **self._both)
+
+    def options(self) -> dict[str, Any]:
+        """The numbers and words that it was made with."""
+        layers = {"global_layers": self._global["num_layers"]}
+        layers["condition_on_globals"] = self.condition_on_globals
+        return layers | self._local | self._both
 
     def _draw_unconstrained(self, *args: Any, **kwargs: Any) -> tuple[Values, dict[str, Any]]:
         plates, shared, values = self._create_plates(*args, **kwargs), None, {}
@@ -175,7 +185,7 @@ def _plate_arguments(
     guide: AmortizedPlanarGuide, args: tuple, kwargs: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """By plate its size, and the rows that the model draws; all in a copy without its model."""
-    if guide._model is not None:
+    if guide._model is not None and not guide.alone:
         return draws_of(guide._model[1], guide.local_plates, guide.latents, args, kwargs)
     known = [(part.context, part.rows.size) for part in guide.parts]
     sizes = [size if c is None else len(c.rows(args, kwargs)) for c, size in known]

@@ -159,7 +159,7 @@ class RowContext(PyroModule):
             )
         self.encoder = encoder
         self.function = (given,) if callable(given) else ()  # a module is not to be registered
-        self.positions = {} if callable(given) else _positions(model, names)
+        self.positions = {} if callable(given) else positions_in(model, names)
 
     def rows(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """All rows that the arguments hold, shape (M, ...); several are joined to (M, C)."""
@@ -225,7 +225,7 @@ class RowContext(PyroModule):
         return (flat - self.loc) / self.scale
 
 
-def _positions(model: Callable, names: Sequence[str]) -> dict[str, int | None]:
+def positions_in(model: Callable, names: Sequence[str]) -> dict[str, int | None]:
     """Where the named arguments stand in the model's list of positional ones, if they do."""
     target = model.forward if isinstance(model, nn.Module) else model
     parameters = list(inspect.signature(target).parameters.values())

@@ -17,17 +17,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from pyroflow.checks import check_device
 from pyroflow.distribution import VERSION
 from pyroflow.flows import Flow
-from pyroflow.guides import AutoFlow
-from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.io import read_data, walk, write_data
 from pyroflow.saving.guides import (
     GUIDES,
-    check_model,
+    SavedGuide,
     describe_flow,
     describe_guide,
     restore_flow,
     restore_guide,
 )
+from pyroflow.saving.model_check import check_model
 from pyroflow.saving.table import UndescribedError
 
 # Raised when an older pyroflow would no longer read, or would misread, what this one writes.
@@ -35,7 +34,7 @@ from pyroflow.saving.table import UndescribedError
 FORMAT = 2
 
 
-def save(obj: Flow | AutoFlow, path: str | os.PathLike) -> None:
+def save(obj: Flow | SavedGuide, path: str | os.PathLike) -> None:
     """Write a flow or a guide to one file, which :func:`load` opens without running any code.
 
     The file holds a plain description, the parameters and, for a guide, names, shapes, supports
@@ -44,14 +43,13 @@ def save(obj: Flow | AutoFlow, path: str | os.PathLike) -> None:
     complete.
 
     Args:
-        obj: A :class:`~pyroflow.Flow`, or a guide that was called once, of the
-            :class:`~pyroflow.AutoFlow` family or a mixture of such, as
-            :func:`~pyroflow.posterior` may return.
+        obj: A :class:`~pyroflow.Flow`, or a guide that was called once: any of this package, also
+            a mixture as :func:`~pyroflow.posterior` may return.
         path: Of the file.
 
     Raises:
-        TypeError: If it is another object, or one with a base, transform or support that a file
-            cannot describe; the message names it and the way out.
+        TypeError: If it is another object, or one with a base, transform, support, encoder or
+            context that a file cannot describe; the message names it and the way out.
         ValueError: If a guide was never set up.
         FileNotFoundError: If the folder does not exist.
         OSError: If the file cannot be written; an older one stays as it is.
@@ -99,7 +97,7 @@ def load(
     path: str | os.PathLike,
     model: Callable | None = None,
     device: torch.device | str = "cpu",
-) -> Flow | AutoFlow | MixtureGuide:
+) -> Flow | SavedGuide:
     """Read what :func:`save` wrote, with the dtype that it had.
 
     A guide that is loaded without its model samples as before: ``guide()``, ``guide.median()``,

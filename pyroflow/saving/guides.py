@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from pyro.infer.autoguide import AutoContinuous, AutoGuide
-from pyro.infer.autoguide.initialization import init_to_median
-from torch import Tensor, nn
+from pyro import poutine
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from pyroflow.flows import Flow
-from pyroflow.guides import AutoFlow, AutoPlanarFlow, AutoStructuredFlow, AutoSylvesterFlow
+from pyroflow.guides import (
+    AmortizedPlanarGuide,
+    AutoFlow,
+    AutoPlanarFlow,
+    AutoStructuredFlow,
+    AutoSylvesterFlow,
+)
 from pyroflow.guides.coordinates import Coordinates
+from pyroflow.guides.local_flow import LocalFlow
 from pyroflow.guides.mixture import MixtureGuide
-from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
+from pyroflow.guides.rows import RowContext, Rows
 from pyroflow.guides.structure import kinds_of
-from pyroflow.model.bound import signature_of
-from pyroflow.model.latents import Latents, started_anywhere
+from pyroflow.model.latents import Latents
 from pyroflow.saving.table import Description, UndescribedError, build, describe, stored
-from pyroflow.seeds import one_at_a_time, seeded
+from pyroflow.seeds import seeded
 
 # The constructor's arguments, and the guide's attributes that hold them.
 _COMMON = {"affine": "affine_kind", "init_scale": "init_scale", "base_df": "base_df"}
@@ -36,7 +41,8 @@ _OPTIONS: dict[type[AutoFlow], dict[str, str]] = {
 _CLASSES = {made.__name__: made for made in _OPTIONS}
 _SWITCHES = ("path_derivative", "grows")  # attributes that are set later, or by another argument
 
-GUIDES = (*_OPTIONS, MixtureGuide)
+SavedGuide = AutoFlow | MixtureGuide | AmortizedPlanarGuide
+GUIDES = (*_OPTIONS, MixtureGuide, AmortizedPlanarGuide)
 
 
 def describe_flow(flow: Flow) -> Description:
@@ -65,7 +71,7 @@ def restore_flow(description: Description) -> Flow:
     return flow.train(description["training"])
 
 
-def describe_guide(guide: AutoFlow | MixtureGuide) -> Description:
+def describe_guide(guide: SavedGuide) -> Description:
     """Its options, its flow and its latents.
 
     Raises:
@@ -84,6 +90,8 @@ def describe_guide(guide: AutoFlow | MixtureGuide) -> Description:
             "guides": [describe_guide(part) for part in guide.guides],
             "weights": stored(guide.weights),
         }
+    if isinstance(guide, AmortizedPlanarGuide):
+        return _describe_amortized(guide)
     options = _OPTIONS[type(guide)].items()
     return {
         "class": type(guide).__name__,
@@ -96,13 +104,45 @@ def describe_guide(guide: AutoFlow | MixtureGuide) -> Description:
     }
 
 
-def restore_guide(description: Description, model: Callable | None) -> AutoFlow | MixtureGuide:
+def _describe_amortized(guide: AmortizedPlanarGuide) -> Description:
+    state = guide.state_dict().items()
+    return {
+        "class": AmortizedPlanarGuide.__name__,
+        "plates": list(guide.local_plates) if guide._several else guide.local_plates[0],
+        "options": guide.options(),
+        "rows": [
+            {
+                "context": part.context and _describe_context(part.context),
+                "features": 0 if part.context is None else part.flow.net.context_dim,
+                "shared": part.flow.shift.shape[-1],
+            }
+            for part in guide.parts
+        ],
+        "sites": guide.latents.describe(describe),
+        "subsampling": {name: list(sizes) for name, sizes in guide.subsampling.plates.items()},
+        "globals": guide.global_guide and describe_guide(guide.global_guide),
+        "state": {n: stored(t) for n, t in state if not n.startswith("global_guide.")},
+    }
+
+
+def _describe_context(context: RowContext) -> Description:
+    if context.function:
+        raise UndescribedError(
+            "a function as context (name the model's arguments in its place, and let encoder= do "
+            "the rest)"
+        )
+    return {"positions": dict(context.positions), "encoder": describe(context.encoder)}
+
+
+def restore_guide(description: Description, model: Callable | None) -> SavedGuide:
     """The guide of the file; without a model it samples, with one it can be trained on."""
     if description["class"] == MixtureGuide.__name__:
         parts = [restore_guide(part, model) for part in description["guides"]]
         made = MixtureGuide(_absent if model is None else model, parts, description["weights"])
         made.alone = model is None
         return made
+    if description["class"] == AmortizedPlanarGuide.__name__:
+        return _restore_amortized(description, model)
     made, options = _CLASSES[description["class"]], description["options"]
     if made is AutoFlow:
         options = options | {"transforms": ()}  # they are in the flow
@@ -124,113 +164,56 @@ def restore_guide(description: Description, model: Callable | None) -> AutoFlow 
     return guide
 
 
+def _restore_amortized(description: Description, model: Callable | None) -> AmortizedPlanarGuide:
+    made = _absent if model is None else model
+    guide = AmortizedPlanarGuide(made, description["plates"], **description["options"])
+    guide.alone, state = model is None, description["state"]
+    like = next(value for name, value in state.items() if name.endswith("affine.offset"))
+    sizes = sum(math.prod(site["unconstrained_shape"]) for site in description["sites"])
+    latents = Latents.restore(description["sites"], build, like.new_empty(sizes))
+    guide.set_latents(guide.restore_rows(latents, description["subsampling"]))
+    names = [name for rows in guide.rows for name in rows.latents.sites]
+    if description["globals"]:
+        above = None if model is None else poutine.block(guide._model[1], hide=names)
+        guide.global_guide = restore_guide(description["globals"], above)
+        names += guide.global_guide.latents.sites
+    if sorted(names) != sorted(latents.sites):
+        raise ValueError(f"it has the sites {list(latents.sites)}, and flows of {names}")
+    guide._conditioned = guide.condition_on_globals and guide.global_guide is not None
+    known = list(zip(guide.rows, description["rows"], strict=True))
+    guide.context = guide._held([_restore_context(one["context"], one, like) for _, one in known])
+    guide.local_flow = guide._held([_restore_flow_of_rows(guide, *pair) for pair in known])
+    left = guide.load_state_dict(state, strict=False, assign=True)
+    missing = [name for name in left.missing_keys if not name.startswith("global_guide.")]
+    if missing or left.unexpected_keys:
+        raise ValueError(f"it lacks {missing} and has {left.unexpected_keys}")
+    return guide
+
+
+def _restore_context(
+    description: Description | None, rows: Description, like: Tensor
+) -> RowContext | None:
+    if description is None:
+        return None
+    positions = description["positions"]
+    context = RowContext(list(positions), _absent, build(description["encoder"]))
+    context.positions = {str(n): None if at is None else int(at) for n, at in positions.items()}
+    if context.encoder is None:
+        for name in ("loc", "scale"):
+            context.register_buffer(name, like.new_zeros(rows["features"]))
+    return context
+
+
+def _restore_flow_of_rows(
+    guide: AmortizedPlanarGuide, rows: Rows, description: Description
+) -> LocalFlow:
+    sizes = {name: description[name] for name in ("features", "shared")}
+    if description["context"] is None:
+        sizes["rows"] = rows.size
+    return guide.flow_of_rows(rows.init_loc, **sizes)
+
+
 def _absent(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError(
         "this guide was loaded without its model: load it with pyroflow.load(path, model=model)"
     )
-
-
-def check_model(guide: AutoFlow | MixtureGuide) -> None:
-    """Compare the guide's model with the sites of the file: now, or at the call that can run it.
-
-    Raises:
-        ValueError: If they differ, now or at that call, with the site and the difference.
-    """
-    check = _Check(guide.drawn(guide.subsampling).describe(describe))
-    try:
-        alone = not signature_of(guide.model).parameters
-    except (TypeError, ValueError):  # no function of Python's
-        alone = False
-    if alone:
-        check.compare(guide.model, (), {})
-    else:
-        guide.register_forward_pre_hook(check, with_kwargs=True)
-
-
-class _Check:
-    """A hook that compares model and file before a call of the guide, once.
-
-    It waits for a call that has the model's arguments and records gradients, as training does:
-    ``Predictive`` may leave out the data, which turns observations into latents.
-    """
-
-    def __init__(self, sites: list[Description]) -> None:
-        self.sites = sites
-
-    def __call__(self, guide: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        present = guide._model is not None and torch.is_grad_enabled()  # a pickle has no model
-        if present and _takes(guide.model, args, kwargs):
-            self.compare(guide.model, args, kwargs)
-            self._remove_from(guide)
-
-    def compare(self, model: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Raise ``ValueError`` with the first difference between file and model."""
-        found = _sites_of(model, args, kwargs)
-        for saved in self.sites:
-            name = saved["name"]
-            if name not in found:
-                _refuse(f"site {name!r} of the file is no latent of the model")
-            for key in saved:
-                now, then = found[name][key], _comparable(saved[key])
-                if now != then:
-                    _refuse(
-                        f"site {name!r} has {key.replace('_', ' ')} {_shown(key, then)} in the "
-                        f"file and {_shown(key, now)} now"
-                    )
-        added = found.keys() - {saved["name"] for saved in self.sites}
-        if added:
-            _refuse(f"the model has a latent {min(added)!r} that the file has not")
-
-    def _remove_from(self, guide: nn.Module) -> None:
-        hooks = guide._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is self]:
-            del hooks[key], guide._forward_pre_hooks_with_kwargs[key]
-
-
-def _refuse(difference: str) -> None:
-    raise ValueError(
-        f"model does not fit the guide in the file: {difference}. Give the model and the arguments "
-        "that the guide was trained with, or load it without a model to sample only"
-    )
-
-
-@one_at_a_time
-def _sites_of(model: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Description]:
-    """The latents of a run of the model, as a file would describe them.
-
-    Raises:
-        ValueError: If a guide is refused for a latent: an older file may have one.
-    """
-    probe = AutoContinuous(model, init_loc_fn=started_anywhere(init_to_median))
-    with seeded(0), torch.no_grad():
-        AutoGuide._setup_prototype(probe, *args, **kwargs)
-    latents = Latents.of(probe.prototype_trace)
-    refuse_circular(probe.prototype_trace)
-    refuse_moving_supports(model, latents, args, kwargs)
-    sites = latents.describe(describe)
-    return {site["name"]: _comparable(site) for site in sites}
-
-
-def _comparable(value: Any) -> Any:
-    """Plain data without tensors, which have no truth value when compared."""
-    return tree_map_only(Tensor, Tensor.tolist, value)
-
-
-def _shown(key: str, value: Any) -> str:
-    if key == "support":
-        return str(build(value))
-    if key == "plates":
-        shown = [f"{plate['name']}(size={plate['size']}, dim={plate['dim']})" for plate in value]
-        return ", ".join(shown) or "none"
-    return str(value)
-
-
-def _takes(model: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether the model can be called so, as far as can be told."""
-    try:
-        signature_of(model).bind(*args, **kwargs)
-    except TypeError:
-        return False
-    except ValueError:  # no function of Python's
-        pass
-    return True

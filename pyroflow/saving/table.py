@@ -248,6 +248,15 @@ _RECIPES: dict[str, Recipe] = {
         PowerTransform=_same("exponent"),
         ReshapeTransform=_same("in_shape", "out_shape"),
     ),
+    "torch.Sequential": Recipe(
+        nn.Sequential, lambda modules: nn.Sequential(*modules), {"modules": list}
+    ),
+    **_recipes(
+        "torch",
+        nn,
+        Flatten=_same("start_dim", "end_dim"),
+        Linear=_same("in_features", "out_features", bias=lambda layer: layer.bias is not None),
+    ),
     **_recipes("torch", nn, "ReLU", "Sigmoid", "SiLU", "Tanh"),
     **_recipes("torch", nn, ELU=_same("alpha"), GELU=_same("approximate")),
     **_recipes("torch", nn, LeakyReLU=_same("negative_slope"), Softplus=_same("beta", "threshold")),
