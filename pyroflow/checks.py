@@ -18,12 +18,25 @@ from pyroflow.frames import column_names, frame_columns, is_frame, named
 T = TypeVar("T")
 P = ParamSpec("P")
 
+WORDS_ELSEWHERE = {  # what other libraries call an option
+    **dict.fromkeys(["epochs", "max_iter", "iterations", "num_iterations", "num_iters"], "steps"),
+    **dict.fromkeys(["n_steps", "num_steps", "max_steps"], "steps"),
+    **dict.fromkeys(["learning_rate", "step_size"], "lr"),
+    **dict.fromkeys(["validation", "validation_fraction", "val_fraction"], "holdout"),
+    **dict.fromkeys(["num_draws", "num_mc_samples", "n_samples", "num_samples"], "num_particles"),
+    **dict.fromkeys(["random_state", "rng_seed", "random_seed"], "seed"),
+    **dict.fromkeys(["verbose", "progress_bar", "progressbar", "disable_progbar"], "progress"),
+    **dict.fromkeys(["patience", "early_stopping"], "early_stop"),
+    **dict.fromkeys(["draws", "n_draws"], "num_samples"),
+    **dict.fromkeys(["chains", "n_chains"], "num_chains"),
+}
+
 
 def check_count(name: str, value: int, minimum: int) -> int:
     """Return value as an int if it is an integer of at least minimum, else raise ``ValueError``."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {_brief(value)}")
     return int(value)
 
 
@@ -31,7 +44,7 @@ def check_positive(name: str, value: float) -> float:
     """Return value if it is a finite number above zero, else raise ``ValueError``."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+        raise ValueError(f"{name} must be a finite number above 0, got {_brief(value)}")
     return value
 
 
@@ -39,14 +52,20 @@ def check_choice(name: str, value: object, choices: Collection) -> None:
     """Raise ``ValueError`` unless value is one of the choices."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+        raise ValueError(f"{name} must be one of {listed}; got {_brief(value)}")
 
 
 def check_fraction(name: str, value: float) -> float:
     """Return value if it lies strictly between 0 and 1, else raise ``ValueError``."""
     if not isinstance(value, Real) or not 0 < value < 1:
-        raise ValueError(f"{name} must be a fraction between 0 and 1, got {value!r}")
+        raise ValueError(f"{name} must be a fraction between 0 and 1, got {_brief(value)}")
     return value
+
+
+def _brief(value: object) -> str:
+    """A value in a message: data by their shape, which would fill the screen."""
+    shape = getattr(value, "shape", None)
+    return repr(value) if shape is None else f"a {type(value).__name__} of shape {tuple(shape)}"
 
 
 def check_args(args: object) -> tuple:
@@ -57,14 +76,22 @@ def check_args(args: object) -> tuple:
 
 
 def check_device(device: str | torch.device | None) -> None:
-    """Raise ``ValueError`` if it is a name that torch has for no device."""
+    """Raise ``ValueError`` for a name that is no device's, ``RuntimeError`` for one not there."""
+    if device is None:
+        return
     try:
-        if isinstance(device, str):
-            torch.device(device)
+        device = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
             f"device must be a device of torch, such as 'cpu', 'cuda' (an NVIDIA GPU) or 'mps', "
             f"got {device!r}"
+        ) from error
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise RuntimeError(
+            f"device {str(device)!r} is not there, says torch ({error}): look at "
+            "torch.cuda.is_available(), or leave device out"
         ) from error
 
 
@@ -90,8 +117,10 @@ def check_option_names(
         close = get_close_matches(name, known, n=1)
         if name in of_model and "kwargs" in known:
             way_out = f"it is an argument of the model: give kwargs={{{name!r}: ...}}"
-        elif name in ("optim", "optimizer"):
-            way_out = "its optimiser is its own: set lr= and steps=, or train by Pyro's SVI"
+        elif name in ("optim", "optimizer", "loss", "elbo"):
+            way_out = "its optimiser and loss are its own: set lr= and steps=, or take Pyro's SVI"
+        elif WORDS_ELSEWHERE.get(name) in known:
+            way_out = f"did you mean {WORDS_ELSEWHERE[name]}?"
         elif close:
             way_out = f"did you mean {close[0]}?"
         else:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from pyroflow.checks import check_choice
-from pyroflow.flows.flow import Direction, Flow, StandardNormal
+from pyroflow.flows.flow import AnyTransform, Direction, Flow, StandardNormal
 from pyroflow.transforms import (
     Conditional,
     ConditionalAffine,
@@ -134,6 +134,23 @@ def sylvester_flow(
     return _layered_flow(ConditionalSylvester, num_layers, *shared, **sizes)
 
 
+def check_flow(function: str, flow: object) -> None:
+    """Raise ``TypeError`` for what is no flow, with the way from it to one."""
+    if isinstance(flow, Flow):
+        return
+    got = type(flow).__name__
+    if hasattr(flow, "shape"):
+        way_out = f"the flow comes first, {function}(flow, ...)"
+    elif isinstance(flow, AnyTransform):
+        way_out = "make one of it, Flow(StandardNormal(D), [it, Affine(D)])"
+    elif isinstance(flow, type) or not isinstance(flow, nn.Module):
+        got = getattr(flow, "__name__", got) if callable(flow) else got
+        way_out = "make one, such as planar_flow(D)"
+    else:
+        way_out = "a guide is fitted by fit_guide(model, guide, ...)"
+    raise TypeError(f"flow must be a pyroflow.Flow, got {got}: {way_out}")
+
+
 def _layered_flow(
     layers: type[Conditional],
     num_layers: Depth,
@@ -150,6 +167,10 @@ def _layered_flow(
         flow = _layered_flow(layers, 0, *shared, **options)
         flow.deepen = partial(_deepened, layers, shared, options)
         return flow
+    if isinstance(num_layers, str):
+        raise ValueError(
+            f"num_layers must be an integer of at least 0, or 'auto', got {num_layers!r}"
+        )
     check_choice("direction", direction, ("auto", "base_to_data", "data_to_base"))
     check_choice("affine", affine, ("full", "diagonal", None))
 

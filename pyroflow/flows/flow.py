@@ -83,9 +83,9 @@ class Flow(ShownFlow, ByColumns):
         columns: names of the columns, if it was fitted to a frame; else None.
 
     Raises:
-        TypeError: If an entry is no transform.
-        ValueError: If the direction is unknown; at a call, if a context is missing, or given and
-            no transform takes it.
+        TypeError: If an entry is no transform, or the base no distribution.
+        ValueError: If the direction is unknown, or the base has no event shape (D,); at a call, if
+            a context is missing, or given and no transform takes it.
 
     Example:
         >>> import torch
@@ -111,7 +111,7 @@ class Flow(ShownFlow, ByColumns):
             if not isinstance(t, AnyTransform):
                 raise TypeError(f"transforms must hold transforms, got {type(t).__name__}")
         check_choice("direction", direction, ("auto", "base_to_data", "data_to_base", None))
-        self.base = base
+        self.base = _checked_base(base)
         # Torch's inverse loses its transform when it is copied, so the transform itself is
         # kept, and whether to turn it round.
         self.steps: Steps = tuple(
@@ -222,6 +222,20 @@ def take_over(flow: Flow, other: Flow) -> None:
     flow.steps, flow.parts, flow._others = other.steps, other.parts, other._others
     flow.deepen = None
     flow.set_extra_state(other.get_extra_state())
+
+
+def _checked_base(base: Distribution | nn.Module) -> Distribution | nn.Module:
+    if not isinstance(base, Distribution | nn.Module):
+        raise TypeError(
+            f"base must be a distribution, or a module whose call returns one, got "
+            f"{type(base).__name__}: take pyroflow.flows.StandardNormal(D)"
+        )
+    if isinstance(base, Distribution) and len(base.event_shape) != 1:
+        raise ValueError(
+            f"base must have event shape (D,), got {tuple(base.event_shape)}: a distribution of "
+            "D independent numbers has it with .to_event(1)"
+        )
+    return base
 
 
 def _turned(steps: Steps, transforms: Sequence[AnyTransform], inverted: bool) -> Steps:

@@ -8,13 +8,14 @@ from typing import Any
 import pyro
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from torch import Tensor, nn
+from torch import nn
 
 from pyroflow.checks import check_choice, check_count, check_positive
 from pyroflow.guides.base import MARGINAL_DRAWS, ModuleGuide, Values
 from pyroflow.guides.layered import AutoPlanarFlow
 from pyroflow.guides.local_flow import LocalFlow
 from pyroflow.guides.plate_rows import RowsOfPlates
+from pyroflow.guides.refusals import refuse_no_model
 from pyroflow.guides.rows import Context, RowContext, Rows
 from pyroflow.model.at_hand import draws_of
 from pyroflow.model.latents import Latents, started_anywhere
@@ -94,6 +95,7 @@ class AmortizedPlanarGuide(RowsOfPlates, ModuleGuide):
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
+        refuse_no_model(model)
         plates = _check_plates(plate)
         contexts, encoders = _by_plate(plates, context=context, encoder=encoder)
         check_choice("affine", affine, ("full", "diagonal"))
@@ -134,19 +136,9 @@ class AmortizedPlanarGuide(RowsOfPlates, ModuleGuide):
         init_loc, known = rows.init_loc, {"rows": rows.size}
         if context is not None:
             known = {"features": context.prepare(context.rows(args, kwargs), init_loc)}
-        shared = self.global_guide.latent_dim if self._conditioned else 0
-        return self.flow_of_rows(init_loc, shared=shared, **known)
-
-    def flow_of_rows(self, init_loc: Tensor, **sizes: int) -> LocalFlow:
-        """The flow of the rows of a plate, of features, numbers of globals and rows in a table."""
+        known["shared"] = self.global_guide.latent_dim if self._conditioned else 0
         with init_loc.device:
-            return LocalFlow(init_loc, **sizes, **self._local, **self._both)
-
-    def options(self) -> dict[str, Any]:
-        """The numbers and words that it was made with."""
-        layers = {"global_layers": self._global["num_layers"]}
-        layers["condition_on_globals"] = self.condition_on_globals
-        return layers | self._local | self._both
+            return LocalFlow(init_loc, **known, **self._local, **self._both)
 
     def _draw_unconstrained(self, *args: Any, **kwargs: Any) -> tuple[Values, dict[str, Any]]:
         plates, shared, values = self._create_plates(*args, **kwargs), None, {}

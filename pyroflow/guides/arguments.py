@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, SVI
 from pyro.infer.autoguide import AutoGuide
 from pyro.optim import PyroOptim
 
 from pyroflow.checks import check_args, check_option_names
 from pyroflow.flows import Flow
-from pyroflow.model.arguments import arrays_at_fault, parameters_of
+from pyroflow.guides.refusals import refuse_no_model
+from pyroflow.model.arguments import arrays_at_fault, parameters_of, takes
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -44,10 +45,15 @@ def data_into_args(*positional: str) -> Callable[[Callable[P, T]], Callable[P, T
             options = _with_args(name, data, options, ("args", "kwargs", *positional))
             if named.keys() >= set(leading):
                 check_kinds(name, named["model"], named.get("guide", _no_guide))
+            given = options["args"], options.get("kwargs") or {}
+            if data and isinstance(data[0], list) and not takes(named.get("model"), *given):
+                raise TypeError(
+                    f"{name} takes a list in first place as args, the model's arguments, and the "
+                    f"model does not take these {len(data[0])}: give data as a tensor or an array"
+                )
             try:
                 return function(*led, **options)
             except Exception as error:
-                given = options.get("args", ()), options.get("kwargs") or {}
                 if said := arrays_at_fault(named.get("model"), *given):
                     raise TypeError(said) from error
                 raise
@@ -104,13 +110,17 @@ def _no_guide() -> None:
 
 def check_kinds(name: str, model: object, guide: object) -> None:
     """Raise ``TypeError`` for what cannot be a model, or its guide."""
+    if isinstance(model, SVI):
+        raise TypeError(
+            f"model must be a Pyro model, got SVI: give its model, {name}(svi.model, ...)"
+        )
+    own = guide is _no_guide
     if isinstance(model, AutoGuide) and not isinstance(guide, AutoGuide) and callable(guide):
         raise TypeError(
             f"model and guide are swapped: the first is the guide {type(model).__name__}; call "
-            f"{name}(model, guide, ...)"
+            f"{name}(model, {'...), which makes its own guide' if own else 'guide, ...)'}"
         )
-    if not callable(model):
-        raise TypeError(f"model must be a Pyro model, a callable, got {type(model).__name__}")
+    refuse_no_model(model)
     if isinstance(guide, Flow):
         raise TypeError(
             "guide must sample the model's latents, got a Flow, which is a density alone: take a "

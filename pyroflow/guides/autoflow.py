@@ -21,6 +21,7 @@ from pyroflow.guides.refusals import (
     checked_centring,
     checked_transforms,
     refuse_centring,
+    refuse_no_model,
     refuse_sizes,
 )
 from pyroflow.model.at_hand import Subsampling
@@ -123,6 +124,7 @@ class AutoFlow(FlowGuide):
         base_df: float | None = None,
         centring: Centring = "auto",
     ) -> None:
+        refuse_no_model(model)
         self.path_derivative = False
         self.centring_given = checked_centring(centring)
         check_choice("affine", affine, ("full", "diagonal", None))

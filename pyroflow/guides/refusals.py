@@ -1,6 +1,6 @@
 """What no guide of ours can treat: latents, refused at set-up by name, and transforms.
 
-Each function raises ``ValueError`` with the way out.
+Each function raises ``ValueError``, but where it says so, with the way out.
 """
 
 from __future__ import annotations
@@ -30,6 +30,15 @@ _CIRCULAR = (VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 Centring = Literal["auto"] | Mapping[str, float | Tensor] | None
 _CONSTANT = [value for value in vars(constraints).values() if isinstance(value, Constraint)]
 _LARGEST_TRIED = 1000  # of the sizes that are offered to a transform which refuses the latents
+
+
+def refuse_no_model(model: object) -> None:
+    """For what cannot be called as a model is; raises ``TypeError``."""
+    if not callable(model):
+        raise TypeError(
+            f"model must be a Pyro model, a callable, got {type(model).__name__}: give the "
+            "function itself, model, and not what it returns, model(...)"
+        )
 
 
 def refuse_subsampled(latents: Latents, plates: Sequence[str]) -> None:

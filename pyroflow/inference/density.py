@@ -15,6 +15,7 @@ from torch import Tensor
 from pyroflow.checks import check_count, check_fraction, known_options
 from pyroflow.flows import Flow
 from pyroflow.flows.cells import Dequantize, find_cells
+from pyroflow.flows.families import check_flow
 from pyroflow.flows.flow import take_over
 from pyroflow.frames import column_names
 from pyroflow.inference.callbacks import Callbacks, ended_by_caller, interrupted
@@ -116,8 +117,7 @@ def fit_density(
         >>> fit.steps, fit.stopped
         (20, 'all 20 steps done')
     """
-    if not isinstance(flow, Flow):
-        raise TypeError(f"flow must be a pyroflow.Flow, got {type(flow).__name__}")
+    check_flow("fit_density", flow)
     defaults = CONDITIONAL if flow.conditional else UNCONDITIONAL
     steps = defaults["steps"] if steps is None else steps
     polish = defaults["polish"] if polish is None else polish

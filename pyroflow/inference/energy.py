@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyroflow.checks import known_options
 from pyroflow.flows import Flow, draw_from, log_prob_at_fixed
+from pyroflow.flows.families import check_flow
 from pyroflow.inference.callbacks import Callbacks, interrupted
 from pyroflow.inference.fit import Fit, Objective, check_options, trainable
 from pyroflow.inference.objectives import bound_scores, cut_loss
@@ -85,8 +86,7 @@ def fit_energy(
     options = {"lr": lr, "seed": seed, "checkpoint": checkpoint, "device": device}
     check_options(steps=steps, num_particles=num_particles, **options)
     _check_annealing(annealing, steps)
-    if not isinstance(flow, Flow):
-        raise TypeError(f"flow must be a pyroflow.Flow, got {type(flow).__name__}")
+    check_flow("fit_energy", flow)
     if flow.conditional:
         raise ValueError("flow must be unconditional: an energy has no context")
     if flow.deepen is not None:
@@ -185,7 +185,11 @@ def _check_energy(flow: Flow, energy: Callable) -> list[float]:
 
 
 def _check_proper(energy: Callable) -> None:
-    """Refuse an energy that knows that exp(−U) has no finite integral."""
+    """Refuse an energy that knows that exp(−U) has no finite integral, and what is no function."""
+    if not callable(energy):
+        raise TypeError(
+            f"energy must be a function U of points (N, D), shape (N,), got {type(energy).__name__}"
+        )
     known = getattr(energy, "log_normalizer", None)
     if isinstance(known, Real) and known == math.inf:
         raise ValueError(

@@ -30,6 +30,17 @@ def parameters_of(model: Callable) -> list[str]:
         return []
 
 
+def takes(model: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether the model can be called so, as far as can be told."""
+    try:
+        signature_of(model).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # no function of Python's
+        pass
+    return True
+
+
 @one_at_a_time
 def arrays_at_fault(model: Callable, args: tuple, kwargs: dict[str, Any]) -> str | None:
     """What to do about arrays among the arguments, where the model fails by them alone.

@@ -180,12 +180,13 @@ class BoundModel:
 
 
 def _check_covered(bound: BoundModel) -> None:
+    data = "" if bound.observed else "this call gives the model no data; pass them, or "
     for name in bound.latents:
         if name not in bound.guide_trace.nodes:
             raise ValueError(
                 f"the guide does not sample the model's latent site {name!r}, so there are no "
-                "draws of it: make the guide for the whole model. In place of a discrete site "
-                "write a mixture distribution, or enumerate it and train with Pyro's "
+                f"draws of it: {data}make the guide for the whole model. In place of a discrete "
+                "site write a mixture distribution, or enumerate it and train with Pyro's "
                 "TraceEnum_ELBO and SVI"
             )
 

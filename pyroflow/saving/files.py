@@ -62,6 +62,10 @@ def save(obj: Flow | SavedGuide, path: str | os.PathLike) -> None:
         >>> load(path)().sample((3,)).shape
         torch.Size([3, 2])
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"path must be the name of a file, got {type(path).__name__}: call save(obj, path)"
+        )
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path {path} is in a folder that does not exist: make it first")
@@ -87,9 +91,11 @@ def _described(obj: Any) -> dict[str, Any]:
             f"obj holds {error}, which a file cannot describe without code. {_WAY_OUT}"
         ) from error
     names = ", ".join(guide.__name__ for guide in GUIDES)
+    way_out = "save the flow or guide itself, which was fitted"
+    if isinstance(obj, torch.nn.Module | torch.distributions.Transform):
+        way_out = f"a transform goes into a Flow first. {_WAY_OUT}"
     raise TypeError(
-        f"obj must be a Flow or one of the guides {names}, got {type(obj).__name__}: a transform "
-        f"goes into a Flow first. {_WAY_OUT}"
+        f"obj must be a Flow or one of the guides {names}, got {type(obj).__name__}: {way_out}"
     )
 
 

@@ -109,7 +109,10 @@ def _describe_amortized(guide: AmortizedPlanarGuide) -> Description:
     return {
         "class": AmortizedPlanarGuide.__name__,
         "plates": list(guide.local_plates) if guide._several else guide.local_plates[0],
-        "options": guide.options(),
+        "options": guide._local
+        | guide._both
+        | {"global_layers": guide._global["num_layers"]}
+        | {"condition_on_globals": guide.condition_on_globals},
         "rows": [
             {
                 "context": part.context and _describe_context(part.context),
@@ -210,7 +213,7 @@ def _restore_flow_of_rows(
     sizes = {name: description[name] for name in ("features", "shared")}
     if description["context"] is None:
         sizes["rows"] = rows.size
-    return guide.flow_of_rows(rows.init_loc, **sizes)
+    return LocalFlow(rows.init_loc, **sizes, **guide._local, **guide._both)
 
 
 def _absent(*args: Any, **kwargs: Any) -> None:

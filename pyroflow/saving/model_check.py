@@ -15,6 +15,7 @@ from pyroflow.guides import AmortizedPlanarGuide, AutoFlow
 from pyroflow.guides.mixture import MixtureGuide
 from pyroflow.guides.refusals import refuse_circular, refuse_moving_supports
 from pyroflow.guides.rows import positions_in
+from pyroflow.model.arguments import takes
 from pyroflow.model.bound import signature_of
 from pyroflow.model.latents import Latents, started_anywhere
 from pyroflow.saving.table import Description, build, describe
@@ -55,7 +56,7 @@ class _Check:
 
     def __call__(self, guide: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         present = guide._model is not None and torch.is_grad_enabled()  # a pickle has no model
-        if present and _takes(guide.model, args, kwargs):
+        if present and takes(guide.model, args, kwargs):
             self.compare(guide.model, args, kwargs)
             self._remove_from(guide)
 
@@ -119,14 +120,3 @@ def _shown(key: str, value: Any) -> str:
         shown = [f"{plate['name']}(size={plate['size']}, dim={plate['dim']})" for plate in value]
         return ", ".join(shown) or "none"
     return str(value)
-
-
-def _takes(model: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether the model can be called so, as far as can be told."""
-    try:
-        signature_of(model).bind(*args, **kwargs)
-    except TypeError:
-        return False
-    except ValueError:  # no function of Python's
-        pass
-    return True

@@ -180,7 +180,7 @@ MISTAKES = {
     ),
     "an optimiser": (
         lambda: pf.fit_guide(regression, made(), X, Y, optim=pyro.optim.Adam({})),
-        "fit_guide has no option 'optim': its optimiser is its own: set lr= and steps=",
+        "fit_guide has no option 'optim': its optimiser and loss are its own: set lr= and",
     ),
     "a made guide": (
         lambda: pf.calibrate(regression, made(), (X, Y)),
@@ -208,8 +208,8 @@ MISTAKES = {
         ]
     },
     "an option of another library": (
-        lambda: pf.fit_density(pf.planar_flow(2), X, epochs=3),
-        "fit_density has no option 'epochs': it takes flow, data, context, dequantize, steps",
+        lambda: pf.fit_density(pf.planar_flow(2), X, momentum=0.9),
+        "fit_density has no option 'momentum': it takes flow, data, context, dequantize, steps",
     ),
 }
 
