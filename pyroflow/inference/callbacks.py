@@ -110,9 +110,16 @@ def interrupted(trainer: Trainer | None, stacklevel: int) -> Fit:
     several processes, which would wait for each other.
     """
     fit = None if trainer is None else fit_so_far(trainer.state)
-    if fit is None or _PART.get() or trainer.objective.processes.count > 1:
+    if fit is None or trainer.objective.processes.count > 1:
         raise  # noqa: PLE0704
-    stopped = f"{INTERRUPTED} at step {fit.steps}"
+    return kept(fit, f"at step {fit.steps}", stacklevel + 1)
+
+
+def kept(fit: Fit, where: str, stacklevel: int) -> Fit:
+    """A fit that Ctrl-C leaves, with a warning of where; raised again as :func:`interrupted`."""
+    if _PART.get():
+        raise  # noqa: PLE0704
+    stopped = f"{INTERRUPTED} {where}"
     warnings.warn(
         f"the fit was {stopped}: it is in its best state so far. In a loop, look at fit.stopped "
         "to end that too",

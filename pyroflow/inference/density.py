@@ -18,7 +18,7 @@ from pyroflow.flows.cells import Dequantize, find_cells
 from pyroflow.flows.families import check_flow
 from pyroflow.flows.flow import take_over
 from pyroflow.frames import column_names
-from pyroflow.inference.callbacks import Callbacks, ended_by_caller, interrupted
+from pyroflow.inference.callbacks import Callbacks, ended_by_caller, interrupted, kept
 from pyroflow.inference.fit import Fit, check_options, trainable
 from pyroflow.inference.likelihood import Likelihood, standard_error
 from pyroflow.inference.processes import held, processes
@@ -185,7 +185,13 @@ def _deepened(flow: Flow, fit: Callable, checkpoint: str | Path | None) -> tuple
         if not any(p.numel() for p in candidate.parameters()):
             continue  # without layers and an affine layer there is nothing to fit
         path = checkpoint and Path(checkpoint)
-        found, losses, lost = fit(candidate, path and path.with_stem(f"{path.stem}-K{depth}"))
+        try:
+            found, losses, lost = fit(candidate, path and path.with_stem(f"{path.stem}-K{depth}"))
+        except KeyboardInterrupt:  # before its first score
+            if best is None or processes().count > 1:
+                raise
+            best = (kept(best[0], f"before a score of {depth} layers", stacklevel=3), *best[1:])
+            break
         tried.append((depth, found.best_loss))
         if best is None or _gains(best[1] - losses):
             best, since = (found, losses, lost, candidate, depth), 0

@@ -98,7 +98,7 @@ def _conditional(attribute: str, arguments: Arguments) -> Arguments:
     inner = {
         name: lambda t, at=at: _read(getattr(t, attribute), at) for name, at in arguments.items()
     }
-    return inner | {"context_dim": "nn.context_dim", "hidden_dims": "nn.hidden_dims"}
+    return inner | {n: f"nn.{n}" for n in ("context_dim", "hidden_dims", "bound")}
 
 
 _PLANAR = {

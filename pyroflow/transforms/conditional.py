@@ -14,7 +14,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.nn import DenseNN
 from torch import Tensor, nn
 
-from pyroflow.checks import check_count
+from pyroflow.checks import check_count, check_positive
 from pyroflow.shown import Shown
 from pyroflow.transforms.affine import Affine
 from pyroflow.transforms.bijection import Bijection, Conditioned
@@ -28,13 +28,19 @@ class Hypernet(nn.Module):
     """Parameters as a function of a context: start values plus a dense network's output.
 
     The network's last layer starts at zero. The start values, of the given shapes, belong to the
-    unconditional transform, and are trained as well.
+    unconditional transform, and are trained as well. With a bound c, an output o becomes
+    o / √(1 + ‖o‖²/c²): each row of a matrix, and each number of a vector, is shorter than c.
     """
 
     def __init__(
-        self, context_dim: int, hidden_dims: Sequence[int], shapes: Sequence[torch.Size]
+        self,
+        context_dim: int,
+        hidden_dims: Sequence[int],
+        shapes: Sequence[torch.Size],
+        bound: float | None = None,
     ) -> None:
         super().__init__()
+        self.bound = None if bound is None else float(check_positive("bound", bound))
         check_count("context_dim", context_dim, 1)
         if not isinstance(hidden_dims, Sequence) or isinstance(hidden_dims, str):
             raise ValueError(
@@ -75,9 +81,16 @@ class Hypernet(nn.Module):
             )
         outputs = self.nn(context).split(self.sizes, dim=-1)
         return [
-            value + output.reshape(context.shape[:-1] + shape)
+            value + self._bounded(output.reshape(context.shape[:-1] + shape), len(shape))
             for value, output, shape in zip(start, outputs, self.shapes, strict=True)
         ]
+
+    def _bounded(self, output: Tensor, dims: int) -> Tensor:
+        if self.bound is None:
+            return output
+        scaled = output / self.bound
+        length = scaled.square() if dims < 2 else scaled.square().sum(-1, keepdim=True)
+        return output * (1 + length).rsqrt()
 
 
 class Conditional(Shown, ConditionalTransformModule):
@@ -92,6 +105,9 @@ class Conditional(Shown, ConditionalTransformModule):
         context_dim: C; ``condition`` takes a context of shape (*B, C).
         *sizes: further sizes of the unconditional transform.
         hidden_dims: sizes of the network's hidden layers; () for a linear map.
+        bound: how far a context may move the parameters: c, above the norm of what the network
+            adds to each row of a matrix, such as w, and to each number of a vector, such as b.
+            None for no limit: one context among thousands may then have a map far from all others.
         **options: further arguments of the unconditional transform.
 
     Raises:
@@ -107,7 +123,7 @@ class Conditional(Shown, ConditionalTransformModule):
         if hasattr(cls, "family"):
             own = signature(Conditional.__init__).parameters
             first, *theirs = signature(cls.family).parameters.values()
-            found = [first, own["context_dim"], *theirs, own["hidden_dims"]]
+            found = [first, own["context_dim"], *theirs, own["hidden_dims"], own["bound"]]
             cls.__signature__ = Signature(sorted(found, key=attrgetter("kind")))
 
     def __init__(
@@ -116,12 +132,14 @@ class Conditional(Shown, ConditionalTransformModule):
         context_dim: int,
         *sizes: Any,
         hidden_dims: Sequence[int] = (64, 64),
+        bound: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         start = self.family(input_dim, *sizes, **options)
         self.add_module(self.family.__name__.lower(), start)
-        self.nn = Hypernet(context_dim, hidden_dims, [t.shape for t in start.trained()])
+        shapes = [t.shape for t in start.trained()]
+        self.nn = Hypernet(context_dim, hidden_dims, shapes, bound)
 
     @property
     def start(self) -> Bijection:

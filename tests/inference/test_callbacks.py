@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import pyroflow as pf
 from pyroflow.inference import guide_fit
-from pyroflow.inference.callbacks import FitProgress
+from pyroflow.inference.callbacks import FitProgress, part_of_a_whole
 from pyroflow.progress import progress_bar
 from pyroflow.targets import energy
 
@@ -161,6 +162,34 @@ def test_ctrl_c_before_the_first_score_is_raised(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(guide_fit.Trainer, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         density()
+
+
+def test_ctrl_c_before_the_score_of_a_deeper_flow_keeps_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluate, seen = guide_fit.Trainer.evaluate, []
+
+    def interrupted(trainer: guide_fit.Trainer) -> None:
+        seen.extend([trainer] if trainer not in seen else [])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        evaluate(trainer)
+
+    monkeypatch.setattr(guide_fit.Trainer, "evaluate", interrupted)
+    flow = pf.planar_flow(2, "auto")
+    with pytest.warns(UserWarning, match="interrupted before a score of .* layers: it is in its"):
+        found = pf.fit_density(flow, DATA, steps=10, polish=0, **QUIET)
+    assert re.fullmatch(r"interrupted before a score of \d+ layers", found.stopped)
+    assert len(found.depths) == 2
+    assert found.best_loss == min(score for _, score in found.depths)
+    monkeypatch.undo()
+    again = pf.fit_density(flow, DATA, steps=1, polish=0, **QUIET)
+    assert again.scores[0][1] == pytest.approx(found.best_loss, rel=1e-12)
+    with part_of_a_whole(), monkeypatch.context() as patch:
+        patch.setattr(guide_fit.Trainer, "evaluate", interrupted)
+        seen.clear()
+        with pytest.raises(KeyboardInterrupt):
+            pf.fit_density(pf.planar_flow(2, "auto"), DATA, steps=10, polish=0, **QUIET)
 
 
 @pytest.mark.parametrize("step", [3, 10])
