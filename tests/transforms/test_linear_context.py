@@ -10,12 +10,16 @@ import torch
 from torch import nn
 
 import pyroflow as pf
+from pyroflow.flows import StandardNormal
 
 EMPTY = {
     "planar": lambda: pf.ConditionalPlanar(3, 2, 4, hidden_dims=()),
     "radial": lambda: pf.ConditionalRadial(3, 2, 4, hidden_dims=()),
     "sylvester": lambda: pf.ConditionalSylvester(3, 2, 2, 2, hidden_dims=()),
 }
+
+
+C = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("make", EMPTY.values(), ids=EMPTY)
@@ -48,10 +52,57 @@ def test_refuses_a_context_in_another_dtype() -> None:
 
 
 def test_saves_and_loads(tmp_path: Path) -> None:
-    flow = pf.planar_flow(2, 3, context_dim=2, hidden_dims=())
+    layers = pf.ConditionalPlanar(2, 2, 3, hidden_dims=(), bound=0.5)
+    parts = [layers, pf.ConditionalAffine(2, 2, hidden_dims=())]
+    flow = pf.Flow(StandardNormal(2), parts, direction="data_to_base")
     for p in flow.parameters():
         nn.init.normal_(p, std=0.3)
     pf.save(flow, tmp_path / "flow.pt")
     loaded = pf.load(tmp_path / "flow.pt")
     context, x = torch.randn(5, 2), torch.randn(5, 2)
     assert torch.equal(loaded(context).log_prob(x), flow(context).log_prob(x))
+
+
+BOUNDED = {
+    "planar": lambda c: pf.ConditionalPlanar(3, 2, 4, hidden_dims=(), bound=c),
+    "radial": lambda c: pf.ConditionalRadial(3, 2, 4, hidden_dims=(), bound=c),
+    "sinh-arcsinh": lambda c: pf.ConditionalSinhArcsinh(3, 2, hidden_dims=(5,), bound=c),
+    "sylvester": lambda c: pf.ConditionalSylvester(3, 2, 2, 2, hidden_dims=(), bound=c),
+    "affine": lambda c: pf.ConditionalAffine(3, 2, hidden_dims=(), bound=c),
+}
+
+
+@pytest.mark.parametrize("make", BOUNDED.values(), ids=BOUNDED)
+def test_a_bound_holds_at_any_context_and_spares_small_outputs(make: Callable) -> None:
+    torch.manual_seed(0)
+    t, free = make(1.5), make(None)
+    for p in t.nn.parameters():
+        nn.init.normal_(p)
+    free.load_state_dict(t.state_dict())
+    for size in (1e-3, 1.0, 1e8):
+        found, added = [m.nn(size * C, [0.0 * p for p in m.start.trained()]) for m in (t, free)]
+        for bounded, plain, start in zip(found, added, t.start.trained(), strict=True):
+            rows = start.dim() > 1
+            length = plain.norm(dim=-1, keepdim=True) if rows else plain.abs()
+            assert torch.allclose(bounded, plain / (1 + (length / 1.5) ** 2).sqrt(), rtol=1e-4)
+            assert (bounded.norm(dim=-1) if rows else bounded.abs()).max() <= 1.5 * (1 + 1e-6)
+    x = torch.randn(5, 3)
+    at = t.condition(1e8 * C)
+    jacobians = torch.func.vmap(torch.func.jacrev(lambda x, c: t.condition(c)(x)))(x, 1e8 * C)
+    log_det = torch.linalg.slogdet(jacobians.double()).logabsdet
+    assert torch.allclose(at.log_abs_det_jacobian(x, at(x)).double(), log_det, atol=1e-4)
+    assert torch.allclose(at.inv(at(x).clone()), x, atol=1e-3)
+    assert not torch.allclose(free.condition(1e8 * C)(x), x, atol=1e3)
+
+
+def test_a_bound_keeps_the_start_and_has_gradients_there() -> None:
+    t = pf.ConditionalPlanar(3, 2, 4, bound=1.0)
+    at = t.condition(C)
+    assert torch.allclose(at(torch.zeros(5, 3)), torch.zeros(5, 3), atol=1e-6)
+    at(torch.ones(5, 3)).sum().backward()
+    last = t.nn.nn.layers[-1].weight.grad
+    assert last.isfinite().all()
+    assert last.any()
+    for bound in (0, -1.0, float("inf"), "small"):
+        with pytest.raises(ValueError, match="bound must be a finite number above 0"):
+            pf.ConditionalPlanar(3, 2, bound=bound)
