@@ -15,6 +15,7 @@ from pyroflow.transforms import (
     ConditionalAffine,
     ConditionalPlanar,
     ConditionalRadial,
+    ConditionalSinhArcsinh,
     ConditionalSylvester,
     Support,
 )
@@ -36,6 +37,7 @@ def planar_flow(
     hidden_dims: Sequence[int] = (64, 64),
     nonlinearity: Nonlinearity = "tanh",
     negative_slope: float = 0.2,
+    tails: bool = False,
     support: SupportLike | None = None,
 ) -> Flow:
     """A planar flow: standard normal base, K planar layers, an affine layer.
@@ -57,6 +59,9 @@ def planar_flow(
         hidden_dims: sizes of the context network's hidden layers; () for a linear map.
         nonlinearity: "tanh" or "leaky_relu", as in :class:`~pyroflow.Planar`.
         negative_slope: of the leaky ReLU, in (0, 1).
+        tails: whether a :class:`~pyroflow.SinhArcsinh` layer follows the others, last before the
+            affine layer, for K = 0 too. Planar layers leave the tails of their base as they are,
+            and so lose on heavy-tailed data; it gives each coordinate skew and tails of its own.
         support: of each column, as a sequence, or of some by position or by name, as in
             {1: "positive", "share": (0, 1)}: None for the line, "positive", or (low, high), of
             which one may be infinite; bounds excluded. Names take a fit to a frame. See
@@ -76,7 +81,7 @@ def planar_flow(
         torch.Size([7])
     """
     bend = {"nonlinearity": nonlinearity, "negative_slope": negative_slope}
-    shared = (input_dim, context_dim, direction, affine, hidden_dims, support)
+    shared = (input_dim, context_dim, direction, affine, hidden_dims, tails, support)
     return _layered_flow(ConditionalPlanar, num_layers, *shared, **bend)
 
 
@@ -88,6 +93,7 @@ def radial_flow(
     direction: Direction = "auto",
     affine: AffineKind | None = "full",
     hidden_dims: Sequence[int] = (64, 64),
+    tails: bool = False,
     support: SupportLike | None = None,
 ) -> Flow:
     """A radial flow: standard normal base, K radial layers, an affine layer.
@@ -101,7 +107,7 @@ def radial_flow(
         >>> radial_flow(2, num_layers=8)().log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])
     """
-    shared = (input_dim, context_dim, direction, affine, hidden_dims, support)
+    shared = (input_dim, context_dim, direction, affine, hidden_dims, tails, support)
     return _layered_flow(ConditionalRadial, num_layers, *shared)
 
 
@@ -115,6 +121,7 @@ def sylvester_flow(
     direction: Direction = "auto",
     affine: AffineKind | None = "full",
     hidden_dims: Sequence[int] = (64, 64),
+    tails: bool = False,
     support: SupportLike | None = None,
 ) -> Flow:
     """A Sylvester flow: standard normal base, L Sylvester layers of M units, an affine layer.
@@ -130,7 +137,7 @@ def sylvester_flow(
         torch.Size([7])
     """
     sizes = {"num_units": num_units, "orthogonal": orthogonal}
-    shared = (input_dim, context_dim, direction, affine, hidden_dims, support)
+    shared = (input_dim, context_dim, direction, affine, hidden_dims, tails, support)
     return _layered_flow(ConditionalSylvester, num_layers, *shared, **sizes)
 
 
@@ -159,11 +166,12 @@ def _layered_flow(
     direction: Direction,
     affine: AffineKind | None,
     hidden_dims: Sequence[int],
+    tails: bool,
     support: SupportLike | None,
     **options: Any,
 ) -> Flow:
     if num_layers == "auto":
-        shared = (input_dim, context_dim, direction, affine, hidden_dims, support)
+        shared = (input_dim, context_dim, direction, affine, hidden_dims, tails, support)
         flow = _layered_flow(layers, 0, *shared, **options)
         flow.deepen = partial(_deepened, layers, shared, options)
         return flow
@@ -173,6 +181,7 @@ def _layered_flow(
         )
     check_choice("direction", direction, ("auto", "base_to_data", "data_to_base"))
     check_choice("affine", affine, ("full", "diagonal", None))
+    check_choice("tails", tails, (False, True))
 
     def make(conditional: type[Conditional], **options: Any) -> nn.Module:
         if context_dim is None:
@@ -180,6 +189,7 @@ def _layered_flow(
         return conditional(input_dim, context_dim, hidden_dims=hidden_dims, **options)
 
     parts = [make(layers, num_layers=num_layers, **options)]
+    parts += [make(ConditionalSinhArcsinh)] if tails else []
     parts += [] if affine is None else [make(ConditionalAffine, kind=affine)]
     parts += [] if support is None else [Support(input_dim, support)]
     return Flow(StandardNormal(input_dim), parts, direction=direction)

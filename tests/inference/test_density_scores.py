@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal, Normal
+from torch.distributions import MultivariateNormal, Normal, StudentT
 
 import pyroflow as pf
 from pyroflow import datasets
+from pyroflow.flows import StandardNormal
 from pyroflow.flows.cells import few_valued, find_cells
 from pyroflow.inference.likelihood import Likelihood, gaussian_losses
 from pyroflow.inference.processes import ALONE
@@ -249,3 +251,60 @@ def test_a_conditional_flow_finds_its_depth_too() -> None:
     assert fit.num_layers == len(flow.parts[0].planar.w)
     fit = pf.fit_density(pf.planar_flow(2, "auto", affine=None), data, polish=0, **options)
     assert fit.depths[0][0] == 2
+
+
+def test_heavy_tails_are_taken_by_their_layer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    heavy = StudentT(torch.tensor(3.0, dtype=torch.float64))
+    root = torch.tensor([[2.0, 0.0], [1.0, 0.5]], dtype=torch.float64)  # |det| = 1
+
+    def drawn(num: int) -> Tensor:
+        normal = torch.randn(num, 2, 4, generator=generator, dtype=torch.float64)
+        return normal[..., 0] / (normal[..., 1:].square().mean(-1)).sqrt()
+
+    fresh, excess = drawn(20_000), {}
+    for tails in (False, True):
+        flow = pf.planar_flow(2, 0, tails=tails).double()
+        pf.fit_density(flow, drawn(2000) @ root.T, **SHORT | {"polish": 60})
+        losses = heavy.log_prob(fresh).sum(-1) - flow.log_prob(fresh @ root.T)
+        excess[tails] = losses.mean().item()
+    assert excess[False] > 0.2
+    assert 0 < excess[True] < 0.06
+
+
+@pytest.mark.parametrize("context_dim", [None, 3])
+def test_flows_with_tails_run_both_ways_and_are_saved(
+    context_dim: int | None, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    makes = (pf.planar_flow, pf.radial_flow, partial(pf.sylvester_flow, num_units=1))
+    given = () if context_dim is None else (torch.randn(6, context_dim),)
+    for make in makes:
+        flow = make(2, num_layers=2, context_dim=context_dim, tails=True, support={1: "positive"})
+        with torch.no_grad():
+            for p in flow.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+        x = flow(*given).sample(() if given else (6,))
+        base = StandardNormal(2)().log_prob(torch.zeros(2))
+        assert flow(*given).log_prob(x).isfinite().all()
+        jacobian = torch.func.vmap(torch.func.jacrev(lambda z, *c, f=flow: _pushed(f, z, c)))
+        z = torch.randn(6, 2)
+        y = _pushed(flow, z, given)
+        log_det = torch.linalg.slogdet(jacobian(z, *given)).logabsdet
+        expected = base - z.square().sum(-1) / 2 - log_det
+        assert torch.allclose(flow(*given).log_prob(y), expected, atol=1e-8)
+        pf.save(flow, tmp_path / "flow.pt")
+        assert torch.equal(
+            pf.load(tmp_path / "flow.pt")(*given).log_prob(y), flow(*given).log_prob(y)
+        )
+
+
+def _pushed(flow: pf.Flow, z: Tensor, given: tuple) -> Tensor:
+    for t in flow.transforms(*given):
+        z = t(z)
+    return z
+
+
+def test_tails_are_true_or_false() -> None:
+    with pytest.raises(ValueError, match="tails must be one of False, True; got 'heavy'"):
+        pf.planar_flow(2, tails="heavy")
