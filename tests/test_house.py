@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parents[1] / "pyroflow"
 # With minibatches, checks and chains of many groups, several processes, launches, kernels of a GPU,
 # fits side by side, a line for each mistake in a call, rows of several plates, callbacks, tables of
 # what is shown, densities of tables, a shell and pictures for them: 112 before.
-MAX_LINES, MAX_FILES = 27_120, 156
+MAX_LINES, MAX_FILES = 27_130, 156
 LONGEST_FILE, LONGEST_CLASS, MOST_ARGUMENTS = 300, 150, 12
 MODELS = [eight_schools_noncentered, eight_schools_centered]
 MOST_RUNS = {  # of a model; a run of many draws side by side counts once

@@ -144,6 +144,7 @@ def plot_pit(
         >>> figure = plot_pit(normal, 2 * normal.sample((500,)))
     """
     check_fraction("level", level)
+    check_count("num_samples", num_samples, 1)
     both = compare(flow, data, context, inside=True)
     shown, names = both.shown(columns), both.labels()
     with torch.no_grad():

@@ -127,7 +127,8 @@ def _depths(ax: Axes, fit: Fit, words: dict[str, str | None]) -> None:
     depths, scores = zip(*fit.depths, strict=True)
     ax.plot(range(len(depths)), scores, marker=".", color=drawing.DATA, label=words["scores"])
     at = depths.index(fit.num_layers)
-    _mark(ax, (at, scores[at]), f"chosen, {fit.num_layers} layers", drawing.DATA)
+    few = ", as deeper ones hardly gain" if min(scores) < scores[at] else ""
+    _mark(ax, (at, scores[at]), f"chosen, {fit.num_layers} layers{few}", drawing.DATA)
     _gaussian(ax, fit, words)
     ax.set(xlabel="layers", ylabel=words["axis"])
     ax.set_xticks(range(len(depths)), map(str, depths))
