@@ -86,7 +86,7 @@ class Compared(NamedTuple):
         Ties are broken at random. Second, of how many independent values the noise of their ECDF
         is: draws that all rows share have noise of their own.
         """
-        x = self.data
+        x = self.data.double()
         rows = len(x)
         if self.model.batch_shape:
             below, up_to = torch.zeros_like(x), torch.zeros_like(x)
@@ -95,12 +95,12 @@ class Compared(NamedTuple):
                 below, up_to = below + (draws < x), up_to + (draws <= x)
             num, independent = DRAWS_PER_ROW, float(rows)
         else:
-            draws = self.draw(num).T.contiguous().sort(1).values
+            draws = self.draw(num).double().T.contiguous().sort(1).values
             x = x.T.contiguous()
             below, up_to = (torch.searchsorted(draws, x, right=right).T for right in (False, True))
             independent = rows * num / (rows + num)
         ties = torch.rand(below.shape, dtype=torch.float64, device="cpu")
-        below, up_to = below.double().cpu(), up_to.double().cpu()
+        below, up_to = below.cpu(), up_to.cpu()
         return (below + ties * (up_to - below + 1)) / (num + 1), independent
 
 
@@ -110,9 +110,9 @@ def compare(
     """Read data for a flow, with its names and in its dtype.
 
     Raises:
-        ValueError: If the flow does not have event shape (D,), D = ``width`` where that is given,
-            the data are not rows of D finite numbers, or not ``inside`` its support where they
-            must be, or a context is missing or not taken.
+        ValueError: If the flow is not one distribution with event shape (D,), D = ``width`` where
+            that is given, the data are not rows of D finite numbers, or not ``inside`` its support
+            where they must be, or a context is missing or not taken.
     """
     if isinstance(flow, OfColumns):
         names = flow.columns or column_names(data)
@@ -131,6 +131,11 @@ def compare(
     shape = tuple(model.event_shape)
     if len(shape) != 1 or width not in (None, *shape):
         raise _other_width(width, shape)
+    if model.batch_shape:
+        raise ValueError(
+            f"flow expects one distribution, got batch shape {tuple(model.batch_shape)}; for one "
+            "of each row, give a conditional pyroflow.Flow and its context"
+        )
     return Compared(model, check_data(data, width=shape[0]), column_names(data), None)
 
 
