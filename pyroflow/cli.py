@@ -214,7 +214,7 @@ def plot(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Draw data beside samples of a flow: two columns in the plane, others one by one."""
+    """Draw data beside samples of a flow: each column, and each pair of columns."""
     with _reported(quiet):
         from pyroflow import commands
 
@@ -222,7 +222,7 @@ def plot(
         source = commands.Source(data, columns, header, delimiter, decimal)
         report = commands.plot(flow, source, out, seed)
         line = f"{out}: {report['rows']} rows beside {report['samples']} samples"
-        _tell(report, as_json, quiet, line)
+        _tell(report, as_json, quiet, f"{line}, columns {', '.join(report['columns'])}")
 
 
 @app.command()

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from pyroflow import plots
-from pyroflow.checks import to_tensor
 from pyroflow.datasets.tables import TEXT, read_named
 from pyroflow.distribution import VERSION
 from pyroflow.flows import Flow, planar_flow, radial_flow, sylvester_flow
 from pyroflow.frames import column_names, listed, named
 from pyroflow.inference import fit_density
 from pyroflow.io import read_data, write_whole
+from pyroflow.plots.compared import MOST
 from pyroflow.plots.drawing import save_figure
 from pyroflow.saving import load, save
 from pyroflow.seeds import seeded
@@ -178,20 +178,17 @@ def score(path: Path, source: Source) -> pd.DataFrame:
 
 
 def plot(path: Path, source: Source, out: Path, seed: int | None) -> Report:
-    """Draw data beside samples of a flow: in the plane with its density, else by column."""
-    flow = load_flow(path)
-    table = source.read(flow.columns)
+    """Draw data beside samples of a flow, for some of its columns if the source has their names."""
+    flow, asked = load_flow(path), _cells(source.columns or "")
+    some = bool(asked) and set(asked) <= set(flow.columns or ())
+    table = (source._replace(columns=None) if some else source).read(flow.columns)
+    names = flow.columns or column_names(table) or tuple(map(str, range(flow.input_dim)))
+    shown = asked if some else list(names[:MOST])
     with seeded(seed):
-        if flow.input_dim == 2:
-            figure = plots.plot_density(flow, table, num_samples=DRAWN)
-        else:
-            tables = (table, flow.sample(DRAWN))
-            drawn = [to_tensor(t, "data", torch.float64, flow.columns).T for t in tables]
-            names = flow.columns or column_names(table) or [*map(str, range(flow.input_dim))]
-            data, samples = (dict(zip(names, t, strict=True)) for t in drawn)
-            figure = plots.plot_marginals(data, {"samples": samples})
+        columns = [names.index(name) for name in shown]
+        figure = plots.plot_pairs(flow, table, columns=columns, num_samples=DRAWN)
     save_figure(figure, out)
-    return {"file": str(out), "rows": len(table), "samples": DRAWN}
+    return {"file": str(out), "rows": len(table), "samples": DRAWN, "columns": shown}
 
 
 def info(path: Path) -> Report:
@@ -227,6 +224,11 @@ def _of_flow(flow: Flow, content: Mapping[str, Any]) -> Report:
     }
 
 
+def _cells(line: str) -> list[str]:
+    """The cells of a line of CSV."""
+    return next(csv.reader([line], skipinitialspace=True), [])
+
+
 def _chosen(
     path: Path, given: str | None, own: Sequence[str] | None, names: list[str] | None
 ) -> list[int | str] | None:
@@ -239,7 +241,7 @@ def _chosen(
         if others := [name for name in names if name not in own]:
             warnings.warn(f"{path}: columns {listed(others)} are not the flow's", stacklevel=2)
         return list(own)
-    asked = next(csv.reader([given], skipinitialspace=True), [])
+    asked = _cells(given)
     if names is None:
         if not all(column.isdecimal() for column in asked):
             raise typer.BadParameter(

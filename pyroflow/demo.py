@@ -120,7 +120,7 @@ def sine(settings: Settings) -> Results:
         gaps.append(gap.mean().item())
         spreads.append((samples[:, 0] - samples[:, 1].sin()).std().item())
     floor = datasets.SINE_ENTROPY
-    figure = plots.plot_losses(fit.losses, floor=floor, label="entropy of the data")
+    figure = plots.plot_losses(fit, floor=floor)
     save_figure(plots.plot_density(flow, data), settings.out / "sine_density.png")
     save_figure(figure, settings.out / "sine_loss.png")
     numbers = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,28 @@ def named(column: int, columns: Sequence[str] | None) -> str:
 def listed(names: Sequence[object]) -> str:
     """Names in a row."""
     return ", ".join(repr(name) for name in names)
+
+
+def places(
+    name: str,
+    given: int | str | Sequence[int | str],
+    width: int,
+    columns: Sequence[str] | None,
+    other: str = "",
+) -> list[int]:
+    """The positions of columns that are given by position or name, each once.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    given = [given] if isinstance(given, Integral | str) else list(given)
+    known = {**{j: j for j in range(width)}, **{name: j for j, name in enumerate(columns or ())}}
+    if wrong := [column for column in given if column not in known]:
+        names = f", or {listed(columns)}" if columns else ""
+        raise ValueError(
+            f"{name} expects {other}positions from 0 to {width - 1}{names}, got {listed(wrong)}"
+        )
+    return list(dict.fromkeys(known[column] for column in given))
 
 
 def frame_columns(

@@ -162,8 +162,12 @@ def test_plot(flow: pf.Flow) -> None:
     data().assign(z=np.linspace(0, 1, 200) ** 2).to_csv("three.csv", index=False)
     invoke("fit", "three.csv", "--out", "g.pt", *SHORT)
     report = json.loads(invoke("plot", "g.pt", "three.csv", "--out", "g.png", "--json").stdout)
-    assert report == {"file": "g.png", "rows": 200, "samples": 10_000}
+    columns = ["bmi", "share", "z"]
+    assert report == {"file": "g.png", "rows": 200, "samples": 10_000, "columns": columns}
     assert Path("g.png").read_bytes().startswith(b"\x89PNG")
+    some = ("--columns", "z,bmi", "--out", "h.png")
+    told = "h.png: 200 rows beside 10000 samples, columns z, bmi\n"
+    assert invoke("plot", "g.pt", "three.csv", *some).stdout == told
     assert (
         "--out must end in one of .png"
         in invoke("plot", "g.pt", "three.csv", "--out", "g.csv", code=2).stderr

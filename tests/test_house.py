@@ -24,8 +24,9 @@ PACKAGE = Path(__file__).parents[1] / "pyroflow"
 
 # With minibatches, checks and chains of many groups, several processes, launches, kernels of a GPU,
 # fits side by side, a line for each mistake in a call, rows of several plates, callbacks, tables of
-# what is shown, densities of tables and a shell for them: 112 before.
-MAX_LINES, MAX_FILES = 26_780, 153
+# what is shown, densities of tables and a shell for them, figures of any number of columns, files
+# of amortised guides: 112 before.
+MAX_LINES, MAX_FILES = 27_300, 157
 LONGEST_FILE, LONGEST_CLASS, MOST_ARGUMENTS = 300, 150, 12
 MODELS = [eight_schools_noncentered, eight_schools_centered]
 MOST_RUNS = {  # of a model; a run of many draws side by side counts once
@@ -74,7 +75,7 @@ MAY_IMPORT = {
     "ladder": CHECKED | {"arviz", "chains"},
     "datasets": BASE,
     "targets": BASE,
-    "plots": BASE,
+    "plots": GUIDES | {"inference"},
     "demo": ALL,
     "commands": ALL,
     "cli": {"commands", "demo", "distribution"},

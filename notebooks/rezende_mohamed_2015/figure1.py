@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from tqdm.auto import tqdm
 
-from pyroflow.plots.drawing import save_figure
+from pyroflow.plots.drawing import DENSITY, save_figure
 from pyroflow.seeds import seeded
 from pyroflow.transforms import Bijection, Conditioned, Planar, Radial
 from pyroflow.transforms.affine import inverse_softplus
@@ -139,7 +139,7 @@ def draw(finer: int) -> Figure:
         for ax, (kind, K) in zip(row, columns, strict=True):
             values = _pixels(base, LAYERS[kind](K), finer)
             norm = PowerNorm(0.6, vmin=0.0, vmax=values.quantile(0.999).item())
-            ax.imshow(values.numpy(), origin="lower", cmap="magma", norm=norm)
+            ax.imshow(values.numpy(), origin="lower", cmap=DENSITY, norm=norm)
             ax.set(xticks=[], yticks=[])
             if name == "gaussian":
                 ax.set_title(f"{kind}, K = {K}" if K else "$q_0$")

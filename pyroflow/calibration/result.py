@@ -97,6 +97,7 @@ class Calibration(Shown):
             ax.set(title=name, xlim=(0, 1), xlabel=r"$\Pr_q(\theta < \theta_0)$")
         for ax in axes[len(scalars) :]:
             ax.axis("off")
+        figure.supxlabel("grey: where 95 % of a calibrated guide's bars end", fontsize="small")
         return figure
 
     def _shown(self) -> tuple[str, dict[str, str]]:

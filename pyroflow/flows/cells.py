@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroflow.frames import listed, named
+from pyroflow.frames import named, places
 from pyroflow.seeds import seeded
 
 Cells = tuple[tuple[float, float], ...]  # of each column (lowest, step), with step 0 for none
@@ -63,18 +62,19 @@ def find_cells(data: Tensor, dequantize: Dequantize, columns: Sequence[str] | No
         ValueError: If a column of few values is to have no cells, with the ways out, or if
             ``dequantize`` names no column.
     """
-    wanted = _places(dequantize, data.shape[1], columns)
+    given = () if isinstance(dequantize, bool) else dequantize
+    wanted = set(places("dequantize", given, data.shape[1], columns, "True, or "))
     reasons = {j: few_valued(data[:, j]) for j in range(data.shape[1]) if j not in wanted}
     reasons = {j: reason for j, reason in reasons.items() if reason}
     if dequantize is True:
         wanted, reasons = set(reasons), {}
     if reasons:
         found = ", ".join(f"{named(j, columns)} ({reason})" for j, reason in reasons.items())
-        places = [j if columns is None else columns[j] for j in reasons]
+        names = [j if columns is None else columns[j] for j in reasons]
         raise ValueError(
             f"data expects columns of real numbers, got few or often repeated values in {found}: a "
             "density rises without end where values repeat, so that its held-out score would mean "
-            f"nothing. Pass dequantize={places} for the probabilities of such values, make the "
+            f"nothing. Pass dequantize={names} for the probabilities of such values, make the "
             "columns the context of a conditional flow (context_dim=), or leave them out"
         )
     if not wanted:
@@ -99,8 +99,8 @@ def cell_log_prob(q: Distribution, x: Tensor, steps: Tensor) -> Tensor:
 def rounded_down(x: Tensor, cells: Cells) -> Tensor:
     """Draws (*, D) as the lowest values of the cells that they are in."""
     lowest, steps = x.new_tensor(cells).T
-    places = ((x - lowest) / steps.where(steps > 0, 1.0)).floor()
-    return (lowest + places * steps).where(steps > 0, x)
+    counts = ((x - lowest) / steps.where(steps > 0, 1.0)).floor()
+    return (lowest + counts * steps).where(steps > 0, x)
 
 
 def _cell(values: Tensor) -> tuple[float, float]:
@@ -109,17 +109,3 @@ def _cell(values: Tensor) -> tuple[float, float]:
     step, spread = found.diff().min().item(), (found[-1] - found[0]).item()
     exact = spread / round(spread / step)
     return found[0].item(), exact if abs(exact / step - 1) < 1e-4 else step
-
-
-def _places(dequantize: Dequantize, width: int, columns: Sequence[str] | None) -> set[int]:
-    if isinstance(dequantize, bool):
-        return set()
-    given = [dequantize] if isinstance(dequantize, Integral | str) else list(dequantize)
-    known = {**{j: j for j in range(width)}, **{name: j for j, name in enumerate(columns or ())}}
-    if wrong := [column for column in given if column not in known]:
-        names = f", or {listed(columns)}" if columns else ""
-        raise ValueError(
-            f"dequantize expects True or columns, positions from 0 to {width - 1}{names}, got "
-            f"{listed(wrong)}"
-        )
-    return {known[column] for column in given}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -113,6 +114,29 @@ def test_density_of_a_broken_flow_still_shows_the_data() -> None:
     data, _, density = images(plot_density(broken, points()))
     assert data.norm.vmax > 0
     assert density.get_array().mask.all()
+
+
+def test_density_of_unequal_scales_fills_its_panels() -> None:
+    wide = dist.Normal(torch.zeros(2), torch.tensor([1.0, 1e4])).to_event(1)
+    figure = plot_density(wide, wide.sample((500,)))
+    figure.canvas.draw()
+    for ax in panels(figure):
+        width, height = ax.get_window_extent().size
+        assert 0.5 < width / height < 2
+
+
+def test_density_has_outliers_beyond_its_axes() -> None:
+    data = points(1000)
+    data[0] = 1e6
+    (left, right), _ = np.reshape(images(plot_density(flow, data))[0].get_extent(), (2, 2))
+    assert -5 < left < right < 5
+
+
+def test_density_is_not_dark() -> None:
+    figure = plot_density(flow, points())
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="rgba", dpi=30)
+    assert np.frombuffer(buffer.getvalue(), np.uint8).mean() > 200
 
 
 def test_density_refuses_other_widths() -> None:
@@ -251,6 +275,50 @@ def test_losses_of_the_start_do_not_set_the_scale() -> None:
 def test_losses_refuse(losses: list[float] | Tensor) -> None:
     with pytest.raises(ValueError, match=r"expects finite losses of shape \(n,\), got shape"):
         plot_losses(losses)
+
+
+def fit_of_a_density(**options: Any) -> pf.Fit:
+    losses = [9.0, 5.0, 4.0, *np.linspace(3.0, 1.0, 297)]
+    scores = [(0, 9.5), (100, 2.8), (200, 1.6), (300, 1.7)]
+    beside = {"gaussian_loss": 3.3, "training_loss": 0.9}
+    return pf.Fit(losses, scores, 1.6, 300, "all steps done", 1.0, **beside, **options)
+
+
+def test_losses_of_a_density_beside_its_held_out_scores() -> None:
+    (ax,) = plot_losses(fit_of_a_density()).axes
+    assert ax.get_ylabel() == "\u2212log q, nats per row"
+    curves = {line.get_label(): line for line in ax.lines}
+    assert list(curves["held-out rows"].get_ydata()) == [9.5, 2.8, 1.6, 1.7]
+    assert list(map(list, curves["best, 1.6"].get_data())) == [[200], [1.6]]
+    assert list(curves["full Gaussian, held-out rows"].get_ydata()) == [3.3, 3.3]
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["training rows", "held-out rows", "best, 1.6", "full Gaussian, held-out rows"]
+    assert ax.get_ylim()[1] < 5.5  # the score of the start is above
+
+
+def test_losses_beside_the_scores_of_depths() -> None:
+    fit = fit_of_a_density(num_layers=4, depths=[(0, 3.3), (2, 2.0), (4, 1.6), (8, 1.65)])
+    curves, depths = plot_losses(fit).axes
+    assert [text.get_text() for text in depths.get_xticklabels()] == ["0", "2", "4", "8"]
+    scores, chosen, gaussian = depths.lines
+    assert list(scores.get_ydata()) == [3.3, 2.0, 1.6, 1.65]
+    assert list(map(list, chosen.get_data())) == [[2], [1.6]]
+    assert chosen.get_label() == "chosen, 4 layers"
+    assert list(gaussian.get_ydata()) == [3.3, 3.3]
+    assert plot_losses(fit, ax=plot_losses([2.0, 1.0]).axes[0]).axes[1:] == []
+    assert curves.get_xlabel() == "step"
+
+
+def test_losses_of_a_guide() -> None:
+    fit = pf.Fit([3.0, 2.0, 1.0], [(3, math.nan), (3, 1.1)], 1.1, 3, "all steps done", 1.0)
+    (ax,) = plot_losses(fit, label="planar").axes
+    assert ax.get_ylabel() == "loss, nats"
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == [
+        "planar: training loss",
+        "planar: fixed draws or points",
+        "planar: best, 1.1",
+    ]
 
 
 # Marginals.
