@@ -7,7 +7,10 @@ from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.conditional import ConditionalTransform
+from pyro.distributions.conditional import (
+    ConditionalTransform,
+    _ConditionalInverseTransformModule,
+)
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform
@@ -28,6 +31,7 @@ AnyTransform = Transform | ConditionalTransform
 Steps = tuple[tuple[AnyTransform, bool], ...]
 
 _AFFINE = (Affine, ConditionalAffine)
+_INVERSES = (_InverseTransform, _ConditionalInverseTransformModule)
 
 
 class StandardNormal(nn.Module):
@@ -115,7 +119,7 @@ class Flow(ShownFlow, ByColumns):
         # Torch's inverse loses its transform when it is copied, so the transform itself is
         # kept, and whether to turn it round.
         self.steps: Steps = tuple(
-            (t.inv, True) if isinstance(t, _InverseTransform) else (t, False)
+            (t.inv, True) if isinstance(t, _INVERSES) else (t, False)
             for given in transforms
             for t in _flatten(given)
         )

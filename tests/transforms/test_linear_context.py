@@ -53,8 +53,7 @@ def test_refuses_a_context_in_another_dtype() -> None:
 
 def test_saves_and_loads(tmp_path: Path) -> None:
     layers = pf.ConditionalPlanar(2, 2, 3, hidden_dims=(), bound=0.5)
-    parts = [layers, pf.ConditionalAffine(2, 2, hidden_dims=())]
-    flow = pf.Flow(StandardNormal(2), parts, direction="data_to_base")
+    flow = pf.Flow(StandardNormal(2), [layers.inv, pf.ConditionalAffine(2, 2, hidden_dims=())])
     for p in flow.parameters():
         nn.init.normal_(p, std=0.3)
     pf.save(flow, tmp_path / "flow.pt")
