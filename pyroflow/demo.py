@@ -53,7 +53,7 @@ QUICK = {
     "schools": {"non-centred": {"steps": 400, "num_particles": 64}},
 }
 
-GAUSSIAN_STEPS = 2000  # the most of a Gaussian guide
+GAUSSIAN_STEPS = 1000  # the most of a Gaussian guide, which gains no more by more
 
 # The numbers of a stage, and its rows of the table: ours beside the exact and the best rival's.
 Results = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -189,7 +189,7 @@ def eight_schools(settings: Settings) -> Results:
 def _fits(
     model: Callable, kinds: dict[str, Callable], settings: Settings, options: dict[str, int]
 ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Fit our guide, then others, from the same seed; Gaussians are done after 2,000 steps."""
+    """Fit our guide, then others, from the same seed; Gaussians are done after 1,000 steps."""
     ours = {"planar": lambda model: AutoPlanarFlow(model, num_layers=32)}
     options = dict(options)
     for name, make in (ours | kinds).items():
