@@ -52,7 +52,7 @@ scale: $(INSTALLED)  ## Regressions of 1,000 to 1,000,000 rows, and 100 to 100,0
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.scale run
 	cd tests && ../$(BIN)/python -m benchmarks.group_scale run --threads 2
 
-densities: $(INSTALLED)  ## Flows, Gaussians, mixtures and kernels on four small tables by held-out score, with resume; ten minutes.
+densities: $(INSTALLED)  ## Flows, Gaussians, mixtures and kernels on four small tables by held-out score, with resume; a quarter of an hour.
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.densities run
 
 device: $(INSTALLED)  ## Values, fits, speed and memory on the GPU, or on the CPU where there is none; minutes.
