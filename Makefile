@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 PAPER := ../$(BIN)/python -m rezende_mohamed_2015
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint types docs slow notebooks bench posteriordb posteriors nuts trust scale device paper tables clean
+.PHONY: demo test lint types docs slow notebooks bench posteriordb posteriors nuts trust scale densities device paper tables clean
 
 # On one thread, as a second one only waits where tensors are small.
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
@@ -51,6 +51,9 @@ trust: $(INSTALLED)  ## The verdicts of pf.posterior on 110 small posteriors wit
 scale: $(INSTALLED)  ## Regressions of 1,000 to 1,000,000 rows, and 100 to 100,000 groups, with resume; two hours.
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.scale run
 	cd tests && ../$(BIN)/python -m benchmarks.group_scale run --threads 2
+
+densities: $(INSTALLED)  ## Flows, Gaussians, mixtures and kernels on four small tables by held-out score, with resume; a quarter of an hour.
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.densities run
 
 device: $(INSTALLED)  ## Values, fits, speed and memory on the GPU, or on the CPU where there is none; minutes.
 	cd tests && ../$(BIN)/python -m benchmarks.device run

@@ -5,6 +5,7 @@ from .arviz import to_arviz
 from .calibration import Calibration, calibrate
 from .chains import Chains, mcmc, neutra
 from .diagnostics import Report, diagnose
+from .estimator import FlowDensity
 from .flows import Flow, planar_flow, radial_flow, sylvester_flow
 from .guides import (
     AmortizedPlanarGuide,
@@ -64,6 +65,7 @@ __all__ = [
     "ConditionalSylvester",
     "Fit",
     "Flow",
+    "FlowDensity",
     "Planar",
     "Posterior",
     "Radial",

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from pyroflow import plots
 from pyroflow.datasets.tables import TEXT, read_named
 from pyroflow.distribution import VERSION
-from pyroflow.flows import Flow, planar_flow, radial_flow, sylvester_flow
+from pyroflow.flows import Flow, make_flow
 from pyroflow.frames import column_names, listed, named
 from pyroflow.inference import fit_density
 from pyroflow.io import read_data, write_whole
@@ -120,17 +120,11 @@ def fit(
     """
     table = source.read()
     width, names = table.shape[1], column_names(table)
-    sizes = {name: size for name, size in sizes.items() if size is not None}
-    if kind == "sylvester":
-        sizes = {"num_units": min(width, 8)} | sizes
-    elif "num_units" in sizes:
-        raise typer.BadParameter(f"--units is of Sylvester flows, got --kind {kind}")
-    make = {"planar": planar_flow, "radial": radial_flow, "sylvester": sylvester_flow}[kind]
     bounds = dict(_bounds(text, names) for text in support)
     if len(bounds) < len(support):
         raise typer.BadParameter(f"--support names a column twice, got {listed(support)}")
     try:
-        flow = make(width, **sizes, support=bounds or None)
+        flow = make_flow(kind, width, **sizes, support=bounds or None)
         if flow.outer_support is not None:
             flow.outer_support.placed(names)
     except ValueError as error:

@@ -213,7 +213,7 @@ def test_info(flow: pf.Flow) -> None:
         ("1,2\n3,4\n", ("--support", "a=0,1"), 2, "a column's position from 0"),
         ("a,b\n1,2\n3,4\n", ("--support", "a=0,9", "--support", "a=0,8"), 2, "a column twice"),
         ("a,b\n1,2\n3,5\n", ("--support", "b=0,5"), 1, "got 5 in row 1, column 'b'"),
-        ("a,b\n1,2\n3,5\n", ("--units", "2"), 2, "--units is of Sylvester flows"),
+        ("a,b\n1,2\n3,5\n", ("--units", "2"), 2, "num_units is of Sylvester flows, got 2"),
         ("a,b\n1,2\n3,5\n", ("--device", "warp"), 1, "device must be a device of torch"),
         ("a,b\n1,2\n3,5\n", ("--resume", "nowhere"), 2, "there is no file nowhere"),
         ("a,b\n1,2\n1,5\n", (), 1, r"constant column\(s\) \['a'\]"),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 # What takes time to import and serves some calls alone; tqdm comes with Pyro.
-LATE = ["arviz", "filelock", "matplotlib", "pandas", "rich", "typer", "xarray"]
+LATE = ["arviz", "filelock", "matplotlib", "pandas", "rich", "sklearn", "typer", "xarray"]
 
 STATE = """
 import json, random, sys

@@ -25,6 +25,7 @@ from pyroflow.transforms.support import SupportLike
 from pyroflow.transforms.sylvester import Orthogonal
 
 Depth = int | Literal["auto"]
+MOST_UNITS = 8  # of a Sylvester flow, where no number is given
 
 
 def planar_flow(
@@ -156,6 +157,34 @@ def check_flow(function: str, flow: object) -> None:
     else:
         way_out = "a guide is fitted by fit_guide(model, guide, ...)"
     raise TypeError(f"flow must be a pyroflow.Flow, got {got}: {way_out}")
+
+
+FAMILIES = {"planar": planar_flow, "radial": radial_flow, "sylvester": sylvester_flow}
+
+
+def make_flow(
+    kind: str,
+    input_dim: int,
+    *,
+    num_layers: Depth | None = None,
+    num_units: int | None = None,
+    **options: Any,
+) -> Flow:
+    """A flow by the name of its family, "planar", "radial" or "sylvester".
+
+    Without ``num_layers`` it has the family's default, without ``num_units`` a Sylvester flow has
+    min(D, 8); the other options are those of the families.
+
+    Raises:
+        ValueError: If the family is unknown, or ``num_units`` is given to another than Sylvester.
+    """
+    check_choice("kind", kind, FAMILIES)
+    sizes = {} if num_layers is None else {"num_layers": num_layers}
+    if kind == "sylvester":
+        sizes["num_units"] = min(input_dim, MOST_UNITS) if num_units is None else num_units
+    elif num_units is not None:
+        raise ValueError(f"num_units is of Sylvester flows, got {num_units!r} for kind {kind!r}")
+    return FAMILIES[kind](input_dim, **sizes, **options)
 
 
 def _layered_flow(

@@ -21,7 +21,7 @@ from rezende_mohamed_2015 import figure3, mnist_drawing
 from rezende_mohamed_2015 import tables as paper
 from rezende_mohamed_2015.__main__ import EXPERIMENTS
 
-from . import family, group_scale, posteriors, scale, trust
+from . import densities, family, group_scale, posteriors, scale, trust
 from .device import __main__ as device
 from .posteriordb import table as posteriordb
 from .runs import POSTERIOR, RIGHT, within
@@ -233,6 +233,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "posteriors": lambda: posteriors.markdown(stored("posteriors")),
     "trust": lambda: trust.markdown(stored("trust")),
     "scale": lambda: scale.markdown(stored("scale")),
+    "densities": lambda: densities.markdown(stored("densities")),
     "device": lambda: device.markdown(stored("device")),
     "groups": lambda: group_scale.markdown(stored("scale")),
     "speed": lambda: speed.markdown(stored("benchmarks")),
