@@ -87,6 +87,7 @@ def fit(
     polish: Annotated[
         int | None, typer.Option(min=0, help="Evaluations for L-BFGS after them; by default 1000.")
     ] = None,
+    tails: Annotated[bool, typer.Option("--tails", help="A layer for heavy tails.")] = False,
     double: Annotated[bool, typer.Option("--double", help="Fit in float64.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
     checkpoint: Annotated[
@@ -121,7 +122,7 @@ def fit(
             commands.Source(data, columns, header, delimiter, decimal),
             out,
             kind.value,
-            {"num_layers": layers, "num_units": units},
+            {"num_layers": layers, "num_units": units, "tails": tails},
             support or [],
             double,
             {
@@ -249,8 +250,6 @@ def demo(
     """Fit the sine density, a toy posterior and eight schools; write figures and numbers."""
     from pyroflow import demo as stages
 
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"--out must be a folder, {out} is a file")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

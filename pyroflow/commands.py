@@ -108,15 +108,15 @@ def fit(
     source: Source,
     out: Path,
     kind: str,
-    sizes: Mapping[str, int | None],
+    form: Mapping[str, Any],
     support: Sequence[str],
     double: bool,
     options: Mapping[str, Any],
 ) -> Report:
     """Fit a flow to a table by maximum likelihood, and save it.
 
-    Sizes, "num_layers" and "num_units", are None for the defaults; a support is as in "share=0,1";
-    the options are those of :func:`~pyroflow.fit_density`.
+    The form is what :func:`~pyroflow.flows.families.make_flow` takes; a support is as in
+    "share=0,1"; the options are those of :func:`~pyroflow.fit_density`.
     """
     table = source.read()
     width, names = table.shape[1], column_names(table)
@@ -124,7 +124,7 @@ def fit(
     if len(bounds) < len(support):
         raise typer.BadParameter(f"--support names a column twice, got {listed(support)}")
     try:
-        flow = make_flow(kind, width, **sizes, support=bounds or None)
+        flow = make_flow(kind, width, **form, support=bounds or None)
         if flow.outer_support is not None:
             flow.outer_support.placed(names)
     except ValueError as error:

@@ -53,6 +53,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
             family's default.
         num_units: of Sylvester layers; by default min(D, 8).
         affine: "full", "diagonal" or None, as in :func:`~pyroflow.planar_flow`.
+        tails: whether there is a layer for heavy tails.
         support: of the columns, by position or name, as in :func:`~pyroflow.planar_flow`.
         dequantize: columns of few values, as in :func:`~pyroflow.fit_density`, as are all that
             follow.
@@ -90,6 +91,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
         num_layers: Depth | None = "auto",
         num_units: int | None = None,
         affine: AffineKind | None = "full",
+        tails: bool = False,
         support: SupportLike | None = None,
         dequantize: Dequantize = False,
         steps: int | None = None,
@@ -105,6 +107,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
         self.num_layers = num_layers
         self.num_units = num_units
         self.affine = affine
+        self.tails = tails
         self.support = support
         self.dequantize = dequantize
         self.steps = steps
@@ -134,6 +137,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
             num_layers=self.num_layers,
             num_units=self.num_units,
             affine=self.affine,
+            tails=self.tails,
             support=self.support,
         )
         names = getattr(self, "feature_names_in_", None)

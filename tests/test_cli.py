@@ -100,7 +100,7 @@ def test_a_table_without_names() -> None:
     values = np.random.default_rng(0).normal(size=(200, 3))
     np.save("t.npy", values)
     np.savetxt("bare.csv", values, delimiter=",")
-    options = (*SHORT, "--columns", "2,0", "--support", "0=-inf,99", "--double")
+    options = (*SHORT, "--columns", "2,0", "--support", "0=-inf,99", "--double", "--tails")
     invoke("fit", "t.npy", "--out", "f.pt", *options)
     text = Path("bare.csv").read_text()
     invoke("fit", "-", "--out", "g.pt", *options, input=text)
