@@ -126,7 +126,9 @@ class _Cells(HTMLParser):
         self.text += data
 
 
-@pytest.mark.parametrize("name", [slow(n) if n == "posterior" else n for n in SHOWN])
+@pytest.mark.parametrize(
+    "name", [slow(n) if n in ("calibration", "posterior") else n for n in SHOWN]
+)
 def test_text_and_html_say_the_same(name: str) -> None:
     make, expected = SHOWN[name]
     shown = make()

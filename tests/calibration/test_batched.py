@@ -162,6 +162,7 @@ class TestFits:
 
 
 class TestOneByOne:
+    @pytest.mark.slow
     def test_where_the_model_branches_on_its_data(self) -> None:
         args = (torch.ones(3),)
         make = partial(pf.AutoPlanarFlow, num_layers=1)

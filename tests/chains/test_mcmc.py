@@ -82,6 +82,7 @@ class TestExactness:
             math.sqrt(scipy.special.polygamma(1, 3)), rel=0.03
         )
 
+    @pytest.mark.slow
     def test_eight_schools(self) -> None:
         """In float32, where draws go in turns or by independence alone, as the fit came out."""
         torch.set_default_dtype(torch.float32)

@@ -212,6 +212,7 @@ def test_rows_of_an_amortised_guide_are_weighed_by_themselves() -> None:
     assert report.log_evidence == pytest.approx(evidence, abs=noise(report) + 0.02)
 
 
+@pytest.mark.slow
 def test_rows_of_two_plates_beside_each_other_and_of_no_globals() -> None:
     def model() -> None:
         for name, num in (("a", 5), ("b", 3)):

@@ -228,6 +228,7 @@ def test_uneven_groups_are_centred_as_their_data_say() -> None:
     assert fit.best_loss + evidence < 0.09 < before.best_loss + evidence
 
 
+@pytest.mark.slow
 def test_eight_schools_as_written() -> None:
     guide = pf.AutoSylvesterFlow(eight_schools_centered)
     fit = pf.fit_guide(eight_schools_centered, guide, steps=150, seed=0, progress=False)

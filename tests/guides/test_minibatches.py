@@ -168,6 +168,7 @@ def test_bound_and_gradients_of_rows_have_those_of_all_as_mean(
             torch.testing.assert_close(a.to_dense() if a.is_sparse else a, b)
 
 
+@pytest.mark.slow
 def test_random_rows_are_unbiased() -> None:
     guide, problem = scattered("beside")
     part = LogJointAtHand(problem, guide, 4)
@@ -279,7 +280,8 @@ def test_files_and_copies(tmp_path: Path) -> None:
     assert pf.load(tmp_path / "guide.pt")()["theta"].shape == (23,)  # without a model all rows
 
 
-@pytest.mark.parametrize("name", ["groups", slow("beside")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["groups", "beside"])
 def test_a_loaded_guide_goes_on(name: str, tmp_path: Path) -> None:
     """As the one that was saved does, to the same state."""
     guide, problem = scattered(name)

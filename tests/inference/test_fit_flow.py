@@ -266,6 +266,7 @@ def test_funnel_with_the_defaults() -> None:
     assert report.elbo > -31.311 - 0.45
 
 
+@pytest.mark.slow
 def test_importance_weighted_states_are_chosen_by_their_own_bound() -> None:
     """A mean-field guide of a correlated Gaussian is wider where the objective is IWAE."""
     covariance = torch.tensor([[1.0, 0.95], [0.95, 1.0]])

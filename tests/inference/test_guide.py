@@ -186,6 +186,7 @@ def test_subsampled_plate_is_vectorized() -> None:
     assert guide.median()["loc"].item() == pytest.approx(data.mean().item(), abs=0.07)
 
 
+@pytest.mark.slow
 def test_model_that_reads_its_latents_from_the_left_runs_one_by_one() -> None:
     """Vectorised, z[0] would be the first particle, and no error would say so."""
 
@@ -216,6 +217,7 @@ def test_keyword_arguments_and_float64_and_predictive() -> None:
     assert drawn.shape == (50, 100)
 
 
+@pytest.mark.slow
 def test_checkpoint_resumes(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     from pyroflow.inference.trainer import Trainer
 

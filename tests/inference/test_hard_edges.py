@@ -252,15 +252,16 @@ class TestVerdicts:
         assert smoothed.logsumexp(0) == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "objective", "sequential"),
     [
-        slow(AutoNormal, "elbo", False),
+        (AutoNormal, "elbo", False),
         (AutoNormal, "iwae", False),
-        slow(AutoNormal, "elbo", True),
-        slow(pf.AutoPlanarFlow, "elbo", False),
-        slow(pf.AutoPlanarFlow, "iwae", False),
-        slow(pf.AutoPlanarFlow, "elbo", True),
+        (AutoNormal, "elbo", True),
+        (pf.AutoPlanarFlow, "elbo", False),
+        (pf.AutoPlanarFlow, "iwae", False),
+        (pf.AutoPlanarFlow, "elbo", True),
     ],
 )
 def test_by_pyro_s_traces(make: Callable, objective: str, sequential: bool) -> None:

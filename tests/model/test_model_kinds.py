@@ -34,6 +34,7 @@ class Network(PyroModule):
             return pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_a_network_with_latent_weights_is_exact_all_the_way() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(50, 2), torch.randn(50) + 1

@@ -65,6 +65,7 @@ def test_a_rerun_fits_nothing_and_draws_again(
     assert (out / "figure3_kl.png").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = figure3.fit_energy, []
 
