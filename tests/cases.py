@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 
 import pyro.distributions as dist
+import pytest
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
@@ -26,6 +28,9 @@ from pyroflow.transforms import (
 )
 
 SHAPES = [(), (7,), (6, 5)]
+
+# A parameter of the slow suite: ``@pytest.mark.parametrize("seed", [0, slow(1)])``.
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 class Source(nn.Module):

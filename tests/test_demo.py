@@ -16,7 +16,7 @@ STAGES = ("sine", "toy", "eight_schools")
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch, float32: None) -> None:
-    short = {"steps": 5, "num_particles": 4}
+    short = {"steps": 5, "num_particles": 4, "warm_start": False}
     sizes = {"fresh": 500, "density": {"steps": 5, "polish": 5}, "toy": short}
     schools = {"non-centred": short, "centred": short}
     monkeypatch.setattr(demo, "FULL", sizes | {"schools": schools})

@@ -27,6 +27,7 @@ def cases(device: str, quick: bool) -> Cases:
     yield "long", lambda: time.sleep(600)
 
 
+@pytest.mark.slow
 def test_parts_keep_what_they_have_found() -> None:
     records = dict(measured(cases, "cpu", True, limit=9.0))
     assert list(records) == ["right", "wrong", "stopped"]
@@ -40,6 +41,7 @@ def broken(device: str, quick: bool) -> Cases:
     raise LookupError("no data")
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_says_why() -> None:
     records = dict(measured(broken, "cpu", True, limit=60.0))
     assert "LookupError: no data" in records["stopped"]["error"]
@@ -77,6 +79,7 @@ def test_steps_and_speed_are_counted() -> None:
     assert records[0]["held / (N K)"] > 0
 
 
+@pytest.mark.slow
 def test_a_fit_is_judged_by_the_evidence() -> None:
     record = of_guide(groups, pf.AutoPlanarFlow, (torch.ones(3), torch.ones(3)), 30, None)
     assert abs(record["gap"]) < 0.5

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from pyro.distributions.transforms import affine_coupling
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
@@ -157,10 +158,11 @@ TASKS = [
     files,
     data_sets,
 ]
+QUICKER = [slow(task) if task in (guides, amortised_guide) else task for task in TASKS]
 
 
 # The index of Pyro's plates, which an amortised guide reads, has no data on the default device.
-@pytest.mark.parametrize("task", [task for task in TASKS if task is not amortised_guide])
+@pytest.mark.parametrize("task", [t for t in QUICKER if t is not amortised_guide])
 def test_a_default_device_changes_nothing_of_what_is_elsewhere(
     task: Callable[[Tensor], list[Tensor]],
     device: str,
@@ -180,10 +182,8 @@ def test_a_default_device_changes_nothing_of_what_is_elsewhere(
     assert len(found) == len(expected) > 0
 
 
-@pytest.mark.parametrize(
-    "default", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("default", [torch.float32, slow(torch.float64)])
+@pytest.mark.parametrize("task", QUICKER)
 def test_a_default_dtype_changes_nothing_of_what_has_another(
     task: Callable[[Tensor], list[Tensor]],
     default: torch.dtype,

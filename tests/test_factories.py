@@ -15,8 +15,9 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from cases import slow
 from pyro.infer.autoguide import AutoNormal
-from test_devices import QUICK, TASKS, amortised_guide, model
+from test_devices import QUICK, TASKS, amortised_guide, guides, model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
@@ -95,10 +96,10 @@ def by_traces(y: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(
     "task",
     [
-        *(task for task in TASKS if task is not amortised_guide),
+        *(task for task in TASKS if task not in (guides, amortised_guide)),
         chains,
         by_traces,
-        *(pytest.param(task, marks=pytest.mark.slow) for task in (one_call, amortised_guide)),
+        *(slow(task) for task in (guides, one_call, amortised_guide)),
     ],
 )
 def test_all_that_is_made_says_where(

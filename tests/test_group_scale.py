@@ -48,6 +48,7 @@ def test_quadrature_agrees_with_a_fixed_grid(family: str, seed: int) -> None:
         assert exact.sd[name] == pytest.approx(sd, rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quadrature_does_not_depend_on_its_grid(
     family: str, monkeypatch: pytest.MonkeyPatch
@@ -88,7 +89,8 @@ def fitted(family: str, size: tuple[int, int], seed: int) -> dict[str, float]:
     return group_scale.judge(model, guide, tuple(found), groups.exact(family, found))
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_hundred_normal_groups(seed: int) -> None:
     found = fitted("normal", (100, 1000), seed)
     assert found["KL"] < 0.05
@@ -112,13 +114,8 @@ def test_ten_thousand_groups_that_are_not_normal(family: str) -> None:
     assert 0.9 < found["sd"] < 1.1
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param(way, marks=[pytest.mark.slow][: way != "AutoNormal"])
-        for way in list(group_scale.WAYS)[1:]
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", list(group_scale.WAYS)[1:])
 def test_other_guides_are_trained(way: str) -> None:
     found = groups.data("normal", 5, 10)
     model = partial(groups.model, "normal")

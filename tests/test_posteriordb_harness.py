@@ -91,6 +91,7 @@ def test_at_most_ends_what_takes_longer() -> None:
     time.sleep(0.06)
 
 
+@pytest.mark.slow
 @needs_data
 def test_ours_is_fitted_and_judged() -> None:
     few = Settings({"steps": 5, "num_particles": 4}, num_samples=500, num_weights=500)

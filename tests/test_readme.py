@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 import pytest
 from benchmarks import readme
+from cases import slow
 
 import pyroflow as pf
 from pyroflow.inference.schedule import LearningRateSchedule
@@ -46,7 +47,7 @@ def short_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, float32: None) -
 @pytest.mark.usefixtures("short_fits")
 @pytest.mark.parametrize(
     "page",
-    [README, *(pytest.param(page, marks=pytest.mark.slow) for page in WITH_CODE)],
+    [README, *(slow(page) for page in WITH_CODE)],
     ids=lambda page: page.stem,
 )
 def test_code_runs(page: Path) -> None:

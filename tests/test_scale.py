@@ -6,9 +6,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from benchmarks import scale
+from cases import slow
 
 
-@pytest.mark.parametrize("off", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.parametrize("off", [slow(0.0), 0.5])
 def test_divergence_of_a_shifted_guide(off: float) -> None:
     x, y = scale.data("normal", 500)
     precision = torch.eye(scale.COEFFICIENTS) + x.mT @ x

@@ -15,6 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 
 import pyroflow as pf
 from pyroflow.guides.mixture import MixtureGuide
@@ -125,7 +126,9 @@ class _Cells(HTMLParser):
         self.text += data
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize(
+    "name", [slow(n) if n in ("calibration", "posterior") else n for n in SHOWN]
+)
 def test_text_and_html_say_the_same(name: str) -> None:
     make, expected = SHOWN[name]
     shown = make()

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
@@ -82,7 +83,7 @@ def bounds(flows: FlowsTogether, log_joint: LogJointOfData) -> Tensor:
 
 
 class TestFits:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("dtype", [slow(torch.float32), torch.float64])
     def test_of_a_conjugate_model_are_exact(self, dtype: torch.dtype) -> None:
         args = (torch.zeros(ROWS, 2, dtype=dtype),)
         options = QUIET | {"num_simulations": 30, "steps": 100}
@@ -109,10 +110,10 @@ class TestFits:
     @pytest.mark.parametrize(
         ("model", "make"),
         [
-            pytest.param(eight_schools_noncentered, pf.AutoPlanarFlow, marks=pytest.mark.slow),
-            pytest.param(eight_schools_noncentered, pf.AutoSylvesterFlow, marks=pytest.mark.slow),
-            pytest.param(eight_schools_centered, pf.AutoPlanarFlow, marks=pytest.mark.slow),
-            pytest.param(partial(edge, torch.ones(3)), pf.AutoPlanarFlow, marks=pytest.mark.slow),
+            slow(eight_schools_noncentered, pf.AutoPlanarFlow),
+            slow(eight_schools_noncentered, pf.AutoSylvesterFlow),
+            slow(eight_schools_centered, pf.AutoPlanarFlow),
+            slow(partial(edge, torch.ones(3)), pf.AutoPlanarFlow),
         ],
     )
     def test_are_as_good_as_one_by_one(self, model: Callable, make: Callable) -> None:
@@ -161,10 +162,13 @@ class TestFits:
 
 
 class TestOneByOne:
+    @pytest.mark.slow
     def test_where_the_model_branches_on_its_data(self) -> None:
         args = (torch.ones(3),)
         make = partial(pf.AutoPlanarFlow, num_layers=1)
-        result = pf.calibrate(branching, make, args, data={"y": "y"}, **QUICK)
+        result = pf.calibrate(
+            branching, make, args, data={"y": "y"}, **QUICK | {"num_simulations": 2}
+        )
         assert result.fits.startswith("one by one: ")
 
     @pytest.mark.parametrize("sought", ["agrees", "train"])
@@ -289,6 +293,7 @@ def test_mean_scores_are_the_means_of_scores() -> None:
     torch.testing.assert_close(mean_scores(log_weights), expected)
 
 
+@pytest.mark.slow
 def test_coordinates_that_depend_on_the_data_are_noticed() -> None:
     """Only the data set that they were recorded with may be fitted with others."""
     args = (torch.zeros(3),) * 2
@@ -299,6 +304,7 @@ def test_coordinates_that_depend_on_the_data_are_noticed() -> None:
     assert alone.fits == "together"
 
 
+@pytest.mark.slow
 def test_guides_of_several_forms_are_fitted_one_by_one() -> None:
     few = QUICK | {"num_simulations": 2}
 

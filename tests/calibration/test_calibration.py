@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from cases import slow
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -61,18 +62,15 @@ class TestGuides:
         assert p.shape == (100, 2)
         assert scipy.stats.kstest(p.flatten().numpy(), "uniform").pvalue > 0.001
 
-    @pytest.mark.parametrize(
-        ("shift", "side"), [pytest.param(-0.8, "low", marks=pytest.mark.slow), (0.8, "high")]
-    )
+    @pytest.mark.parametrize(("shift", "side"), [slow(-0.8, "low"), (0.8, "high")])
     def test_a_bias_is_found_where_it_is(self, shift: float, side: str) -> None:
         result = calibrated(shift=shift)
         assert result.verdicts == {"loc": f"biased, its draws lie too {side} at (0,)"}
         assert result.symmetry_p_values["loc"][0] < 0.001 < result.symmetry_p_values["loc"][1]
         assert not result.calibrated
 
-    @pytest.mark.parametrize(
-        ("ratio", "word"), [pytest.param(0.5, "narrow", marks=pytest.mark.slow), (2.0, "wide")]
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("ratio", "word"), [(0.5, "narrow"), (2.0, "wide")])
     def test_a_wrong_width_is_found(self, ratio: float, word: str) -> None:
         result = calibrated(ratio=ratio)
         assert result.verdicts == {"loc": f"too {word} at (0,), (1,)"}

@@ -6,12 +6,14 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from cases import slow
 from chains_cases import FACTOR, MEAN, gaussian, poor_guide, student
 from pyro import poutine
 from torch import Tensor
@@ -64,6 +66,7 @@ class TestExactness:
         exact = dist.MultivariateNormal(MEAN, scale_tril=FACTOR).log_prob(z)
         assert torch.allclose(chains.log_p, exact, atol=1e-8)
 
+    @pytest.mark.slow
     def test_heavy_tails_and_a_positive_site(self) -> None:
         guide = poor_guide(student, 1.5)
         options = {"num_samples": 200, "num_chains": 64, "warmup": 80, "progress": False}
@@ -79,6 +82,7 @@ class TestExactness:
             math.sqrt(scipy.special.polygamma(1, 3)), rel=0.03
         )
 
+    @pytest.mark.slow
     def test_eight_schools(self) -> None:
         """In float32, where draws go in turns or by independence alone, as the fit came out."""
         torch.set_default_dtype(torch.float32)
@@ -99,6 +103,7 @@ class TestExactness:
         assert chains.draws["mu"].dtype == torch.float32
         assert chains.log_p.dtype == torch.float64
 
+    @pytest.mark.slow
     def test_coordinates_of_a_hierarchy(self) -> None:
         """Draws and their log joint are those of the sites as they are written."""
         guide = pf.AutoPlanarFlow(eight_schools_centered, 0)
@@ -279,7 +284,13 @@ class TestGoingOn:
         torch.manual_seed(0)
         return Sampler(gaussian, poor_guide(gaussian), (), None, num, 32, method=method)
 
-    @pytest.mark.parametrize("method", ["independence", "independence and HMC", "HMC"])
+    @classmethod
+    @cache
+    def sampled(cls) -> tuple[Sampler, pf.Chains]:
+        sampler = cls.sampler("HMC", 20)
+        return sampler, sampler.run(20)
+
+    @pytest.mark.parametrize("method", ["independence", slow("independence and HMC"), "HMC"])
     def test_chains_go_on_from_where_they_are_as_they_are(self, method: str) -> None:
         sampler = self.sampler(method, 50)
         first, left = sampler.run(50), sampler.points
@@ -290,13 +301,14 @@ class TestGoingOn:
         with pytest.MonkeyPatch.context() as patch:
             step = kernel.step
             patch.setattr(kernel, "step", lambda k, p: (starts.append(p.u), step(k, p))[1])
-            second = sampler.run(300, thin=2)
+            second = sampler.run(150, thin=2)
         assert torch.equal(starts[0], left.u)
-        assert len(starts) == 600  # without a second warm-up
+        assert len(starts) == 300  # without a second warm-up
         assert adapted == (sampler.hmc and (sampler.hmc.step_size, sampler.hmc.length))
         assert within(second.draws["z"].mean(0), MEAN, second, "z")
         torch.testing.assert_close(second.draws["z"].T.cov(), FACTOR @ FACTOR.T, atol=0.25, rtol=0)
 
+    @pytest.mark.slow
     def test_short_chains_are_settled(self) -> None:
         sampler = self.sampler("HMC", 100)
         short = sampler.run(100)
@@ -323,14 +335,14 @@ class TestGoingOn:
     def test_how_long_they_go_on_follows_from_rhat(
         self, monkeypatch: pytest.MonkeyPatch, period: int, rhats: list[float], thins: list[int]
     ) -> None:
-        sampler = self.sampler("HMC", 20)
-        made, left, runs = sampler.run(20), iter(rhats), []
+        sampler, made = self.sampled()
+        left, runs = iter(rhats), []
 
         def run(num: int, *, thin: int = 1) -> pf.Chains:
             runs.append((thin, sampler.period))
             return replace(made, rhat=next(left), ess=900.0, longest_rejection=0)
 
-        sampler.period = period
+        monkeypatch.setattr(sampler, "period", period)
         monkeypatch.setattr(sampler, "run", run)
         assert sampler.run_on(20).rhat == pytest.approx(rhats[-1], nan_ok=True)
         assert runs == [(thin, 1 if i else period) for i, thin in enumerate(thins)]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import slow
 from row_cases import Exact, fitted, normal_rows, poisson_rows
 from torch.nn.functional import softplus
 
@@ -33,13 +34,11 @@ def sampled(exact: Exact, guide: pf.AutoStructuredFlow, num: int, **options: obj
     return pf.mcmc(exact.model, guide, num_samples=num, **options)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "family", [normal_rows, pytest.param(poisson_rows, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seed", [0, slow(1)])
+@pytest.mark.parametrize("family", [normal_rows, slow(poisson_rows)])
 def test_chains_have_the_exact_moments(family: Callable, seed: int) -> None:
     exact = family(50)
-    chains = sampled(exact, off(exact), 500, seed=seed)
+    chains = sampled(exact, off(exact), 300, seed=seed)
     assert chains.method == "globals and rows"
     assert chains.level == "good", chains.verdict
     for name, (mean, sd) in {"mu": exact.mu, "theta": exact.theta}.items():

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from cases import slow
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.reparam import LocScaleReparam
@@ -176,13 +177,12 @@ class TestEightSchools:
         guide.affine.start_from(z.mean(0), torch.linalg.cholesky(z.T.cov()))
         return guide
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("model", "level"),
         [
             pytest.param(eight_schools_centered, "bad", id="centred"),
-            pytest.param(
-                eight_schools_noncentered, "resample", id="non-centred", marks=pytest.mark.slow
-            ),
+            pytest.param(eight_schools_noncentered, "resample", id="non-centred"),
         ],
     )
     def test_the_verdict_does_not_flip(self, model: Callable, level: str) -> None:
@@ -319,7 +319,7 @@ class TestFunnels:
         assert "s: write 'x' as loc + scale_tril @ eps" in advice or kind == "lkj"
         assert "LocScaleReparam" not in advice
 
-    @pytest.mark.parametrize("kind", ADVISED)
+    @pytest.mark.parametrize("kind", [slow(k) if k == "hierarchy" else k for k in ADVISED])
     def test_no_advice_is_of_the_guide_in_use_or_of_one_that_refuses(self, kind: str) -> None:
         model, guides, expected = ADVISED[kind]
         for (name, make), richer in zip(guides.items(), expected, strict=True):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import amortized_cases
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from row_cases import Exact, fitted, normal_rows, number, poisson_rows
 from torch.nn.functional import softplus
 
@@ -19,7 +19,6 @@ from pyroflow.diagnostics import Report
 from pyroflow.transforms.affine import inverse_softplus
 
 F64 = torch.float64
-slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @torch.no_grad()
@@ -57,7 +56,7 @@ def check_moments(report: Report, exact: Exact) -> None:
 
 @pytest.mark.parametrize(
     ("family", "num"),
-    [(normal_rows, 8), (normal_rows, 200), (poisson_rows, 8), slow(poisson_rows, 200)],
+    [(normal_rows, 8), slow(normal_rows, 200), slow(poisson_rows, 8), slow(poisson_rows, 200)],
 )
 def test_right_guides_have_exact_evidence(family: Callable, num: int) -> None:
     exact = family(num)
@@ -70,8 +69,8 @@ def test_right_guides_have_exact_evidence(family: Callable, num: int) -> None:
     check_moments(report, exact)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["a row off", slow("rows narrow"), "rows a little off"])
+@pytest.mark.parametrize("seed", [0, slow(1)])
+@pytest.mark.parametrize("kind", ["a row off", slow("rows narrow"), slow("rows a little off")])
 def test_what_reweighting_repairs_is_not_good(kind: str, seed: int) -> None:
     exact = normal_rows(200)
     guide = fitted(exact.model)
@@ -84,8 +83,8 @@ def test_what_reweighting_repairs_is_not_good(kind: str, seed: int) -> None:
         assert report.rows.names[report.rows.worst[0]] == "theta[3]"
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("num", [8, 200])
+@pytest.mark.parametrize("seed", [0, slow(1)])
+@pytest.mark.parametrize("num", [8, slow(200)])
 def test_narrow_globals_are_not_good(num: int, seed: int) -> None:
     exact = normal_rows(num)
     guide = fitted(exact.model)
@@ -116,6 +115,7 @@ def test_a_row_with_two_modes_is_not_good() -> None:
     assert report.wide.unseen.startswith("wider draws of theta[5] find")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["indexed", slow("nested"), slow("beside")])
 def test_other_shapes(kind: str) -> None:
     """Rows by an index have their exact evidence, others that of many joint weights."""
@@ -212,6 +212,7 @@ def test_rows_of_an_amortised_guide_are_weighed_by_themselves() -> None:
     assert report.log_evidence == pytest.approx(evidence, abs=noise(report) + 0.02)
 
 
+@pytest.mark.slow
 def test_rows_of_two_plates_beside_each_other_and_of_no_globals() -> None:
     def model() -> None:
         for name, num in (("a", 5), ("b", 3)):

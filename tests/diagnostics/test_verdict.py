@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from torch import Tensor
 
 import pyroflow as pf
@@ -121,7 +122,7 @@ class TestMissedModes:
         (advice,) = (line for line in report.advice if "labels" in line)
         assert "the 2 rows of 'weights', 'loc' can be exchanged" in advice
 
-    @pytest.mark.parametrize("product", [False, True])
+    @pytest.mark.parametrize("product", [slow(False), True])
     def test_signs_that_cancel_are_named(self, product: bool) -> None:
         def model() -> None:
             a = pyro.sample("a", dist.Normal(0.0, 2.0))
@@ -220,7 +221,7 @@ class TestTails:
 
 
 class TestRightGuides:
-    @pytest.mark.parametrize("dim", [1, 10, 100])
+    @pytest.mark.parametrize("dim", [1, 10, slow(100)])
     def test_an_exact_gaussian_is_good(self, dim: int) -> None:
         scale = torch.linalg.cholesky(torch.eye(dim) + 2 * torch.ones(dim, dim))
         posterior = dist.MultivariateNormal(torch.zeros(dim), scale_tril=scale)

@@ -15,6 +15,7 @@ from amortized_cases import (
     exact_guide,
     rows_model,
 )
+from cases import slow
 from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 
 import pyroflow as pf
@@ -50,7 +51,7 @@ def test_minibatch_as_context_stands_for_the_rows_drawn() -> None:
     assert part == pytest.approx(whole, abs=1e-9)
 
 
-@pytest.mark.parametrize(("context", "lr", "init_scale"), [("y", 0.05, 0.1), (None, 0.2, 1.0)])
+@pytest.mark.parametrize(("context", "lr", "init_scale"), [("y", 0.05, 0.1), slow(None, 0.2, 1.0)])
 def test_svi_on_minibatches_reaches_the_posterior_of_all_rows(
     context: str | None, lr: float, init_scale: float
 ) -> None:

@@ -92,12 +92,10 @@ def test_the_bound_at_the_posterior_is_the_evidence_and_its_gradient_vanishes(
         monkeypatch.undo()
 
 
-SLOW = pytest.mark.slow
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("context", "batch"),
-    [("y", 50), pytest.param("y", None, marks=SLOW), pytest.param(None, 50, marks=SLOW)],
+    [("y", 50), ("y", None), (None, 50)],
 )
 def test_random_effects_are_found(context: str | None, batch: int | None) -> None:
     """Most of it by the start; the evidence is by linear algebra."""

@@ -134,7 +134,8 @@ def test_encoder_is_trained_with_the_guide() -> None:
 def test_fit_guide_takes_it() -> None:
     guide = pf.AmortizedPlanarGuide(rows_model, "rows", "y", num_layers=1)
     before = Trace_ELBO().loss(rows_model, guide, Y, 20)
-    pf.fit_guide(rows_model, guide, (Y,), steps=60, num_particles=8, lr=0.1, seed=0, progress=False)
+    options = {"steps": 60, "num_particles": 8, "lr": 0.1, "warm_start": False}
+    pf.fit_guide(rows_model, guide, (Y,), seed=0, progress=False, **options)
     assert Trace_ELBO().loss(rows_model, guide, Y, 20) < 0.2 * before
 
 

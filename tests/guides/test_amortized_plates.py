@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from amortized_cases import raw
+from cases import slow
 from pyro.infer import Predictive, Trace_ELBO
 from torch import Tensor, nn
 
@@ -186,16 +187,13 @@ def test_the_bound_has_that_of_all_rows_as_the_mean_over_all_subsamples(case: st
             torch.testing.assert_close(f / count, g)
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     ("context", "batch"),
     [
-        pytest.param(BY_DATA, (6, 4), marks=SLOW),
+        slow(BY_DATA, (6, 4)),
         (None, WHOLE),
-        pytest.param(BY_DATA, WHOLE, marks=SLOW),
-        pytest.param({"persons": "x"}, (6, None), marks=SLOW),
+        slow(BY_DATA, WHOLE),
+        slow({"persons": "x"}, (6, None)),
     ],
 )
 def test_the_start_is_the_posterior_where_it_is_normal(context: dict | None, batch: Batch) -> None:
@@ -208,6 +206,7 @@ def test_the_start_is_the_posterior_where_it_is_normal(context: dict | None, bat
     assert weights.mean().item() == pytest.approx(log_evidence(), abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_fit_of_two_plates_that_subsample_finds_the_evidence() -> None:
     guide = pf.AmortizedPlanarGuide(beside, PLATES, BY_DATA, num_layers=2, global_layers=2)
     fit = pf.fit_guide(beside, guide, (X, Y, (6, 4)), steps=40, seed=0, progress=False)
@@ -224,6 +223,7 @@ def test_a_fit_of_two_plates_that_subsample_finds_the_evidence() -> None:
     )
 
 
+@pytest.mark.slow
 def test_plates_that_cross_end_at_the_best_factorised_gaussian() -> None:
     """Its KL from the posterior is ½ (Σ log Λ_kk - log |Λ|), for the precision Λ given y."""
 
@@ -261,7 +261,8 @@ def test_plates_that_cross_end_at_the_best_factorised_gaussian() -> None:
     assert report.log_evidence == pytest.approx(evidence, abs=0.3)
 
 
-@pytest.mark.parametrize("batch", [(3, 2), pytest.param((1, 4), marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [(3, 2), slow((1, 4))])
 def test_plates_that_cross_are_fitted_where_both_subsample(batch: Batch) -> None:
     """Without the start, which has no rows that interact, nor one row at a time."""
     model, context, (y,) = CASES["crossed"]

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
+from cases import slow
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import init_to_value
 from torch import Tensor
@@ -166,7 +167,7 @@ def test_takes_the_dtype_of_the_latents() -> None:
     ("layers", "along"),
     [
         (lambda dim: [pf.Planar(dim), pf.Affine(dim)], True),
-        (lambda dim: [pf.Planar(dim), T.affine_coupling(dim)], False),
+        slow(lambda dim: [pf.Planar(dim), T.affine_coupling(dim)], False),
         (lambda dim: [pf.Planar(dim).inv], False),
     ],
     ids=["ours", "mixed", "inverse"],

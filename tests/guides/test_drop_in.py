@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from drop_in_cases import (
     GUIDES,
     check_all_moved,
@@ -47,6 +48,7 @@ ELBOS = {
     "vectorized TraceMeanField": lambda: TraceMeanField_ELBO(**MANY),
     "vectorized JitTrace": lambda: JitTrace_ELBO(**MANY),
 }
+QUICK = ("Trace", "TraceMeanField", "TraceGraph", "vectorized")
 
 # What tracing has to say of Pyro's own code.
 quiet_tracing = pytest.mark.filterwarnings(
@@ -60,7 +62,7 @@ def make(request: pytest.FixtureRequest) -> Callable:
 
 
 @quiet_tracing
-@pytest.mark.parametrize("name", ELBOS)
+@pytest.mark.parametrize("name", [n if n in QUICK else slow(n) for n in ELBOS])
 def test_every_elbo_trains_every_parameter_to_the_posterior(make: Callable, name: str) -> None:
     guide, y = make(model).setup(readings()), readings()
     before = snapshot(guide)

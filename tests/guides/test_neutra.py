@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from drop_in_cases import GUIDES
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, JitTrace_ELBO, Trace_ELBO
@@ -69,7 +70,9 @@ def reparametrised(guide: pf.AutoFlow, model: Callable) -> tuple[NeuTraReparam, 
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("batch", [(), (7,), (1,), (4,), (2, 4), (3, 7), (1, 6), (2, 3, 4)])
+@pytest.mark.parametrize(
+    "batch", [(), (7,), *map(slow, [(1,), (4,), (2, 4), (3, 7), (1, 6)]), (2, 3, 4)]
+)
 @torch.no_grad()
 def test_every_draw_is_mapped_as_one_alone(make: Callable, model: Callable, batch: tuple) -> None:
     """Sizes of draws and chains may be those of the plates."""

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from pyro.infer.autoguide.initialization import init_to_median, init_to_value
 from torch import Tensor
 
@@ -81,7 +82,7 @@ def groups(num: int) -> tuple[Callable, float]:
     return model, log_p.logsumexp(0).item() + math.log(t[1] - t[0])
 
 
-@pytest.mark.parametrize("num", [8, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num", [8, slow(300)])
 def test_normal_groups_have_their_evidence(num: int) -> None:
     model, evidence = groups(num)
     guide = pf.AutoStructuredFlow(model)
@@ -174,7 +175,7 @@ def test_it_is_as_good_as_the_dense_guide(model: Callable) -> None:
 def test_files_copies_and_names(tmp_path: Path) -> None:
     model, _ = groups(30)
     guide = pf.AutoStructuredFlow(model, tails=True)
-    pf.fit_guide(model, guide, steps=20, seed=0, progress=False)
+    pf.fit_guide(model, guide, steps=5, warm_start=False, seed=0, progress=False)
     pf.save(guide, tmp_path / "guide.pt")
     again = pf.load(tmp_path / "guide.pt")
     with pf.seeds.seeded(0):
@@ -268,9 +269,10 @@ def lesser_mode() -> None:
 SHARES = {components: 0.5, one_factor: 0.5, lesser_mode: 0.2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
-    [components, *(pytest.param(m, marks=pytest.mark.slow) for m in (one_factor, lesser_mode))],
+    [components, one_factor, lesser_mode],
     ids=lambda model: model.__name__,
 )
 def test_modes_are_looked_for_above_256_latents(model: Callable) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import slow
 
 import pyroflow as pf
 from pyroflow.inference.processes import held
@@ -59,7 +60,7 @@ FAILURES: dict[str, Callable[[pytest.MonkeyPatch, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("step", [0, 11])
+@pytest.mark.parametrize("step", [0, slow(11)])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_fit(
     tmp_path: Path, failure: str, step: int

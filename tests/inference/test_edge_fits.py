@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 
 from pyroflow import AutoPlanarFlow, diagnose, fit_guide
 from pyroflow.diagnostics import Report
@@ -164,7 +165,12 @@ def dirichlet_seen_by_its_logarithm() -> None:
 
 @pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize(
-    "model", [beta_seen_by_its_logit, gamma_seen_by_its_logarithm, dirichlet_seen_by_its_logarithm]
+    "model",
+    [
+        beta_seen_by_its_logit,
+        slow(gamma_seen_by_its_logarithm),
+        slow(dirichlet_seen_by_its_logarithm),
+    ],
 )
 def test_a_likelihood_that_needs_more_digits_than_there_are_is_no_good_fit(model: Callable) -> None:
     _, report = fitted(model, seed=0, steps=300)
@@ -175,7 +181,9 @@ def test_a_likelihood_that_needs_more_digits_than_there_are_is_no_good_fit(model
 
 
 @pytest.mark.usefixtures("float32")
-@pytest.mark.parametrize("name", ["Beta(0.01, 0.01)", "Dirichlet-categorical", "Gamma-Poisson"])
+@pytest.mark.parametrize(
+    "name", ["Beta(0.01, 0.01)", slow("Dirichlet-categorical"), slow("Gamma-Poisson")]
+)
 def test_a_likelihood_that_does_not_mind_the_edge_is_not_held_against_the_fit(name: str) -> None:
     _, report = fitted(MODELS[name][0], seed=0, steps=300)
     assert not report.rounded_sites

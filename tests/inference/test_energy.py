@@ -50,6 +50,7 @@ def test_a_flow_trained_by_hand_is_trained_on() -> None:
     assert flow.transforms()[0] is not flow.parts[0]
 
 
+@pytest.mark.slow
 def test_bound_is_above_minus_log_z_on_the_papers_energies() -> None:
     for number in (1, 2, 3, 4):
         target = pf.targets.energy(number)

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def test_nearly_all_of_the_mass_is_a_plain_number() -> None:
     assert missing([], 0.0123) == "its draws miss a region with about 1.2 % of the mass or more"
 
 
-@pytest.mark.parametrize("share", [0.6, 0.9])
+@pytest.mark.parametrize("share", [slow(0.6), 0.9])
 def test_modes_that_the_ascents_led_to_are_told_as_by_the_report(share: float) -> None:
     model = two_modes(share)
     guide = pf.AutoPlanarFlow(model, 2, init_loc_fn=init_to_value(values={"z": torch.zeros(5)}))
@@ -122,7 +123,8 @@ def logistic() -> None:
 
 @pytest.mark.parametrize("centring", ["auto", None])
 @pytest.mark.parametrize(
-    "model", [eight_schools_centered, eight_schools_noncentered, correlated, funnel, logistic]
+    "model",
+    [*map(slow, [eight_schools_centered, eight_schools_noncentered, funnel]), correlated, logistic],
 )
 def test_no_mode_is_missed_where_there_is_one(model: Callable, centring: str | None) -> None:
     fit = pf.fit_guide(model, pf.AutoPlanarFlow(model, 2, centring=centring), steps=50, **QUICK)
@@ -132,13 +134,13 @@ def test_no_mode_is_missed_where_there_is_one(model: Callable, centring: str | N
 
 def test_a_fitted_guide_goes_on_from_where_it_is() -> None:
     guide = pf.AutoPlanarFlow(banana, 4, centring=None)
-    first = pf.fit_guide(banana, guide, steps=300, **QUICK)
+    first = pf.fit_guide(banana, guide, steps=100, warm_start=False, **QUICK)
     second = pf.fit_guide(banana, guide, steps=20, **QUICK)
     assert second.scores[0][1] == pytest.approx(first.best_loss, abs=0.05)
 
 
-@pytest.mark.parametrize("warm_start", [pytest.param(True, marks=pytest.mark.slow), False])
-@pytest.mark.parametrize("killed", [5, 25])
+@pytest.mark.parametrize("warm_start", [slow(True), False])
+@pytest.mark.parametrize("killed", [5, slow(25)])
 def test_killed_fit_resumes_bit_by_bit(tmp_path: Path, warm_start: bool, killed: int) -> None:
     def fit(**options: object) -> tuple[pf.Fit, list[Tensor]]:
         pyro.clear_param_store()
@@ -162,7 +164,7 @@ def test_killed_fit_resumes_bit_by_bit(tmp_path: Path, warm_start: bool, killed:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("layers", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layers", [4, slow(8)])
 def test_growing_fit_resumes_bit_by_bit(tmp_path: Path, layers: int) -> None:
     def fit(**options: object) -> tuple[pf.Fit, pf.AutoFlow]:
         pyro.clear_param_store()
@@ -222,7 +224,7 @@ def test_fit_goes_back_to_its_best_state_where_all_is_lost() -> None:
     assert all(p.isfinite().all() for p in guide.parameters())
 
 
-@pytest.mark.parametrize("objective", ["iwae", "dreg"])
+@pytest.mark.parametrize("objective", [slow("iwae"), "dreg"])
 def test_importance_weighted_objectives_reach_the_posterior(objective: str) -> None:
     guide = pf.AutoPlanarFlow(banana, 8, centring=None)
     options = {"objective": objective, "group_size": 4, "num_particles": 32}
@@ -232,6 +234,7 @@ def test_importance_weighted_objectives_reach_the_posterior(objective: str) -> N
     assert fit.skipped == 0
 
 
+@pytest.mark.slow
 def test_paper_like_and_adaptive_annealing_end_at_the_posterior() -> None:
     seen = []
 
@@ -251,7 +254,7 @@ def test_paper_like_and_adaptive_annealing_end_at_the_posterior() -> None:
 
 def test_student_base_is_trained_along_paths() -> None:
     guide = pf.AutoPlanarFlow(banana, 4, base_df=10.0, centring=None)
-    fit = pf.fit_guide(banana, guide, steps=200, **QUICK)
+    fit = pf.fit_guide(banana, guide, steps=100, warm_start=False, **QUICK)
     assert fit.scores[-1][1] < fit.scores[0][1]
 
 
@@ -263,6 +266,7 @@ def test_funnel_with_the_defaults() -> None:
     assert report.elbo > -31.311 - 0.45
 
 
+@pytest.mark.slow
 def test_importance_weighted_states_are_chosen_by_their_own_bound() -> None:
     """A mean-field guide of a correlated Gaussian is wider where the objective is IWAE."""
     covariance = torch.tensor([[1.0, 0.95], [0.95, 1.0]])
@@ -274,7 +278,7 @@ def test_importance_weighted_states_are_chosen_by_their_own_bound() -> None:
     for objective in ("elbo", "iwae", "dreg"):
         guide = pf.AutoPlanarFlow(model, 0, affine="diagonal")
         options = {"objective": objective, "group_size": 32, "num_particles": 128, "seed": 0}
-        pf.fit_guide(model, guide, steps=400, progress=False, **options)
+        pf.fit_guide(model, guide, steps=200, progress=False, **options)
         sds[objective] = guide.get_posterior().sample((10_000,)).std(0).mean().item()
     assert sds["elbo"] == pytest.approx(math.sqrt(1 - 0.95**2), rel=0.05)
     assert sds["iwae"] > 1.3 * sds["elbo"]
@@ -283,7 +287,7 @@ def test_importance_weighted_states_are_chosen_by_their_own_bound() -> None:
 
 def test_used_annealing_and_models_without_latents_are_refused() -> None:
     annealing = pf.AdaptiveAnnealing(max_steps=10)
-    options = {"steps": 12, "annealing": annealing, **QUICK}
+    options = {"steps": 12, "warm_start": False, "annealing": annealing, **QUICK}
     pf.fit_guide(banana, pf.AutoPlanarFlow(banana, 1), **options)
     with pytest.raises(ValueError, match="annealing is an AdaptiveAnnealing that another fit"):
         pf.fit_guide(banana, pf.AutoPlanarFlow(banana, 1), **options)

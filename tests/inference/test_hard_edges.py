@@ -13,6 +13,7 @@ import scipy.integrate
 import scipy.special
 import scipy.stats
 import torch
+from cases import slow
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
@@ -144,14 +145,11 @@ MODELS = {
     "box": (box, exact_box, lambda sites: sites["t"][:, 0]),
     "regression": (regression, exact_regression, lambda sites: sites["b"][:, 0]),
 }
-QUICKEST = ("pareto", "box")
-SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+SEEDS = [0, slow(1), slow(2)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow][: n not in QUICKEST]) for n in MODELS]
-)
+@pytest.mark.parametrize("name", [n if n == "pareto" else slow(n) for n in MODELS])
 def test_a_fit_keeps_inside(name: str, seed: int) -> None:
     model, exact, pick = MODELS[name]
     evidence, mean, sd = exact()
@@ -254,15 +252,16 @@ class TestVerdicts:
         assert smoothed.logsumexp(0) == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "objective", "sequential"),
     [
-        pytest.param(AutoNormal, "elbo", False, marks=pytest.mark.slow),
+        (AutoNormal, "elbo", False),
         (AutoNormal, "iwae", False),
-        pytest.param(AutoNormal, "elbo", True, marks=pytest.mark.slow),
-        pytest.param(pf.AutoPlanarFlow, "elbo", False, marks=pytest.mark.slow),
-        pytest.param(pf.AutoPlanarFlow, "iwae", False, marks=pytest.mark.slow),
-        pytest.param(pf.AutoPlanarFlow, "elbo", True, marks=pytest.mark.slow),
+        (AutoNormal, "elbo", True),
+        (pf.AutoPlanarFlow, "elbo", False),
+        (pf.AutoPlanarFlow, "iwae", False),
+        (pf.AutoPlanarFlow, "elbo", True),
     ],
 )
 def test_by_pyro_s_traces(make: Callable, objective: str, sequential: bool) -> None:
@@ -277,9 +276,8 @@ def test_by_pyro_s_traces(make: Callable, objective: str, sequential: bool) -> N
         pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor(0.7))
 
     guide = make(model, init_scale=0.5)
-    steps = 200 if sequential else 600
     fit = pf.fit_guide(
-        model, guide, steps=steps, num_particles=16, objective=objective, seed=0, progress=False
+        model, guide, steps=200, num_particles=16, objective=objective, seed=0, progress=False
     )
     report = pf.diagnose(model, guide, num_samples=1000)
     evidence = math.log(scipy.special.exp1(1.0)) - 0.5 * math.log(2 * math.pi)

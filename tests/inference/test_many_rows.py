@@ -70,9 +70,8 @@ def exact(x: Tensor, y: Tensor) -> float:
     return float(-size / 2)
 
 
-@pytest.mark.parametrize(
-    "family", [logistic, *(pytest.param(f, marks=pytest.mark.slow) for f in (normal, poisson))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [logistic, normal, poisson])
 def test_a_fit_ends_with_the_best_gaussian_where_that_is_the_posterior(family: Callable) -> None:
     args = (family, *data(family, ROWS))
     guide = pf.AutoSylvesterFlow(model, num_layers=2)

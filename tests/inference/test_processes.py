@@ -13,13 +13,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from torch import Tensor, nn
 from two_processes import torchrun
 
 import pyroflow as pf
 from pyroflow.inference.processes import Processes, processes
 from pyroflow.inference.trainer import Trainer
-from pyroflow.targets import eight_schools_noncentered as schools
 from pyroflow.targets import toy_model as toy
 
 pytestmark = pytest.mark.skipif(
@@ -109,12 +109,13 @@ ALIKE = {  # fits that are those of one process with the same draws
     "density": density,
     "conditional": conditional,
     "energy": energy,
-    "elbo": partial(guide, schools),
+    "elbo": partial(guide, toy),
     "iwae": partial(guide, toy, objective="iwae", warm_start=False),
-    "dreg": partial(guide, toy, objective="dreg", group_size=3),
+    "dreg": partial(guide, toy, objective="dreg", group_size=3, warm_start=False),
     "annealed": annealed,
 }
 OTHERS = {"lost": lost, "amortised": amortised, "learned": learned}  # that draw apart, or cut
+QUICK = ("density", "iwae", "lost")  # which two processes of their own do; two more do the others
 
 
 def fitted(name: str, start: int = 0, **options: Any) -> Found:
@@ -157,13 +158,14 @@ def worker(folder: Path) -> None:
     """What each of the two does; they start from different parameters."""
     torch.set_num_threads(1)
     ours = processes()
-    found: dict[str, Any] = {name: fitted(name, ours.rank) for name in ALIKE | OTHERS}
+    names = [name for name in ALIKE | OTHERS if (name in QUICK) == (folder.name == "quick")]
+    found: dict[str, Any] = {name: fitted(name, ours.rank) for name in names}
     calls: list[int] = []
     asks = lambda p: calls.append(p.step) or p.step == 5  # noqa: E731
     found["left"] = fitted("density", callbacks=asks if ours.writes else None, batch_size=12)
     found["calls"] = calls
     found["unseeded"] = fitted("density", ours.rank, seed=None)
-    for name in ("density", "amortised"):
+    for name in {"density", "amortised"} & {*names}:
         files = {"checkpoint": folder / f"{name}.pt"}
         cut_off(name, 9, **files)
         ours.agree(None)
@@ -183,8 +185,14 @@ def worker(folder: Path) -> None:
     torch.save(found, folder / f"rank{ours.rank}")
 
 
+def both(folder: Path, name: str = "density") -> list[dict[str, Any]]:
+    """What the two have found that do the fit of this name."""
+    return found_in(folder / ("quick" if name in {*QUICK, "unseeded"} else "others"))
+
+
 @cache
-def both(folder: Path) -> list[dict[str, Any]]:
+def found_in(folder: Path) -> list[dict[str, Any]]:
+    folder.mkdir()
     torchrun(__file__, "worker", str(folder))
     return [torch.load(folder / f"rank{rank}") for rank in range(2)]
 
@@ -194,15 +202,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("processes")
 
 
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in ALIKE])
 def test_two_processes_do_the_fit_of_one(folder: Path, name: str) -> None:
-    for found in both(folder):
+    for found in both(folder, name):
         torch.testing.assert_close(found[name], fitted(name), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*OTHERS, "unseeded"])
+@pytest.mark.parametrize("name", ["lost", slow("amortised"), slow("learned"), "unseeded"])
 def test_both_have_one_result(folder: Path, name: str) -> None:
-    first, second = (found[name] for found in both(folder))
+    first, second = (found[name] for found in both(folder, name))
     assert first["losses"].isfinite().all()
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert len(set(first["losses"].tolist())) > 1
@@ -222,9 +230,9 @@ def test_lost_draws_are_counted_once(folder: Path) -> None:
     assert found["skipped"] == pytest.approx(fitted("lost")["skipped"].item(), rel=0.3)
 
 
-@pytest.mark.parametrize("name", ["density", "amortised"])
+@pytest.mark.parametrize("name", ["density", slow("amortised")])
 def test_a_fit_goes_on_where_it_was_cut_off(folder: Path, name: str) -> None:
-    first, second = both(folder)
+    first, second = both(folder, name)
     assert f"{name}.pt" in first[f"{name}, files"]
     for found in (first, second):
         torch.testing.assert_close(found[f"{name}, resumed"], first[name], rtol=0, atol=0)
@@ -232,14 +240,13 @@ def test_a_fit_goes_on_where_it_was_cut_off(folder: Path, name: str) -> None:
 
 def test_one_process_goes_on_where_two_were_cut_off(folder: Path) -> None:
     expected = both(folder)[0]["density"]
-    found = fitted("density", checkpoint=folder / "kept.pt")
+    found = fitted("density", checkpoint=folder / "quick" / "kept.pt")
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_rank_0_alone_writes(folder: Path) -> None:
-    found = both(folder)[0]
-    assert found["density, files"] == ["density.pt"]
-    assert found["amortised, files"] == ["amortised.pt", "density.pt", "kept.pt"]
+@pytest.mark.parametrize("name", ["density", slow("amortised")])
+def test_rank_0_alone_writes(folder: Path, name: str) -> None:
+    assert both(folder, name)[0][f"{name}, files"] == [f"{name}.pt"]
 
 
 def test_what_both_refuse(folder: Path) -> None:
@@ -269,6 +276,7 @@ def failing(_: Path) -> None:
     pf.fit_energy(pf.planar_flow(2, 1), broken, steps=1000, **QUIET)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others() -> None:
     with pytest.raises(RuntimeError, match="in process 1"):
         torchrun(__file__, "failing", "", timeout=120)

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from torch import Tensor
 
 import pyroflow as pf
@@ -79,7 +80,9 @@ def planar() -> pf.Flow:
 
 
 # The first are losses and scores of Adam's steps; from about the 18th on, L-BFGS evaluates.
-@pytest.mark.parametrize("call", [1, 2, 3, 4, 9, 14, 17, 18, 19, 20, 23, 29, 41, 44, 45, 55])
+@pytest.mark.parametrize(
+    "call", [1, 4, 9, 18, 20, 41, *map(slow, [2, 3, 14, 17, 19, 23, 29, 44, 45, 55])]
+)
 def test_interrupted_in_any_evaluation(tmp_path: Path, call: int) -> None:
     def cutting() -> Any:
         return cut(Likelihood, "_losses", call, after=call % 2 == 0)
@@ -104,10 +107,11 @@ POINTS = {
     "searched": (torch.optim.LBFGS, "_add_grad", True),
     "polished": (torch.optim.LBFGS, "step", True),
 }
+QUICK = ("gradient", "Adam done", "saved", "moved", "line search", "polished")
 
 
-@pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("call", [1, slow(2)])
+@pytest.mark.parametrize("point", [p if p in QUICK else slow(p) for p in POINTS])
 def test_interrupted_between_evaluations(tmp_path: Path, point: str, call: int) -> None:
     owner, name, after = POINTS[point]
     assert_ends_alike(
@@ -162,12 +166,11 @@ CUTS = {"Gaussian": 3, "Gaussian's end": 6, "first": 7, "middle": 15, "grown": 3
 
 
 BOTH = [(where, annealing) for where in CUTS for annealing in ANNEALINGS]
-QUICK = [*zip(CUTS, [*ANNEALINGS] * 2, strict=True)]  # each of both
 
 
 @pytest.mark.parametrize(
     ("where", "annealing"),
-    [pytest.param(*pair, marks=[pytest.mark.slow][: pair not in QUICK]) for pair in BOTH],
+    [pair if pair == ("first", "adaptive") else slow(*pair) for pair in BOTH],
 )
 def test_a_growing_fit_with_annealing(
     tmp_path: Path, where: str, annealing: str, monkeypatch: pytest.MonkeyPatch
@@ -188,9 +191,10 @@ def test_a_growing_fit_with_annealing(
     assert_ends_alike(fit, growing, cutting, tmp_path / "fit.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(GuideFit, "_train"), pytest.param(LogJointBound, "score", marks=pytest.mark.slow)],
+    [(GuideFit, "_train"), (LogJointBound, "score")],
 )
 def test_a_guide_cut_off_between_its_parts(
     tmp_path: Path, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
@@ -206,7 +210,7 @@ def test_a_guide_cut_off_between_its_parts(
     assert_ends_alike(fit, growing, cutting, tmp_path / "fit.pt")
 
 
-@pytest.mark.parametrize("call", [2, 4, 5, 18])
+@pytest.mark.parametrize("call", [slow(2), slow(4), 5, slow(18)])
 def test_a_guide_fitted_by_traces(tmp_path: Path, call: int) -> None:
     """Its affine layer is trained first, and a parameter of the model with it."""
 
@@ -234,7 +238,7 @@ def test_a_fit_with_the_stop_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def fit(guide: pf.AutoFlow, **options: Any) -> pf.Fit:
         options = {"steps": 900, "num_particles": 4, "seed": 0, "progress": False} | options
-        found = pf.fit_guide(banana, guide, **options)
+        found = pf.fit_guide(banana, guide, warm_start=False, **options)
         assert found.steps < 900
         return found
 
@@ -251,7 +255,7 @@ def test_a_fit_with_the_stop_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_another_annealing_is_another_fit(tmp_path: Path) -> None:
     options = {"steps": 5, "num_particles": 8, "seed": 0, "progress": False}
-    options["checkpoint"] = tmp_path / "fit.pt"
+    options |= {"warm_start": False, "checkpoint": tmp_path / "fit.pt"}
     pf.fit_guide(banana, pf.AutoPlanarFlow(banana, 1), annealing=lambda t: 1.0, **options)
     with pytest.raises(ValueError, match=r"fit.pt is of a fit with annealing="):
         pf.fit_guide(banana, pf.AutoPlanarFlow(banana, 1), annealing=lambda t: 0.5, **options)

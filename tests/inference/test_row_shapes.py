@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from benchmarks import groups
+from cases import slow
 
 import pyroflow as pf
 from pyroflow.inference.structured_start import structured_start
@@ -36,8 +37,8 @@ def started(family: str, found: groups.Data, *, tails: bool) -> tuple[pf.AutoStr
     return guide, groups.exact(family, found).log_evidence - bound
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", ["Poisson", "Bernoulli"])
+@pytest.mark.parametrize("seed", [0, slow(1)])
+@pytest.mark.parametrize("family", [slow("Poisson"), "Bernoulli"])
 def test_skews_take_most_of_the_divergence_away(family: str, seed: int) -> None:
     found = groups.data(family, 100, 300, seed)
     pyro.set_rng_seed(seed)
@@ -59,7 +60,7 @@ def cauchy(y: torch.Tensor) -> None:
         pyro.sample("y", dist.Cauchy(theta, 0.1), obs=y)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, slow(1)])
 def test_steps_that_make_the_bound_worse_are_taken_back(seed: int) -> None:
     pyro.set_rng_seed(seed)
     y = dist.Cauchy(0.0, 1.0).sample((30,))

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from torch import Tensor
 
 import pyroflow as pf
@@ -120,7 +121,7 @@ def counts(x: Tensor, *, y: Tensor | None = None) -> None:
 FORGOTTEN = "observes nothing, so that its prior is fitted: argument 'y', the data of site"
 
 
-@pytest.mark.parametrize(("model", "site"), [(regression, "y"), (of_rows, "data")])
+@pytest.mark.parametrize(("model", "site"), [(regression, "y"), slow(of_rows, "data")])
 def test_forgotten_data_are_named(model: Callable, site: str) -> None:
     for options in ({}, {"kwargs": {"y": None}}):
         pyro.clear_param_store()

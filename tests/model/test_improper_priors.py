@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.autoguide.initialization import init_to_feasible, init_to_median, init_to_value
@@ -81,8 +82,14 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("init", [init_to_median, init_to_feasible])
+@pytest.mark.parametrize(
+    ("name", "init"),
+    [
+        *((name, init_to_median) for name in MODELS),
+        ("location", init_to_feasible),
+        *(slow(name, init_to_feasible) for name in list(MODELS)[1:]),
+    ],
+)
 def test_the_whole_way(name: str, init: Callable, tmp_path: Path) -> None:
     model, evidence, site, mean = MODELS[name]
     guide = pf.AutoPlanarFlow(model, num_layers=4, init_loc_fn=init)
@@ -103,9 +110,8 @@ def test_the_whole_way(name: str, init: Callable, tmp_path: Path) -> None:
     assert pf.diagnose(model, loaded).log_evidence == pytest.approx(evidence, abs=0.03)
 
 
-@pytest.mark.parametrize(
-    "make", [AutoNormal, pytest.param(pf.AutoPlanarFlow, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [AutoNormal, pf.AutoPlanarFlow])
 def test_by_pyro_s_traces(make: Callable) -> None:
     """A model with a parameter, and a guide of Pyro's that starts at a value."""
 

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from pyro.contrib.forecast import ForecastingModel
 from pyro.contrib.gp.kernels import RBF
 from pyro.contrib.gp.models import GPRegression
@@ -33,12 +34,13 @@ class Network(PyroModule):
             return pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_a_network_with_latent_weights_is_exact_all_the_way() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(50, 2), torch.randn(50) + 1
     network = Network()
     guide = pf.AutoPlanarFlow(network, 0)
-    fit = pf.fit_guide(network, guide, (x, y), steps=60, seed=0, progress=False)
+    fit = pf.fit_guide(network, guide, (x, y), steps=10, seed=0, progress=False)
     design = torch.cat([x, torch.ones(50, 1)], 1)
     exact = dist.MultivariateNormal(torch.zeros(50), torch.eye(50) + design @ design.T).log_prob(y)
     assert -fit.best_loss == pytest.approx(exact.item(), abs=2e-3)
@@ -104,7 +106,11 @@ EMPTY = {
 }
 
 
-@pytest.mark.parametrize("prior", EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize(
+    "prior",
+    [p if name in ("batch", "simplex of one") else slow(p) for name, p in EMPTY.items()],
+    ids=EMPTY,
+)
 def test_a_site_without_a_number_to_infer_changes_nothing(prior: dist.Distribution) -> None:
     def model() -> None:
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))

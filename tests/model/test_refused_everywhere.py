@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from pyro.infer import SVI, Trace_ELBO
 from test_refused_supports import angle, moved_interval, one
 
@@ -44,7 +45,8 @@ def test_a_file_of_old_is_refused_with_its_model(model: Callable, tmp_path: Path
         pf.load(tmp_path / "guide.pt", model=model)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, slow(1)])
 def test_the_way_out_of_moving_bounds_has_the_known_evidence(seed: int) -> None:
     """Of x ~ U(0, s), s ~ LogNormal, y ~ N(x, 0.3) by quadrature."""
 

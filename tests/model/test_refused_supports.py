@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from drop_in_cases import GUIDES
 from pyro import poutine
 from pyro.infer.autoguide import init_to_sample, init_to_value
@@ -109,15 +110,16 @@ def compass(prior: dist.VonMises, readings: Tensor) -> Callable:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prior", "readings"),
     [
         (angle(0.0, 0.5), torch.tensor([2.9, -2.8, 3.1])),  # the posterior lies across ±π
-        pytest.param(angle(1.0, 2.0), torch.tensor([0.5]), marks=pytest.mark.slow),
+        slow(angle(1.0, 2.0), torch.tensor([0.5])),
         (angle(-3.0, 0.1), torch.tensor([])),  # nearly uniform
     ],
 )
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, slow(1)])
 def test_the_way_out_of_angles_has_the_evidence_of_a_quadrature(
     prior: dist.VonMises, readings: Tensor, seed: int
 ) -> None:

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from torch import Tensor
 
 import pyroflow as pf
@@ -84,7 +85,7 @@ def given(model: Callable, num: int = 4) -> tuple[LogJoint, pf.AutoStructuredFlo
     return LogJoint(bound, guide, 16), guide, x
 
 
-@pytest.mark.parametrize("model", [plain, indexed, nested, beside])
+@pytest.mark.parametrize("model", [plain, slow(indexed), nested, slow(beside)])
 def test_each_row_has_its_own_terms(model: Callable) -> None:
     log_joint, guide, x = given(model)
     rows = guide.affine.rows()

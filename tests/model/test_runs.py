@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
@@ -125,7 +126,7 @@ def regression(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(x @ slope, 1.0), obs=y)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
 def test_evidence_of_a_ridge_by_factor_is_exact(seed: int) -> None:
     torch.manual_seed(seed)
     x = torch.randn(ROWS, 3)
@@ -170,6 +171,7 @@ def far_branch() -> None:
     pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor(40.0))
 
 
+@pytest.mark.slow
 def test_mixing_where_the_fit_ends_is_warned_of() -> None:
     guide = pf.AutoPlanarFlow(far_branch, 0)
     with pytest.warns(UserWarning, match="mixes draws that run side by side, at site 'y'"):

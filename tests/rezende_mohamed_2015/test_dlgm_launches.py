@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow
 from dlgm_cases import IMAGES, LENGTHS, SCHEDULE, parameters, small
 from played import played
 from torch import Tensor
@@ -52,6 +53,7 @@ def seen_by(dlgm: DLGM) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.slow
 def test_fresh_draws_are_binary_and_have_the_law_of_their_grey_values() -> None:
     grey = torch.tensor([0, 1, 51, 128, 254, 255], dtype=torch.uint8).expand(50, -1)
     dlgm = small()
@@ -178,7 +180,7 @@ def compared(device: str, fresh: bool) -> Progress:
 
 
 @pytest.mark.usefixtures("launched")
-@pytest.mark.parametrize("fresh", KINDS)
+@pytest.mark.parametrize("fresh", [pytest.param(False, id="static"), slow(True, id="fresh")])
 def test_launches_are_the_updates_that_they_replace(fresh: bool) -> None:
     """The steps before the capture leave no trace, neither in the draws nor in the mean."""
     assert compared("cpu", fresh).launches == ONE_LAUNCH

@@ -20,6 +20,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return out, figure1.run(Options(out=out, quick=True, progress=False))
 
 
+@pytest.mark.slow
 def test_every_density_integrates_to_one(quick: tuple[Path, dict]) -> None:
     out, report = quick
     assert len(report["runs"]) == 12

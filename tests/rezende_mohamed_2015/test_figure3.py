@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from cases import slow
 
 import pyroflow as pf
 from rezende_mohamed_2015 import figure3, figure3_drawing
@@ -64,6 +65,7 @@ def test_a_rerun_fits_nothing_and_draws_again(
     assert (out / "figure3_kl.png").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = figure3.fit_energy, []
 
@@ -85,7 +87,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("number", "kind", "K", "seed"),
-    [(3, "planar", 8, 1), (2, "NICE permutation", 2, 0), (4, "NICE orthogonal", 2, 2)],
+    [(3, "planar", 8, 1), slow(2, "NICE permutation", 2, 0), (4, "NICE orthogonal", 2, 2)],
 )
 def test_a_run_is_what_its_columns_say(
     number: int, kind: str, K: int, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +125,7 @@ def test_the_real_budget() -> None:
     assert figure3.SEEDS == 5
 
 
+@pytest.mark.slow
 def test_runs_are_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figure3, "save_figure", lambda figure, path: None)
     only = ("U1 NICE permutation K=2", "U1 planar K=2")
@@ -166,6 +169,7 @@ def test_a_picture_without_its_densities_is_made_from_new_fits(
         quick(tmp_path, only=(cell,), seeds=2)  # the picture is there and shows the best runs
 
 
+@pytest.mark.slow
 def test_a_picture_of_other_runs_is_drawn_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,6 +217,7 @@ def test_another_schedule_is_another_file(
         quick(short[0], data, *ONLY)
 
 
+@pytest.mark.slow
 def test_draws_are_compared_on_images_held_out(tmp_path: Path, data: Path) -> None:
     """A sixth of the 1,000 training images; nothing is trained on them, or on test images."""
     asked = []

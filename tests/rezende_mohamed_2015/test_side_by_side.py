@@ -147,6 +147,7 @@ def test_runs_end_as_they_would_alone(
     assert sum("planar K=10 fresh seed=0: −ELBO" in line for line in lines) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_a_file_has_what_was_finished(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cases import given_planar, scatter
+from cases import given_planar, scatter, slow
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -45,8 +45,8 @@ def assert_compiles(step: Callable, parameters: list[Tensor], *inputs: Tensor) -
     "make",
     [
         lambda: pf.Planar(3, 8),
-        lambda: pf.Planar(3, 4, nonlinearity="leaky_relu"),
-        lambda: pf.Sylvester(3, 2, 2),
+        slow(lambda: pf.Planar(3, 4, nonlinearity="leaky_relu")),
+        slow(lambda: pf.Sylvester(3, 2, 2)),
         lambda: pf.Radial(3, 2),
         lambda: pf.SinhArcsinh(3),
     ],
@@ -70,6 +70,7 @@ def test_a_flow_that_scores_data() -> None:
     assert_compiles(lambda y: -flow().log_prob(y).mean(), list(flow.parameters()), y)
 
 
+@pytest.mark.slow
 def test_a_conditional_flow_that_scores_its_samples() -> None:
     flow = pf.planar_flow(2, 4, context_dim=3, hidden_dims=(4,), direction="base_to_data")
     scatter(flow.parts[0], 0.7)

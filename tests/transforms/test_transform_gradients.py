@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES, Source
+from cases import CASES, Source, slow
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacrev, vmap
@@ -66,7 +66,7 @@ def test_vmap_over_inputs(source: Source, inverse: bool) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("rows", [(), (3,), (5,)], ids=str)
+@pytest.mark.parametrize("rows", [(), (3,), slow((5,))], ids=str)
 def test_vmap_over_stacked_parameters(source: Source, inverse: bool, rows: tuple) -> None:
     """Against a loop. As many sets as rows (3) is a case of its own: misplaced axes broadcast."""
     sets, shape = 3, (*rows, *source.batch, source.dim)
