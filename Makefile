@@ -26,8 +26,8 @@ types: $(INSTALLED)  ## mypy on a user's script; a minute where nothing is cache
 docs: $(DOCS_VENV)/installed  ## The pages, in docs/_build/html; a warning is an error. In an environment of their own.
 	$(DOCS_VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . docs/_build/html
 
-slow: $(INSTALLED)  ## Long fits that hold the numbers of the tables to their bounds.
-	$(BIN)/python -m pytest -m slow tests
+slow: $(INSTALLED)  ## Long fits, and further cases of what make test tests; an hour and more.
+	$(PYTEST) -n 2 -m slow tests
 
 notebooks: $(INSTALLED)  ## Run the notebooks in full and store their outputs.
 	$(BIN)/python -m pytest --nbmake --overwrite --nbmake-timeout=1200 notebooks
