@@ -29,6 +29,8 @@ WORDS_ELSEWHERE = {  # what other libraries call an option
     **dict.fromkeys(["patience", "early_stopping"], "early_stop"),
     **dict.fromkeys(["draws", "n_draws"], "num_samples"),
     **dict.fromkeys(["chains", "n_chains"], "num_chains"),
+    **dict.fromkeys(["layers", "n_layers", "depth", "flow_length", "K"], "num_layers"),
+    **dict.fromkeys(["dim", "features", "D"], "input_dim"),
 }
 
 

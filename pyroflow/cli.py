@@ -253,7 +253,7 @@ def demo(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise typer.BadParameter(f"--out cannot be made: {error}") from None
+        raise typer.BadParameter(f"--out must be a folder, and cannot be: {error}") from None
     sizes = stages.QUICK if quick else stages.FULL
     with suppress(KeyboardInterrupt):  # what is finished is in the report
         stages.run(stages.Settings(out, seed, quick, **sizes))

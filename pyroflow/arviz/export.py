@@ -17,11 +17,13 @@ from pyroflow.arviz import labels
 from pyroflow.checks import check_count
 from pyroflow.diagnostics.psis import pareto_smooth, systematic
 from pyroflow.guides.arguments import data_into_args
+from pyroflow.model.arguments import parameters_of, takes
 from pyroflow.model.bound import BoundModel
 from pyroflow.model.comparison import FAILURES
 from pyroflow.model.draws import Draws, draw
+from pyroflow.model.program import rows_of
 from pyroflow.model.records import Sites, is_factor
-from pyroflow.model.runs import Runs
+from pyroflow.model.runs import CHUNK, Runs
 from pyroflow.seeds import one_at_a_time, seeded
 
 if TYPE_CHECKING:
@@ -112,15 +114,12 @@ def to_arviz(
         (('chain', 'draw', 'schools'), (1, 50, 8))
     """
     check_count("num_samples", num_samples, 1)
-    ahead = predictions_args is not None or predictions_kwargs is not None
+    check_new(model, predictions_args, predictions_kwargs)
     with torch.no_grad(), poutine.block(), seeded(seed):
         bound = BoundModel.for_weights(model, guide, args, kwargs)
         draws, stats, khat = _weighted(draw(bound, num_samples, keep_all=True), resample)
-        groups = _fitted(bound, draws) | {"sample_stats": stats}
-        if ahead:
-            first = {name: values[0] for name, values in draws.sites.items()}
-            new = BoundModel(model, None, predictions_args or (), predictions_kwargs, first)
-            groups |= _predicted(new, draws)
+        groups = predicted(model, predictions_args, predictions_kwargs, draws.sites)
+        groups = _fitted(bound, draws) | {"sample_stats": stats} | groups
     groups = {name: group for name, group in groups.items() if group}
     tables = labels.datasets(groups, dims or {}, coords or {}, predictions_coords or {})
     tables["sample_stats"].attrs |= {"khat": khat, "resampled": int(resample)}
@@ -195,22 +194,48 @@ def _tried(ahead: list[Runs], latents: dict[str, Tensor], size: int, groups: str
     return {}
 
 
-def _predicted(new: BoundModel, draws: Draws) -> dict[str, labels.Group]:
-    """The groups for new arguments."""
+def check_new(model: Callable, args: tuple | None, kwargs: dict[str, Any] | None) -> None:
+    """Raise ``TypeError`` for arguments of predictions that the model does not take."""
+    if not isinstance(args, tuple | list | None):
+        raise TypeError(
+            f"predictions_args must be a tuple, as in predictions_args=(x_new,), got "
+            f"{type(args).__name__}"
+        )
+    given = args is not None or kwargs is not None
+    if given and not takes(model, tuple(args or ()), kwargs or {}):
+        raise TypeError(
+            f"predictions_args must be the model's arguments, {', '.join(parameters_of(model))}, "
+            f"got {len(args or ())} of them and the keywords {sorted(kwargs or {})}"
+        )
+
+
+def predicted(
+    model: Callable, args: tuple | None, kwargs: dict[str, Any] | None, draws: dict[str, Tensor]
+) -> dict[str, labels.Group]:
+    """The groups for new arguments, if there are any, at draws of the latents (N, ...) by site."""
+    if args is None and kwargs is None:
+        return {}
+    first = {name: values[0] for name, values in draws.items()}
+    new = BoundModel(model, None, tuple(args or ()), kwargs, first)
     records = new.model_trace.nodes
-    for name in (name for name in draws.sites if name in records):
-        fitted, shape = draws.sites[name].shape[1:], records[name]["fn"].shape()
+    for name in (name for name in draws if name in records):
+        fitted, shape = draws[name].shape[1:], records[name]["fn"].shape()
         if fitted != shape:
             raise ValueError(
                 f"the latent site {name!r} has shape {tuple(fitted)} in the fit and {tuple(shape)} "
                 "with predictions_args, so that its draws do not fit: give predictions_args that "
                 "leave the latents as they are, and change the data only"
             )
-    sites = new.runs.predictive().evaluate(draws.sites, len(draws))
-    others = [name for name in sites if name not in draws.sites]
-    others = [name for name in others if not is_factor(sites[name].record)]
+    parts, num = {}, len(next(iter(draws.values())))
+    for start in range(0, num, CHUNK):
+        rows = range(start, min(start + CHUNK, num))
+        sites = new.runs.predictive().evaluate(rows_of(draws, rows), len(rows))
+        others = [name for name in sites if name not in draws]
+        others = [name for name in others if not is_factor(sites[name].record)]
+        for name, variable in labels.drawn_sites(sites, others).items():
+            parts.setdefault(name, []).append(variable)
     return {
-        "predictions": labels.drawn_sites(sites, others),
+        "predictions": {name: labels.joined(found) for name, found in parts.items()},
         "predictions_constant_data": _constants(new, []),
     }
 

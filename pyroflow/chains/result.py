@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyroflow.arviz import labels
-from pyroflow.arviz.export import container
+from pyroflow.arviz.export import check_new, container, predicted
 from pyroflow.chains.convergence import summarise
 from pyroflow.chains.pilot import Pilot
 from pyroflow.chains.target import Points
@@ -104,7 +104,12 @@ class Chains(Shown):
     @one_at_a_time
     @torch.no_grad()
     def to_arviz(
-        self, *, dims: labels.Dims | None = None, coords: labels.Coords | None = None
+        self,
+        *,
+        dims: labels.Dims | None = None,
+        coords: labels.Coords | None = None,
+        predictions_args: tuple | None = None,
+        predictions_kwargs: dict[str, Any] | None = None,
     ) -> InferenceData | DataTree:
         """The draws for ArviZ, with dimensions ``chain`` and ``draw``.
 
@@ -116,6 +121,8 @@ class Chains(Shown):
         Args:
             dims: By site, names for all its dimensions instead of those from the plates.
             coords: By dimension, its labels; 0, 1, … otherwise.
+            predictions_args: Arguments for predictions, as in :func:`~pyroflow.to_arviz`.
+            predictions_kwargs: Likewise.
 
         Returns:
             An ``InferenceData`` with ArviZ 0.x, a ``DataTree`` with ArviZ 1.x.
@@ -123,13 +130,14 @@ class Chains(Shown):
         Raises:
             ValueError: If names or labels do not fit.
         """
+        new = predictions_args, predictions_kwargs
+        check_new(self.model, *new)
         with seeded(0):
             posterior, observed = self._groups()
-        stats = {
-            "lp": ([], labels.as_array(self.log_p)),
-            "accepted": ([], labels.as_array(self.moved)),
-        }
-        groups = {"posterior": posterior, "sample_stats": stats, "observed_data": observed}
+            groups = predicted(self.model, *new, self.draws)
+        stats = {"lp": self.log_p, "accepted": self.moved}
+        stats = {name: ([], labels.as_array(values)) for name, values in stats.items()}
+        groups |= {"posterior": posterior, "sample_stats": stats, "observed_data": observed}
         groups = {name: group for name, group in groups.items() if group}
         tables = labels.datasets(groups, dims or {}, coords or {}, {}, num_chains=self.num_chains)
         tables["sample_stats"].attrs |= {"method": self.method, "verdict": self.verdict}

@@ -199,9 +199,11 @@ def _read_csv(
         others = [names[kept[j]] if names else kept[j] for j in sorted({*wrong[:, 1]} - {column})]
         raise ValueError(
             f"{place(row, column)}: expected a number, got {cells.iat[row, column]!r}"
+            f"{' (a missing value)' if not cells.iat[row, column] else ''}"
             f"{f', and likewise in columns {others}' if others else ''}. Cells are separated by"
-            f" {delimiter!r} here and decimals by {decimal!r}, missing values are written nan;"
-            " names in the first line need header=True."
+            f" {delimiter!r} here and decimals by {decimal!r}"
+            f"{'' if names else '; names in the first line need header=True'}. Fill the cells in, "
+            "drop their rows, or choose other columns."
         )
     table = to_tensor(numbers.to_numpy(float), str(path), dtype)
     # Of numbers, 0 and infinity may be others that were rounded, and integers this large as well.

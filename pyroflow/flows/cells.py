@@ -74,8 +74,9 @@ def find_cells(data: Tensor, dequantize: Dequantize, columns: Sequence[str] | No
         raise ValueError(
             f"data expects columns of real numbers, got few or often repeated values in {found}: a "
             "density rises without end where values repeat, so that its held-out score would mean "
-            f"nothing. Pass dequantize={names} for the probabilities of such values, make the "
-            "columns the context of a conditional flow (context_dim=), or leave them out"
+            f"nothing. Pass dequantize={names} for the probabilities of such values (with a "
+            "support of the flow where they have bounds, as counts have), make the columns the "
+            "context of a conditional flow (context_dim=), or leave them out"
         )
     if not wanted:
         return None

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from pyroflow.checks import check_choice
+from pyroflow.checks import check_choice, known_options
 from pyroflow.flows.flow import AnyTransform, Direction, Flow, StandardNormal
 from pyroflow.transforms import (
     Conditional,
@@ -28,6 +28,7 @@ Depth = int | Literal["auto"]
 MOST_UNITS = 8  # of a Sylvester flow, where no number is given
 
 
+@known_options
 def planar_flow(
     input_dim: int,
     num_layers: Depth = 16,
@@ -86,6 +87,7 @@ def planar_flow(
     return _layered_flow(ConditionalPlanar, num_layers, *shared, **bend)
 
 
+@known_options
 def radial_flow(
     input_dim: int,
     num_layers: Depth = 16,
@@ -112,6 +114,7 @@ def radial_flow(
     return _layered_flow(ConditionalRadial, num_layers, *shared)
 
 
+@known_options
 def sylvester_flow(
     input_dim: int,
     num_units: int,

@@ -139,6 +139,7 @@ class RowsAtGlobals:
         )
         pairs = zip(rest, self.given, strict=True)
         self.places = [places.reshape(t.offset.shape) for places, t in pairs]
+        self._made: tuple[Tensor | None, list[Tensor]] = (None, [])  # by the last call of at
 
     def base(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The base numbers ε of the rows of x (S, D), and the rows beside the globals' units."""
@@ -151,9 +152,11 @@ class RowsAtGlobals:
 
     def at(self, x: Tensor, inner: Tensor, eps: Tensor) -> Tensor:
         """The x with other base numbers of the rows."""
-        found = torch.cat([inner[:, : self.size], eps[:, self.size :]], 1)
+        found, log_dets = torch.cat([inner[:, : self.size], eps[:, self.size :]], 1), []
         for t in self.given:
-            found = t(found)
+            found, held = t._forward(found, t._map_parameters())
+            log_dets.append(t._by_row(held))
+        self._made = eps, log_dets
         found = self.last(found)
         found[:, self.leading] = x[:, self.leading]
         return found
@@ -161,10 +164,13 @@ class RowsAtGlobals:
     def log_q(self, eps: Tensor, inner: Tensor) -> Tensor:
         """The log density of each row given the globals, at base numbers (S, D), shape (S, R)."""
         u, found = torch.cat([inner[:, : self.size], eps[:, self.size :]], 1), []
-        for t in self.given:
+        made, log_dets = self._made
+        if made is not eps:
+            log_dets = [t.log_dets(u) for t in self.given]
+        for t, log_det in zip(self.given, log_dets, strict=True):
             own = u[:, t.start : t.end].unflatten(1, t.offset.shape).double()
             normal = -own.square().sum(-1) / 2 - own.shape[-1] * math.log(2 * math.pi) / 2
-            found.append(normal - t.log_dets(u).double())
+            found.append(normal - log_det.double())
         return torch.cat(found, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -179,7 +180,7 @@ def _deepened(flow: Flow, fit: Callable, checkpoint: str | Path | None) -> tuple
 
     All have the same rows, as the seed says which are held out.
     """
-    tried, best, since = [], None, 0
+    tried, best, since, began = [], None, 0, time.perf_counter()
     for depth in DEPTHS:
         candidate = flow.deepen(depth).to(next(flow.parameters())).train(flow.training)
         if not any(p.numel() for p in candidate.parameters()):
@@ -201,7 +202,8 @@ def _deepened(flow: Flow, fit: Callable, checkpoint: str | Path | None) -> tuple
             break
     found, _, lost, chosen, depth = best
     take_over(flow, chosen)
-    return replace(found, num_layers=depth, depths=tried), lost
+    seconds = time.perf_counter() - began
+    return replace(found, num_layers=depth, depths=tried, seconds=seconds), lost
 
 
 def _gains(gains: Tensor) -> bool:

@@ -38,7 +38,7 @@ class Fit(Shown):
         best_loss: the lowest score; the fitted module is left in that state.
         steps: steps taken.
         stopped: why the fit stopped, in words.
-        seconds: wall-clock time.
+        seconds: wall-clock time, with that of a guide's start, and of all depths of "auto".
         skipped: steps whose loss or gradient was not finite, and so left no trace.
         rolled_back: how often, after twenty of those in a row, the fit went back to its best
             state, to go on at half the rate.

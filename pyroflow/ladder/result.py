@@ -64,12 +64,23 @@ class Posterior(Shown):
     args: tuple = field(repr=False)
     kwargs: dict[str, Any] = field(repr=False)
 
-    def to_arviz(self, num_samples: int | None = None) -> InferenceData | DataTree:
-        """The draws for ArviZ: the chains, or so many resampled draws of the guide (all)."""
+    def to_arviz(
+        self,
+        num_samples: int | None = None,
+        *,
+        predictions_args: tuple | None = None,
+        predictions_kwargs: dict[str, Any] | None = None,
+    ) -> InferenceData | DataTree:
+        """The draws for ArviZ: the chains, or so many resampled draws of the guide (all).
+
+        With arguments for predictions, as :func:`~pyroflow.to_arviz` takes them, the sites that
+        the model samples at them, such as those of new rows, are in the group ``predictions``.
+        """
+        new = {"predictions_args": predictions_args, "predictions_kwargs": predictions_kwargs}
         if self.chains is not None and self.chains.level == "good":
-            return self.chains.to_arviz()
+            return self.chains.to_arviz(**new)
         num = num_samples or len(next(iter(self.draws.values())))
-        return to_arviz(self.model, self.guide, self.args, self.kwargs, num, resample=True)
+        return to_arviz(self.model, self.guide, self.args, self.kwargs, num, resample=True, **new)
 
     def _shown(self) -> tuple[str, list[tuple[str, str]]]:
         rows = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -30,10 +30,12 @@ def check_model(guide: AutoFlow | MixtureGuide | AmortizedPlanarGuide) -> None:
     Raises:
         ValueError: If they differ, now or at that call, with the site and the difference.
     """
+    sized = set(guide.subsampling.plates)  # by the model at each call
     for part in guide.parts if isinstance(guide, AmortizedPlanarGuide) else []:
         if part.context is not None:
             part.context.positions = positions_in(guide._model[1], list(part.context.positions))
-    check = _Check(guide.drawn(guide.subsampling).describe(describe))
+            sized.add(part.plate)
+    check = _Check(guide.drawn(guide.subsampling).describe(describe), sized)
     try:
         alone = not signature_of(guide.model).parameters
     except (TypeError, ValueError):  # no function of Python's
@@ -44,6 +46,9 @@ def check_model(guide: AutoFlow | MixtureGuide | AmortizedPlanarGuide) -> None:
         guide.register_forward_pre_hook(check, with_kwargs=True)
 
 
+OF_ROWS = ("batch_shape", "unconstrained_shape", "plates")  # of a site, that count its rows
+
+
 class _Check:
     """A hook that compares model and file before a call of the guide, once.
 
@@ -51,8 +56,8 @@ class _Check:
     ``Predictive`` may leave out the data, which turns observations into latents.
     """
 
-    def __init__(self, sites: list[Description]) -> None:
-        self.sites = sites
+    def __init__(self, sites: list[Description], sized: Collection[str]) -> None:
+        self.sites, self.sized = sites, sized
 
     def __call__(self, guide: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         present = guide._model is not None and torch.is_grad_enabled()  # a pickle has no model
@@ -67,7 +72,7 @@ class _Check:
             name = saved["name"]
             if name not in found:
                 _refuse(f"site {name!r} of the file is no latent of the model")
-            for key in saved:
+            for key in self._compared(saved):
                 now, then = found[name][key], _comparable(saved[key])
                 if now != then:
                     _refuse(
@@ -77,6 +82,11 @@ class _Check:
         added = found.keys() - {saved["name"] for saved in self.sites}
         if added:
             _refuse(f"the model has a latent {min(added)!r} that the file has not")
+
+    def _compared(self, saved: Description) -> list[str]:
+        """What is to be as in the file: not how many rows a plate has that may have any number."""
+        own = {plate["name"] for plate in saved["plates"]} & set(self.sized)
+        return [key for key in saved if not own or key not in OF_ROWS]
 
     def _remove_from(self, guide: nn.Module) -> None:
         hooks = guide._forward_pre_hooks

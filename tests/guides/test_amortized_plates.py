@@ -400,8 +400,3 @@ def test_what_it_cannot_treat_is_refused(model: Callable, expected: str) -> None
 def test_bad_arguments_are_refused(plate: list, options: dict, error: type, expected: str) -> None:
     with pytest.raises(error, match=expected):
         pf.AmortizedPlanarGuide(beside, plate, **options)
-
-
-def test_it_is_not_saved_to_a_file(tmp_path: object) -> None:
-    with pytest.raises(TypeError, match="state_dict"):
-        pf.save(exact_guide(), tmp_path / "guide.pt")

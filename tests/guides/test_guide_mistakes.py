@@ -216,7 +216,7 @@ RESULTS: dict[str, Row] = {
     "three columns in the plane": (
         lambda: pf.plots.plot_density(pf.planar_flow(3), torch.randn(9, 3)),
         ValueError,
-        "got shape .9, 3.; select 2 columns",
+        r"event shape \(2,\), got \(3,\); fit one to 2 columns",
     ),
 }
 

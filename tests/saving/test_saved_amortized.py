@@ -96,6 +96,17 @@ def test_it_trains_on_as_before_and_rows_are_drawn_again(tmp_path: Path) -> None
     assert returned(guide, tmp_path)(X)["z"].shape == (12,)  # no model draws rows, so all are
 
 
+def test_a_plate_may_draw_other_numbers_of_rows(tmp_path: Path) -> None:
+    guide = pf.AmortizedPlanarGuide(model, "rows", context="x").setup(X, 5)
+    for of in (guide, pf.AutoStructuredFlow(model).setup(X, 5)):
+        for batch in (3, None):
+            assert returned(of, tmp_path, model=model)(X, batch)["z"].shape == (batch or 12,)
+    assert returned(guide, tmp_path, model=model)(torch.randn(30, 2))["z"].shape == (30,)
+    table = returned(pf.AmortizedPlanarGuide(model, "rows").setup(X), tmp_path, model=model)
+    with pytest.raises(ValueError, match=r"site 'z' has batch shape \[12\] in the file and \[30\]"):
+        table(torch.randn(30, 2))
+
+
 def by_other_name(data: Tensor) -> None:
     model(data)
 

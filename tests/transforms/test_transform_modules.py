@@ -194,5 +194,5 @@ def test_a_conditional_form_shows_the_arguments_of_its_family(
 ) -> None:
     shown, theirs = (signature(made).parameters for made in (conditional, family))
     assert list(shown)[:2] == ["input_dim", "context_dim"]
-    assert shown.keys() == theirs.keys() | {"context_dim", "hidden_dims"}
+    assert shown.keys() == theirs.keys() | {"context_dim", "hidden_dims", "bound"}
     assert all(shown[name].default == p.default for name, p in theirs.items())
