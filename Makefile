@@ -14,7 +14,7 @@ demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-r
 	OMP_NUM_THREADS=1 $(BIN)/pyroflow demo
 
 test: $(INSTALLED)  ## Tests, doctests, and the notebooks with few steps; a few minutes.
-	PYROFLOW_QUICK=1 $(PYTEST) -n 2 --nbmake -m "not slow" tests pyroflow notebooks
+	PYROFLOW_QUICK=1 $(PYTEST) -n 2 --nbmake -m "not slow" notebooks tests pyroflow
 
 lint: $(INSTALLED)  ## What CI checks beside the tests.
 	$(BIN)/ruff check .

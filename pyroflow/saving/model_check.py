@@ -30,12 +30,13 @@ def check_model(guide: AutoFlow | MixtureGuide | AmortizedPlanarGuide) -> None:
     Raises:
         ValueError: If they differ, now or at that call, with the site and the difference.
     """
-    sized = set(guide.subsampling.plates)  # by the model at each call
+    sized = set()  # plates of any number of rows
     for part in guide.parts if isinstance(guide, AmortizedPlanarGuide) else []:
         if part.context is not None:
             part.context.positions = positions_in(guide._model[1], list(part.context.positions))
             sized.add(part.plate)
-    check = _Check(guide.drawn(guide.subsampling).describe(describe), sized)
+    sites = guide.drawn(guide.subsampling).describe(describe)
+    check = _Check(sites, set(guide.subsampling.plates), sized)
     try:
         alone = not signature_of(guide.model).parameters
     except (TypeError, ValueError):  # no function of Python's
@@ -46,7 +47,7 @@ def check_model(guide: AutoFlow | MixtureGuide | AmortizedPlanarGuide) -> None:
         guide.register_forward_pre_hook(check, with_kwargs=True)
 
 
-OF_ROWS = ("batch_shape", "unconstrained_shape", "plates")  # of a site, that count its rows
+OF_ROWS = ("batch_shape", "unconstrained_shape")  # of a site, that count its rows
 
 
 class _Check:
@@ -56,8 +57,10 @@ class _Check:
     ``Predictive`` may leave out the data, which turns observations into latents.
     """
 
-    def __init__(self, sites: list[Description], sized: Collection[str]) -> None:
-        self.sites, self.sized = sites, sized
+    def __init__(
+        self, sites: list[Description], subsampled: Collection[str], sized: Collection[str]
+    ) -> None:
+        self.sites, self.subsampled, self.sized = sites, set(subsampled), set(sized)
 
     def __call__(self, guide: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         present = guide._model is not None and torch.is_grad_enabled()  # a pickle has no model
@@ -74,7 +77,8 @@ class _Check:
                 _refuse(f"site {name!r} of the file is no latent of the model")
             for key in self._compared(saved):
                 now, then = found[name][key], _comparable(saved[key])
-                if now != then:
+                same = now == then if key != "plates" else self._rows(now) == self._rows(then)
+                if not same:
                     _refuse(
                         f"site {name!r} has {key.replace('_', ' ')} {_shown(key, then)} in the "
                         f"file and {_shown(key, now)} now"
@@ -84,9 +88,23 @@ class _Check:
             _refuse(f"the model has a latent {min(added)!r} that the file has not")
 
     def _compared(self, saved: Description) -> list[str]:
-        """What is to be as in the file: not how many rows a plate has that may have any number."""
-        own = {plate["name"] for plate in saved["plates"]} & set(self.sized)
-        return [key for key in saved if not own or key not in OF_ROWS]
+        """What is to be as in the file: not how many rows are drawn of a plate that subsamples."""
+        names = {plate["name"] for plate in saved["plates"]}
+        return [
+            key
+            for key in saved
+            if key not in OF_ROWS or not names & (self.subsampled | self.sized)
+            if key != "plates" or not names & self.sized
+        ]
+
+    def _rows(self, plates: list[Description]) -> list[Description]:
+        """The plates, with all rows of those that subsample."""
+        return [
+            plate | {"size": plate["full_size"] or plate["size"]}
+            if plate["name"] in self.subsampled
+            else plate
+            for plate in plates
+        ]
 
     def _remove_from(self, guide: nn.Module) -> None:
         hooks = guide._forward_pre_hooks
