@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 demo: $(INSTALLED)  ## Fit three targets, print a table, write figures to demo-results/.
 	OMP_NUM_THREADS=1 $(BIN)/pyroflow demo
 
-test: $(INSTALLED)  ## Tests, doctests, and the notebooks with few steps; a few minutes.
+test: $(INSTALLED)  ## Tests, doctests, and the notebooks with few steps; a quarter of an hour on two cores.
 	PYROFLOW_QUICK=1 $(PYTEST) -n 2 --nbmake -m "not slow" notebooks tests pyroflow
 
 lint: $(INSTALLED)  ## What CI checks beside the tests.

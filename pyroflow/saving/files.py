@@ -145,7 +145,7 @@ def load(
     if model is not None and not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
     check_device(device)
-    path, device = Path(path), torch.empty(0, device=device).device  # fails on one that is not here
+    path, device = Path(path), torch.empty(0, device=device).device  # "cuda" has a number then
     file = _read(path, device)
     if file["kind"] == "flow" and model is not None:
         raise TypeError(f"path {path} holds a flow, which takes no model: leave model out")
