@@ -110,6 +110,7 @@ def compare(
     """Read data for a flow, with its names and in its dtype.
 
     Raises:
+        TypeError: If the flow cannot be one, such as data in its place.
         ValueError: If the flow is not one distribution with event shape (D,), D = ``width`` where
             that is given, the data are not rows of D finite numbers, or not ``inside`` its support
             where they must be, or a context is missing or not taken.
@@ -126,6 +127,11 @@ def compare(
         raise ValueError(
             f"context is for a conditional pyroflow.Flow, got {type(flow).__name__}; give the "
             "distribution at one context, without context="
+        )
+    if not isinstance(flow, Distribution) and not callable(flow):
+        raise TypeError(
+            f"flow must be a Flow, a distribution or a function that returns one, got "
+            f"{type(flow).__name__}: the flow comes first, then the data"
         )
     model = flow if isinstance(flow, Distribution) else flow()
     shape = tuple(model.event_shape)

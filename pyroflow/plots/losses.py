@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyroflow.inference.fit import Fit
 from pyroflow.plots import drawing
@@ -40,6 +41,7 @@ def plot_losses(
         The figure of the axes.
 
     Raises:
+        TypeError: If it is a flow or a guide, in place of its fit.
         ValueError: If ``losses`` is not one-dimensional, or none of them is finite.
 
     Example:
@@ -48,6 +50,8 @@ def plot_losses(
     """
     fit = losses if isinstance(losses, Fit) else None
     values = losses if fit is None else fit.losses
+    if isinstance(values, nn.Module | Distribution):
+        raise TypeError(f"losses must be a Fit or numbers, got {type(values).__name__}")
     values = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().numpy()
     finite = np.isfinite(values)
     if values.ndim != 1 or not finite.any():

@@ -213,6 +213,26 @@ RESULTS: dict[str, Row] = {
         TypeError,
         "holds a flow, which takes no model",
     ),
+    "a guide in place of its fit": (
+        lambda: pf.plots.plot_losses(set_up()),
+        TypeError,
+        "losses must be a Fit or numbers, got AutoPlanarFlow",
+    ),
+    "data before the flow": (
+        lambda: pf.plots.plot_pairs(X.numpy(), flow()),
+        TypeError,
+        "got ndarray: the flow comes first, then the data",
+    ),
+    "data before the flow, in the plane": (
+        lambda: pf.plots.plot_density(X, flow()),
+        TypeError,
+        "got Tensor: the flow comes first, then the data",
+    ),
+    "data before the flow, ranked": (
+        lambda: pf.plots.plot_pit(X, flow()),
+        TypeError,
+        "got Tensor: the flow comes first, then the data",
+    ),
     "three columns in the plane": (
         lambda: pf.plots.plot_density(pf.planar_flow(3), torch.randn(9, 3)),
         ValueError,
