@@ -17,6 +17,7 @@ from pyroflow.flows import Flow, draw_from, log_prob_at_fixed
 from pyroflow.flows.families import check_flow
 from pyroflow.inference.callbacks import Callbacks, interrupted
 from pyroflow.inference.fit import Fit, Objective, check_options, trainable
+from pyroflow.inference.natural import steps_within
 from pyroflow.inference.objectives import bound_scores, cut_loss
 from pyroflow.inference.processes import held, processes
 from pyroflow.inference.schedule import LearningRateSchedule, described
@@ -55,7 +56,9 @@ def fit_energy(
             and mass leaks away where U is flat: an energy that stays flat along a coordinate axis
             is warned of (other directions are not checked).
         annealing: step ↦ β_t in [0, 1], reaching 1, such as :func:`~pyroflow.paper_annealing`.
-        steps: optimiser steps; by default 5000 more than annealing needs.
+        steps: optimiser steps; by default 5000 more than annealing needs. The last of them, one in
+            fifteen and at most 100, are natural gradient steps where the flow consists of
+            pyroflow's own layers with at most 1024 parameters, and β is 1 before.
         num_particles: draws a step.
         lr: highest learning rate, after a warm-up and before a cosine decay to zero.
         seed: makes the fit reproducible, without touching the global generator, whatever other
@@ -129,10 +132,14 @@ def fit_energy(
             steady=lambda beta: -weighed(beta, num_particles)[2].mean(),
             weight=beta,
             recordable=False,
+            natural=(flow, lambda z: -energy(z)),
         )
+        natural = steps_within(flow(), objective.parameters, steps)
+        natural = natural if beta(steps - natural - 1) == 1 else 0
         trainer = Trainer(
             objective,
-            LearningRateSchedule(steps),
+            LearningRateSchedule(steps - natural),
+            polish=natural,
             lr=lr,
             settings=settings,
             label="fit_energy",

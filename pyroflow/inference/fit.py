@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyroflow.checks import check_count, check_device, check_positive, differing
 from pyroflow.guides import AmortizedPlanarGuide, AutoFlow
@@ -24,7 +25,7 @@ from pyroflow.transforms import Bijection
 if TYPE_CHECKING:
     from pyroflow.inference.missed import Missed
 
-FORMAT = 5  # of checkpoints; raised when their content means something else: no fit goes on then
+FORMAT = 6  # of checkpoints; raised when their content means something else: no fit goes on then
 
 
 @dataclass(repr=False)
@@ -40,13 +41,12 @@ class Fit(Shown):
         stopped: why the fit stopped, in words.
         seconds: wall-clock time, with that of a guide's start, and of all depths of "auto".
         skipped: steps whose loss or gradient was not finite, and so left no trace.
-        rolled_back: how often, after twenty of those in a row, the fit went back to its best
-            state, to go on at half the rate.
+        rolled_back: how often twenty of those in a row sent it to its best state, at half the rate.
         skipped_particles: draws of all steps whose log weight was not finite.
         missed: modes that the guide does not draw, of those that the warm start's ascents led to.
         missed_share: the part of the posterior that is in them, about, and at least.
-        launches: how Adam's steps ran: on a GPU as one launch each, on the CPU as recorded graphs
-            after the first 100 where they are many, or why not; else empty.
+        launches: how Adam's steps ran: as one launch each on a GPU, on the CPU as recorded graphs
+            where they are many, or why not; else empty.
         gaussian_loss: of a density, the held-out score of the full Gaussian of the training rows,
             linear in the contexts if there are some; None where its covariance is singular.
         training_loss: of a density, the mean of −log q over training rows, at most 20,000.
@@ -115,8 +115,7 @@ class Objective:
         exact_loss: () ↦ the exact training loss, for L-BFGS; the pairwise differences of scores
             then also decide on stopping.
         keep_last: end in the last state scored, for a score that cannot tell the best one.
-        groups: torch's parameter groups, each with its highest learning rate as "peak"; by
-            default one of all parameters.
+        groups: torch's parameter groups, each with its highest learning rate as "peak".
         max_norm: a gradient of a larger norm is scaled down to it.
         enough: of the losses of the best state so far, why the fit may end there; empty if not.
         processes: those that share it. Each has the same parameters, ``loss`` and ``exact_loss``
@@ -124,9 +123,9 @@ class Objective:
         steady: ``weight`` of a step as a tensor ↦ its loss, by the same operations of the device
             in every step and without a look at their results; not finite where ``loss`` may differ.
         weight: what ``steady`` takes in a step.
-        skips: whether a step whose ``steady`` is not finite is left out, as ``loss`` is not then.
-        recordable: whether a step may be recorded: not where it calls a function of the caller's,
-            whose calls may differ by more than their arguments.
+        skips: whether a step whose ``steady`` is not finite is left out.
+        recordable: whether a step may be recorded: not where it calls a function of the caller's.
+        natural: () ↦ q and z ↦ log p(z), shape (S,), of a bound that natural gradients finish.
     """
 
     parameters: list[Tensor]
@@ -144,6 +143,7 @@ class Objective:
     weight: Callable[[int], float] = lambda step: 1.0
     skips: bool = False
     recordable: bool = True
+    natural: tuple[Callable[[], Distribution], Callable[[Tensor], Tensor]] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:

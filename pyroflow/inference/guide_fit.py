@@ -26,6 +26,7 @@ from pyroflow.inference.fit import (
 )
 from pyroflow.inference.gaussian_start import PATHS, initialize, layers_inside
 from pyroflow.inference.missed import missed_at
+from pyroflow.inference.natural import natural_steps
 from pyroflow.inference.objectives import LogJointBound, nothing_left
 from pyroflow.inference.schedule import AdaptiveAnnealing, Annealing, LearningRateSchedule
 from pyroflow.inference.stop_rule import StopRule
@@ -41,6 +42,7 @@ GAUSSIAN_PART = 0.2  # of the steps, on the affine layer alone
 ANNEALED_PART = 0.5  # of the rest, where a guide is fitted by traces
 WINDOW, LEAST_WINDOW = 800, 200  # steps of a flat loss, whose noise hides slow gains; if dear
 WIDEST_WARM_START = 256  # latents, beyond which the Hessians cost more than they save
+STEPS, FEWER = 3000, 1500  # by default, and where natural gradients end a fit
 RATE = 0.03  # the highest learning rate
 MANY = 32  # latents, above which that of an arrowhead falls as the root of their number
 LEAST_GAIN = 0.02  # nats, that more layers must have brought
@@ -64,7 +66,7 @@ class GuideFit:
         self,
         bound: Bound,
         *,
-        steps: int,
+        steps: int | None,
         annealing: Annealing,
         warm_start: bool,
         early_stop: bool,
@@ -75,17 +77,16 @@ class GuideFit:
     ) -> None:
         self.bound, self.guide, self.annealing, self.bar = bound, bound.guide, annealing, bar
         self.by_log_joint = isinstance(bound, LogJointBound)
-        cheap = self.by_log_joint and not bound.log_joint.one_by_one
         self.structured = isinstance(self.guide, AutoStructuredFlow)
         by_rows = self.structured or isinstance(self.guide, AmortizedPlanarGuide)
-        placed = cheap and (by_rows or self.guide.affine is not None)
-        narrow = placed and (by_rows or self.guide.latent_dim <= WIDEST_WARM_START)
-        self.warm_start = warm_start and narrow
+        self.warm_start = warm_start and _can_start(bound, by_rows)
         self.early_stop = early_stop and self.by_log_joint and annealing is None
         # Where the ascents ended, in the unconstrained latents; NaN where there was none.
         num = 2 * PATHS if self.warm_start and not by_rows else 0
         self.ends = [self.guide.start() * math.nan for _ in range(num)]
-        self.steps, self.spent = steps, 0  # of the steps, on the affine layer alone
+        fewer = natural_steps(bound, STEPS, annealing) and not getattr(self.guide, "grows", False)
+        self.steps = steps or (FEWER if fewer else STEPS)
+        self.spent = 0  # of them, on the affine layer alone
         own = {"num_particles": bound.num_particles, "early_stop": self.early_stop}
         self.settings = settings | own | {"steps in all": self.steps}
         self.saved = bound.processes.agree(read_checkpoint(checkpoint)).get("settings", {})
@@ -106,7 +107,7 @@ class GuideFit:
         if isinstance(guide, AutoFlow):
             guide.flow.fitted = True
         if self.part in (FLOW, GROWN):
-            self.spent = self.steps - self.saved["steps"]
+            self.spent = self.steps - self.saved["steps"] - self.saved["polish"]
             if self.part == GROWN and grows:  # before it was cut off
                 self._grow(self.saved["num_layers"] - guide.num_layers)
         elif not self.by_log_joint or guide.untouched or self.part == GAUSSIAN:
@@ -129,9 +130,8 @@ class GuideFit:
                 return None
             refuse_nonfinite(self.bound.problem)
         inner = layers_inside(guide)
-        self.spent = round(GAUSSIAN_PART * self.steps) if inner else 0
-        if self.by_log_joint and inner:
-            self.spent = max(1, self.spent)
+        least = 1 if self.by_log_joint else 0
+        self.spent = max(least, round(GAUSSIAN_PART * self.steps)) if inner else 0
         if not self.spent:
             return None
         gaussian = [p for p in self.bound.parameters() if p not in inner]
@@ -145,10 +145,10 @@ class GuideFit:
 
     def _train(self, before: Fit | None, part: str, *, resume: bool) -> tuple[Fit, float]:
         """Train all parameters; return the fit, and by how much it bettered the one before."""
-        bound, annealing = self.bound, self.annealing
-        if part == GROWN:
-            annealing = None  # the flow has found its modes
-        steps = self.steps - self.spent
+        bound = self.bound
+        annealing = None if part == GROWN else self.annealing  # the flow has found its modes
+        natural = natural_steps(bound, self.steps - self.spent, self.annealing)
+        steps = self.steps - self.spent - natural
         if isinstance(annealing, AdaptiveAnnealing):
             objective = self._objective(
                 bound.parameters(), lambda step: bound.loss(annealing.beta, annealing)
@@ -159,6 +159,7 @@ class GuideFit:
             objective = self._objective(bound.parameters(), lambda step: bound.loss(beta(step)))
             if self.by_log_joint and bound.log_joint.traced:
                 objective.steady, objective.weight = bound.steady, beta
+        objective.natural = (bound.distribution, bound.log_joint) if natural else None
         depth = getattr(self.guide, "num_layers", None)
         window = bound.problem.runs.few(WINDOW, LEAST_WINDOW, rows=self.structured)
         trainer = Trainer(
@@ -169,6 +170,7 @@ class GuideFit:
             resume=resume,
             before=before,
             evaluations=bound.evaluations,
+            polish=natural,
             **self.shared,
         )
         fit, before = self._run(trainer), trainer.state.before
@@ -182,7 +184,7 @@ class GuideFit:
         bound = self.bound
         options = {"buffers": bound.buffers() + self.ends, "keep_last": bound.keep_last}
         if self.early_stop and bound.objective == "elbo":
-            options["enough"] = partial(nothing_left, dim=self.guide.latent_dim * self.structured)
+            options["enough"] = partial(_enough, bound)
         options["groups"] = _groups(bound, parameters, self.shared["lr"])
         return Objective(parameters, loss, bound.score, processes=bound.processes, **options)
 
@@ -201,6 +203,21 @@ class GuideFit:
         if num > 0:
             with drawing():
                 self.guide.grow(num)
+
+
+def _enough(bound: LogJointBound, scores: Tensor) -> str:
+    """Why a fit may end with these losses; empty where draws are lost, as those left say little."""
+    guide = bound.guide
+    dim = guide.latent_dim if isinstance(guide, AutoStructuredFlow) else 0
+    return "" if bound.cut else nothing_left(scores, dim)
+
+
+def _can_start(bound: Bound, by_rows: bool) -> bool:
+    """Whether a guide can be set to a Gaussian that is found without training."""
+    if not isinstance(bound, LogJointBound) or bound.log_joint.one_by_one:
+        return False
+    guide = bound.guide
+    return by_rows or (guide.affine is not None and guide.latent_dim <= WIDEST_WARM_START)
 
 
 def finished(fit: Fit, bound: Bound, ends: Sequence[Tensor] = ()) -> Fit:

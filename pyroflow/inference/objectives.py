@@ -194,6 +194,7 @@ class LogJointBound:
     """
 
     keep_last = False
+    cut = False  # whether the last score left draws out
     slower = 1.0  # than others it learns, as rows at random make gradients of globals noisy
 
     def __init__(
@@ -237,8 +238,12 @@ class LogJointBound:
     def _make_log_joint(self, num: int) -> LogJoint:
         return LogJoint(self.problem, self.guide, num)
 
+    def distribution(self) -> TransformedDistribution:
+        """The guide's, over the coordinates of its flow."""
+        return self.guide.over_coordinates(*self.problem.args, **self.problem.kwargs)
+
     def _draw(self, num: int) -> tuple[TransformedDistribution, Tensor]:
-        q = self.guide.over_coordinates(*self.problem.args, **self.problem.kwargs)
+        q = self.distribution()
         return q, self._drawn(q, num)
 
     def _drawn(self, q: TransformedDistribution, num: int) -> Tensor:
@@ -285,11 +290,11 @@ class LogJointBound:
         """The loss on fixed draws."""
         q, z = self._draw_fixed()
         log_weights = self.processes.joined(self.log_joint.values(z) - q.log_prob(z))
+        self.cut = not bool(log_weights.isfinite().all())
         return bound_scores(log_weights, self.together)
 
     @torch.no_grad()
     def mixing(self) -> str | None:
         """Where draws that run side by side differ from runs alone, at the fitted guide's own."""
         with seeded(0):
-            q = self.guide.over_coordinates(*self.problem.args, **self.problem.kwargs)
-            return self.log_joint.differs(q.sample((3,)))
+            return self.log_joint.differs(self.distribution().sample((3,)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,25 @@ POLISH_ITERATIONS = 20  # of L-BFGS between two scores
 POLISH_PATIENCE = 250  # evaluations of the polish loss without a better score that end a fit
 
 
-class Descent:
+class Phase:
+    """Steps of an optimiser of torch's."""
+
+    optimizer: torch.optim.Optimizer
+
+    def better(self, score: Tensor, best: Tensor) -> bool:
+        """Whether a state with these losses is better than the best one with those."""
+        return bool(score.mean() < best.mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state."""
+        self.optimizer.load_state_dict(state)
+
+
+class Descent(Phase):
     """Steps of Adam, fused where all parameters allow it: a third of the time."""
 
     def __init__(self, trainer: Trainer) -> None:
@@ -107,7 +125,7 @@ class Descent:
         state.average = torch._foreach_lerp(state.average or now, now, 1 / state.averaged)
 
 
-class Polish:
+class Polish(Phase):
     """L-BFGS on the exact loss, from the best state that Adam found."""
 
     def __init__(self, trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""The trainer that the ``fit_`` functions share: Adam, then perhaps L-BFGS, over one state."""
+"""The trainer that the ``fit_`` functions share: Adam, then perhaps more, over one state."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from pyroflow.inference.callbacks import Callbacks, Callers
 from pyroflow.inference.fit import Checkpoint, Fit, Objective, copy_tensors
+from pyroflow.inference.natural import Natural
 from pyroflow.inference.phases import CLEARLY_WORSE, Descent, Polish
 from pyroflow.inference.processes import averaged
 from pyroflow.inference.schedule import LearningRateSchedule
@@ -22,7 +23,7 @@ EVALUATIONS = 60  # scores taken in the course of Adam's steps
 
 
 class Trainer:
-    """Adam with iterate averaging, then perhaps L-BFGS; the best state is kept.
+    """Adam with iterate averaging, then perhaps a polish; the best state is kept.
 
     A checkpoint is of the time between two steps: one that is cut off is done again.
 
@@ -34,7 +35,7 @@ class Trainer:
         label: the progress bar's.
         resume: whether to go on from a checkpoint that exists; else it is written over.
         before: the course of an earlier part, which the result begins with.
-        polish: evaluations of the exact loss for L-BFGS, where that is one of few parameters.
+        polish: natural gradient steps, or evaluations of the exact loss for L-BFGS.
         evaluations: scores taken in the course of Adam's steps.
         callbacks: see :func:`~pyroflow.fit_density`.
     """
@@ -63,12 +64,11 @@ class Trainer:
         own = {"steps": schedule.steps, "polish": polish, "lr": lr, "shapes": shapes}
         self.checkpoint = Checkpoint(checkpoint, settings | own, objective.processes)
         self.label, self.progress, self.resume = label, progress, resume
-        self.every = max(1, schedule.steps // evaluations)
-        self.save_every = max(1, schedule.steps // 10)
+        self.every, self.save_every = (max(1, schedule.steps // n) for n in (evaluations, 10))
         self.callers = Callers(callbacks, objective.processes)
         self.stateful = [schedule, *objective.stateful]
         self.state = State(before=None if before is None else asdict(before))
-        self.phase: Descent | Polish = Descent(self)
+        self.phase: Descent | Polish | Natural = Descent(self)
         self.mark: Mark | None = None
 
     @between_draws()
@@ -81,7 +81,7 @@ class Trainer:
                 self._take_steps(bar)
             self._save()
         except BaseException:
-            if self.mark and not self.state.polishing:  # L-BFGS's last state is in the file already
+            if self.mark and not self.state.polishing:  # its last state is in the file already
                 self.mark.restore(self)
                 self._save()
             raise
@@ -101,7 +101,7 @@ class Trainer:
             if self.state.step % self.save_every == 0 or not descends:
                 self._save()
             if not descends and not self.state.polishing:
-                self.phase = Polish(self)
+                self.phase = _polish(self)
             self.phase.step()
             self.state.seconds = time.perf_counter() - began
             self._show(bar)
@@ -115,7 +115,8 @@ class Trainer:
 
     def _ended(self) -> bool:
         last = self.total if self.polishable else self.schedule.end
-        return self.state.step >= last or bool(self.state.stopped or self.callers.ended)
+        ended = self.state.step >= last or (isinstance(self.phase, Natural) and self.phase.over)
+        return ended or bool(self.state.stopped or self.callers.ended)
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -130,7 +131,7 @@ class Trainer:
         copy_tensors(current, self.parameters)
         state.scores.append((state.step, score.mean().item()))
         enough = self.objective.enough(score) if self.objective.enough else ""
-        better = self.objective.keep_last or score.mean() < state.best_score.mean()
+        better = self.objective.keep_last or self.phase.better(score, state.best_score)
         if not state.best or better or enough:
             state.best_score, state.best, state.worse = score, [t.clone() for t in candidate], 0
             state.stopped = enough
@@ -157,7 +158,7 @@ class Trainer:
                 state=vars(self.state),
                 stateful=[part.state_dict() for part in self.stateful],
                 tensors=[t.detach() for t in self.objective.tensors],
-                optimizer=self.phase.optimizer.state_dict(),
+                phase=self.phase.state_dict(),
             )
 
     def _resume(self) -> None:
@@ -169,5 +170,9 @@ class Trainer:
             part.load_state_dict(state)
         copy_tensors(saved["tensors"], self.objective.tensors)
         if self.state.polishing:
-            self.phase = Polish(self)
-        self.phase.optimizer.load_state_dict(saved["optimizer"])
+            self.phase = _polish(self)
+        self.phase.load_state_dict(saved["phase"])
+
+
+def _polish(trainer: Trainer) -> Polish | Natural:
+    return Natural(trainer) if trainer.objective.natural else Polish(trainer)

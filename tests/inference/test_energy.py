@@ -78,7 +78,7 @@ def test_paper_annealing_weighs_the_energy_alone(monkeypatch: pytest.MonkeyPatch
 
 
 def test_default_steps_outlast_the_annealing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "run", lambda self: self.schedule.steps)
+    monkeypatch.setattr(Trainer, "run", lambda self: self.total)
     flow = pf.planar_flow(2, 1)
     assert pf.fit_energy(flow, gaussian_energy, annealing=pf.paper_annealing) == 14_900
     assert pf.fit_energy(flow, gaussian_energy) == 5000
