@@ -43,8 +43,8 @@ class Settings(NamedTuple):
 FULL = {
     "fresh": 100_000,
     "density": {"steps": 500, "polish": 1000},
-    "toy": {"steps": 6000, "num_particles": 256},
-    "schools": {"non-centred": {"steps": 2000}, "centred": {"steps": 1000}},
+    "toy": {"steps": 1500},
+    "schools": {"non-centred": {"steps": 1500}, "centred": {"steps": 1000}},
 }
 QUICK = {
     "fresh": 20_000,

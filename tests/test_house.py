@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parents[1] / "pyroflow"
 # With minibatches, checks and chains of many groups, several processes, launches, kernels of a GPU,
 # fits side by side, a line for each mistake in a call, rows of several plates, callbacks, tables of
 # what is shown, densities of tables and a shell for them, figures of any number of columns, files
-# of amortised guides: 112 before.
+# of amortised guides, natural gradients: 112 before.
 MAX_LINES, MAX_FILES = 27_890, 159
 LONGEST_FILE, LONGEST_CLASS, MOST_ARGUMENTS = 300, 150, 12
 MODELS = [eight_schools_noncentered, eight_schools_centered]
