@@ -40,10 +40,10 @@ class Natural(Phase):
     r"""θ ← θ − (M + λ diag M)⁻¹ g for a bound E_q[log p − log q], from the best state so far.
 
     g is the bound's negative gradient along the paths of the draws z = T_θ(ε), with ε from
-    quasi-random numbers where the base has an inverse distribution function. M is the covariance of
-    the draws' own gradients ∇_θ (log q(z) − log p(z)). Where q = p that is the Fisher information,
-    and the step a natural gradient step. A step that clearly raises the loss is taken back, and
-    λ raised tenfold; it falls slowly again.
+    quasi-random numbers where the base is normal. M is the covariance of the draws' own gradients
+    ∇_θ (log q(z) − log p(z)): where q = p the Fisher information, and the step a natural gradient
+    step. A step that clearly raises the loss is taken back, and λ raised tenfold; it falls slowly
+    again.
 
     References:
         Amari, Natural gradient works efficiently in learning, 1998; Martens, New insights and
@@ -140,9 +140,9 @@ class Natural(Phase):
             loss = cut_loss(log_weights, "elbo", 1, z, log_prob_at_fixed(q, z), path=True)
         mean = ours.weighted(loss, DRAWS)
         found = torch.autograd.grad(mean, self.parameters, materialize_grads=True)
-        gradient = torch.cat([g.flatten() for g in found]).cpu().double() / ours.count
-        losses = bound_scores(ours.joined(log_weights.detach().cpu()))
-        return losses.double(), ours.total(gradient), slope
+        gradient = ours.total(torch.cat([g.flatten() for g in found])).cpu().double() / ours.count
+        losses = bound_scores(ours.joined(log_weights.detach()).cpu())
+        return losses.double(), gradient, slope
 
     def _learn(self, x: Tensor, slope: Tensor) -> None:
         """Take the covariance of the gradients of single draws, one half of x, into the matrix."""
@@ -151,7 +151,7 @@ class Natural(Phase):
         rows = self._rows(x[first][inside], slope[first][inside])
         num = ours.total(len(rows))
         rows = rows - ours.total(rows.sum(0)) / num
-        found = ours.total((rows.mT @ rows).cpu().double()) / num
+        found = ours.total(rows.mT @ rows).cpu().double() / num
         self.matrix = torch.lerp(self.matrix, found, FORGET) if len(self.matrix) else found
 
     def _rows(self, x: Tensor, slope: Tensor) -> Tensor:
@@ -206,7 +206,8 @@ def natural_steps(bound: LogJointBound | TraceBound, steps: int, annealing: Anne
     by_rows = isinstance(bound.guide, AutoStructuredFlow | AmortizedPlanarGuide)
     if by_rows or bound.log_joint.one_by_one or bound.problem.runs.dear:
         return 0
-    return steps_within(bound.distribution(), bound.parameters(), steps)
+    with torch.no_grad():
+        return steps_within(bound.distribution(), bound.parameters(), steps)
 
 
 def steps_within(q: TransformedDistribution, parameters: Sequence[Tensor], steps: int) -> int:
