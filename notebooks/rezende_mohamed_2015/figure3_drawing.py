@@ -75,6 +75,7 @@ def lengths(cells: pd.DataFrame, floors: dict[str, float], limits: dict[str, flo
         below.set(xscale="log", xlabel="flow length K", xlim=(1.6, 40))
         below.set_xticks([2, 8, 32], ["2", "8", "32"])
         below.minorticks_off()
+    upper[0].set_ylim(max(cells.low.min() / 2, 1e-5), 2 * cells.high.max())
     upper[0].set_ylabel("KL(q‖p), nats")
     lower[0].set_ylabel("bound F, nats")
     figure.suptitle("Medians over the seeds, and their ranges", fontsize=10)
