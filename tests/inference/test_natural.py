@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -18,7 +17,6 @@ from pyroflow.flows import Flow, StandardNormal
 from pyroflow.inference import natural
 from pyroflow.inference.natural import Natural, natural_steps, steps_within
 from pyroflow.inference.objectives import LogJointBound
-from pyroflow.inference.trainer import Trainer
 from pyroflow.model.bound import BoundModel
 from pyroflow.targets import TOY_LOG_EVIDENCE, eight_schools_noncentered, toy_log_joint, toy_model
 
@@ -132,11 +130,12 @@ def test_an_edge_keeps_its_draws() -> None:
     assert fit.best_loss <= before
 
 
-def steps_of(guide: Callable, model: Callable = toy_model, **options: object) -> int:
-    """How many of 300 steps are natural gradient steps."""
-    objective, annealing = options.pop("objective", "elbo"), options.pop("annealing", None)
-    guide(*options.get("args", ()))
-    bound = LogJointBound(BoundModel(model, guide), objective, 1, None, seed=0)
+def steps_of(
+    guide: pf.AutoFlow, objective: str = "elbo", annealing: Callable[[int], float] | None = None
+) -> int:
+    """How many of 300 steps of a fit to the toy posterior are natural gradient steps."""
+    guide()
+    bound = LogJointBound(BoundModel(toy_model, guide), objective, 1, None, seed=0)
     return natural_steps(bound, 300, annealing)
 
 
@@ -176,25 +175,3 @@ def test_draws_are_of_the_base() -> None:
     even = (torch.arange(len(x)) + 0.5) / len(x)
     for column in x.T:
         assert (Normal(0.0, 1.0).cdf(column.sort().values) - even).abs().max() < 2e-3
-
-
-@pytest.mark.parametrize("killed", [slow(590), 620])
-def test_a_killed_fit_resumes_bit_by_bit(tmp_path: Path, killed: int) -> None:
-    def fit(**options: object) -> tuple[pf.Fit, list[Tensor]]:
-        flow = pf.planar_flow(2, num_layers=4)
-        found = pf.fit_energy(flow, gaussian, steps=640, num_particles=32, **QUIET, **options)
-        return found, [p.detach().clone() for p in flow.parameters()]
-
-    def show(self: Trainer, bar: object) -> None:
-        if self.state.step == killed:
-            raise SystemExit
-
-    whole, expected = fit()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_show", show)
-        with pytest.raises(SystemExit):
-            fit(checkpoint=tmp_path / "fit.pt")
-    resumed, found = fit(checkpoint=tmp_path / "fit.pt")
-    assert resumed.losses == whole.losses
-    assert resumed.scores == whole.scores
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -19,6 +19,7 @@ import pyroflow as pf
 from pyroflow.inference import guide_fit
 from pyroflow.inference.guide_fit import GuideFit
 from pyroflow.inference.likelihood import Likelihood
+from pyroflow.inference.natural import Natural
 from pyroflow.inference.objectives import LogJointBound
 from pyroflow.inference.trainer import Descent, Trainer
 from pyroflow.targets import energy
@@ -88,6 +89,20 @@ def test_interrupted_in_any_evaluation(tmp_path: Path, call: int) -> None:
         return cut(Likelihood, "_losses", call, after=call % 2 == 0)
 
     assert_ends_alike(fit_density, planar, cutting, tmp_path / "fit.pt")
+
+
+def fit_energy(flow: pf.Flow, **options: Any) -> pf.Fit:
+    return pf.fit_energy(flow, energy(1), steps=90, seed=0, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [("_move", 3), ("_rows", 2), slow("step", 1), slow("_draws", 6)]
+)
+def test_interrupted_in_a_natural_gradient_step(tmp_path: Path, name: str, call: int) -> None:
+    def cutting() -> Any:
+        return cut(Natural, name, call, after=name == "_rows")
+
+    assert_ends_alike(fit_energy, planar, cutting, tmp_path / "fit.pt")
 
 
 POINTS = {
